@@ -12,6 +12,7 @@ import pytest
 
 import lightning_grad
 from lightning_grad import callbacks, strategies
+from lightning_grad.core.switch import VARIABLE
 
 PACKAGE = Path(lightning_grad.__file__).parent
 MODULES = {
@@ -314,16 +315,20 @@ def test_code_of_a_page_is_read() -> None:
 
 def test_importing_brings_no_optional_package_and_registers_the_strategies() -> None:
     script = f"""
-import sys, lightning.pytorch
+import os, sys, lightning.pytorch
 from lightning.pytorch.strategies import StrategyRegistry
 before, known = set(sys.modules), set(StrategyRegistry)
 import lightning_grad
 print(*sorted(set(StrategyRegistry) - known))
+from lightning_grad.core.switch import is_named
+os.environ[{VARIABLE!r}] = "ZClip"
+print(is_named(object))
 import lightning_grad.callbacks, lightning_grad.strategies
 print(sorted({OPTIONAL!r} & (set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
-    names, packages = done.stdout.splitlines()
+    names, is_off, packages = done.stdout.splitlines()
     short = ("ddp_dgc", "ddp_powersgd")
     assert names.split() == sorted(name + start for name in short for start in ("", "_fork", "_spawn"))
+    assert is_off == "False"  # the name of a callback that the program does not import is no error
     assert packages == "[]"

@@ -120,8 +120,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "setup" in vars(cls):
-            cls.setup = unless_switched_off(cls.setup)  # type: ignore[method-assign]
+        cls.setup = unless_switched_off(cls.setup)  # type: ignore[method-assign]
 
     @override
     def switch_off(self, trainer: pl.Trainer) -> None:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,8 +16,6 @@ from lightning_grad.utilities.checks import check_choice
 
 VARIABLE = "LIGHTNING_GRAD_DISABLE"
 
-_known: set[str] = set()
-
 
 class Switchable:
     """A callback or strategy that the environment variable can turn off.
@@ -25,10 +24,6 @@ class Switchable:
     turns off instances of these classes and of their subclasses. The variable is read when a run
     begins.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _known.add(cls.__name__)
 
     @property
     def display_name(self) -> str:
@@ -48,25 +43,41 @@ def is_switched_off(technique: Switchable, trainer: pl.Trainer) -> bool:
     Raises:
         ValueError: If the variable names a class that does not exist.
     """
-    value = os.environ.get(VARIABLE, "").strip()
-    if value in ("", "0"):
-        return False
-    names = [name.strip() for name in value.split(",")] if value != "1" else [Switchable.__name__]
-    for name in names:
-        check_choice(name, sorted({*_known, Switchable.__name__}), VARIABLE)
     candidates = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
-    off = [one for one in candidates if isinstance(one, Switchable) and _is_named(one, names)]
+    off = [one for one in candidates if isinstance(one, Switchable) and is_named(type(one))]
     if off:
-        rank_zero_warn(
-            f"{VARIABLE}={value} turns off {', '.join(one.display_name for one in off)}. Unset it to use them again."
-        )
+        given, listed = os.environ[VARIABLE], ", ".join(one.display_name for one in off)
+        rank_zero_warn(f"{VARIABLE}={given} turns off {listed}. Unset it to use them again.")
     for one in off:
         one.switch_off(trainer)
     return any(one is technique for one in off)
 
 
-def _is_named(technique: Switchable, names: list[str]) -> bool:
-    return any(cls.__name__ in names for cls in type(technique).__mro__)
+def is_named(technique: type) -> bool:
+    """Return True if the environment variable names a class or one of its bases."""
+    names = _names()
+    return any(cls.__name__ in names for cls in technique.__mro__)
+
+
+def _names() -> list[str]:
+    """Return the names of the classes that the environment variable turns off."""
+    given = [name.strip() for name in os.environ.get(VARIABLE, "").split(",")]
+    names = [Switchable.__name__ if name == "1" else name for name in given if name not in ("", "0")]
+    if not names:
+        return []
+    import_module("lightning_grad.callbacks")  # else a class that this program does not import would be unknown
+    classes = _subclasses(Switchable)
+    for name in set(names) - {cls.__name__ for cls in classes}:
+        check_choice(name, ["1", *sorted(cls.__name__ for cls in classes if not _is_internal(cls))], VARIABLE)
+    return names
+
+
+def _subclasses(cls: type) -> set[type]:
+    return {cls}.union(*map(_subclasses, cls.__subclasses__()))
+
+
+def _is_internal(cls: type) -> bool:
+    return cls.__module__.startswith("lightning_grad.core.") or "._" in cls.__module__
 
 
 def unless_switched_off(setup: Callable[..., None]) -> Callable[..., None]:
@@ -94,6 +105,13 @@ class SwitchedOff(Callback):
     @override
     def state_key(self) -> str:  # so Lightning does not warn that a callback of the checkpoint is missing
         return str(self.technique.state_key)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # An exception in another callback's on_exception leaves the placeholder behind.
+        if not is_named(type(self.technique)):
+            replace(trainer, self, self.technique)
+            self.technique.setup(trainer, pl_module, stage)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

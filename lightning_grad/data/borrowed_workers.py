@@ -1,8 +1,8 @@
 """Read extra batches with a loader's persistent workers, without changing the following epochs.
 
 Spawned workers take seconds to start, because each imports the program again. Between two epochs the workers of
-``DataLoader(persistent_workers=True)`` are idle and can read other batches. Their random states, and those of their copy
-of the data set, are restored afterwards, so the next epoch is unaffected.
+``DataLoader(persistent_workers=True)`` are idle and can read other batches. Their random states, and those of their
+copy of the data set, are restored afterwards, so the next epoch is unaffected.
 """
 
 import random
@@ -54,7 +54,8 @@ class BorrowedWorkers:
             yield from live
             self._tell(live, _Message(_end))
         except BaseException:
-            # The workers' random states are not those of training. Drop the iterator: the next epoch starts new workers.
+            # The workers' random states are not those of training. Drop the iterator: the next epoch starts new
+            # workers.
             self._loader._iterator = None
             raise
         finally:
@@ -79,7 +80,7 @@ def can_borrow(loader: DataLoader[Any]) -> bool:
 
 
 class _Message:
-    """Calls a function in the worker that unpickles it, and unpickles as the result: an acknowledgement to send back."""
+    """Calls a function in the worker that unpickles it; the worker gets the result, an acknowledgement to send back."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self._call = function, arguments

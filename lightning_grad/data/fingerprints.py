@@ -198,12 +198,12 @@ def _digest(value: Any) -> str:
 def fingerprint(dataset: Any, samples: int = 64, seed: int = 0) -> Fingerprint:
     """Compute the fingerprint of a data set: its length, class, and a hash of some of its items.
 
-    Tensors, arrays, images, strings, numbers and containers of these are hashed by content, all other objects by the name
-    of their type. Afterwards the random states of Python, numpy, torch and of generators inside the data set are
+    Tensors, arrays, images, strings, numbers and containers of these are hashed by content, all other objects by the
+    name of their type. Afterwards the random states of Python, numpy, torch and of generators inside the data set are
     restored.
 
-    Some items are read twice. If they differ, the data set augments them: the fingerprint then contains no hash, and only
-    length and class can be compared.
+    Some items are read twice. If they differ, the data set augments them: the fingerprint then contains no hash, and
+    only length and class can be compared.
 
     Args:
         dataset: A map-style data set, with ``__len__`` and ``__getitem__``.

@@ -40,8 +40,8 @@ class RecordedBatches(Iterator[list[int]]):
 class PrunableBatchSampler(data.Sampler[list[int]]):
     r"""Draw batches from the kept samples of a data set, in the way of another batch sampler.
 
-    Until :meth:`keep` is called, its batches are bitwise those of the original batch sampler. Afterwards, kept samples are
-    shuffled, weighted, ordered or split between ranks as by the original sampler, and batches are filled up:
+    Until :meth:`keep` is called, its batches are bitwise those of the original batch sampler. Afterwards, kept samples
+    are shuffled, weighted, ordered or split between ranks as by the original sampler, and batches are filled up:
 
     ============================= ================================================================
     original sampler              order of the kept samples
@@ -54,12 +54,13 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
     any other, one process        those that it yields, without the dropped ones
     ============================= ================================================================
 
-    An epoch has exactly ``len(sampler)`` batches. If there are fewer kept samples, for example because ``samples`` is more
-    than one pass, they are drawn again in a new order.
+    An epoch has exactly ``len(sampler)`` batches. If there are fewer kept samples, for example because ``samples`` is
+    more than one pass, they are drawn again in a new order.
 
     Args:
         original: The original batch sampler.
-            Classes other than ``BatchSampler`` need ``batch_size``, the number of samples in a full batch, and ``__len__``.
+            Classes other than ``BatchSampler`` need ``batch_size``, the number of samples in a full batch, and
+            ``__len__``.
         total: Length of the data set.
         needed_by: Name of the technique for error messages.
 
@@ -182,8 +183,8 @@ class PrunableBatchSampler(data.Sampler[list[int]]):
             first = next(indices, None)
             if first is None:
                 raise ValueError(
-                    f"{self._needed_by} keeps {len(self._kept)} samples, but {type(self.original).__name__} yields none of "
-                    "them. Prune less, or let the sampler yield every sample of the data set."
+                    f"{self._needed_by} keeps {len(self._kept)} samples, but {type(self.original).__name__} yields "
+                    "none of them. Prune less, or let the sampler yield every sample of the data set."
                 )
             yield from chain([first], indices)
 
@@ -271,13 +272,14 @@ def _refuse(original: Any, needed_by: str) -> None:
         )
     if not hasattr(original, "__len__"):
         raise TypeError(
-            f"{needed_by} needs the number of batches in an epoch, but {name} has no __len__. Give it a __len__ that returns "
-            "that number."
+            f"{needed_by} needs the number of batches in an epoch, but {name} has no __len__. Give it a __len__ that "
+            "returns that number."
         )
     sampler = getattr(original, "sampler", None)
     known = type(sampler) is data.DistributedSampler
     if isinstance(sampler, data.DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
-            f"{needed_by} cannot prune the samples of {type(sampler).__name__}, because it is unknown how it splits them "
-            "between ranks, whose epochs could differ in length. Use a sampler of torch.utils.data, or one process."
+            f"{needed_by} cannot prune the samples of {type(sampler).__name__}, because it is unknown how it splits "
+            "them between ranks, whose epochs could differ in length. Use a sampler of torch.utils.data, or one "
+            "process."
         )

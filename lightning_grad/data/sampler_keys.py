@@ -95,8 +95,8 @@ def refuse_other_keys(original: Any, dataset: Any, needed_by: str, shared: Seque
     """Raise if a batch sampler yields anything but indices of a data set.
 
     The keys of torch's own samplers are known. For other samplers, one epoch of a copy is read, which leaves random
-    states and the sampler unchanged. A sampler that cannot be copied is not checked here; :class:`KeyReader` then checks
-    the keys during training.
+    states and the sampler unchanged. A sampler that cannot be copied is not checked here; :class:`KeyReader` then
+    checks the keys during training.
 
     Args:
         original: The batch sampler.

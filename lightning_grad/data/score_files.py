@@ -217,8 +217,8 @@ def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
     unknown = [name for name in names if os.path.basename(name) not in where]
     if unknown:
         raise ValueError(
-            f"The data set has no file {unknown[0]!r} ({len(unknown)} names of the score table are unknown). Use the table of "
-            "this data set, or delete the rows of other files."
+            f"The data set has no file {unknown[0]!r} ({len(unknown)} names of the score table are unknown). Use the "
+            "table of this data set, or delete the rows of other files."
         )
     return torch.tensor([where[os.path.basename(name)] for name in names])
 
@@ -232,9 +232,9 @@ def _load_csv(path: Path, dataset: Any) -> SampleScores:
     score = _column(others, _SCORE_COLUMNS) or (others[0] if len(others) == 1 else None)
     if score is None or not rows:
         raise ValueError(
-            f"{path} must have a header, one column of scores (named 'score' if there are others) and optionally a column "
-            f"'index' or 'filename'; got the columns {', '.join(map(repr, columns)) or 'none'}, {len(rows)} rows. "
-            "Name the column of scores 'score'."
+            f"{path} must have a header, one column of scores (named 'score' if there are others) and optionally a "
+            f"column 'index' or 'filename'; got the columns {', '.join(map(repr, columns)) or 'none'}, {len(rows)} "
+            "rows. Name the column of scores 'score'."
         )
     try:
         values = torch.tensor([float(row[score]) for row in rows], dtype=torch.float64)
@@ -261,10 +261,11 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
     """Read scores from a file, and check that they belong to a data set.
 
     A ``.csv`` table needs a header and one column of scores, named ``score`` if there are others. A column ``index``
-    contains the index of each row in the data set. Alternatively a column ``filename`` identifies items by the last part
-    of their path, if the data set has ``samples`` like torchvision's ``ImageFolder``. Without either column, rows are in
-    the order of the data set. A table has no fingerprint, so only its length is checked. Higher must mean harder, as in
-    the ImageNet tables of github.com/rgeirhos/dataset-pruning-metrics, where samples with a high score are worth keeping.
+    contains the index of each row in the data set. Alternatively a column ``filename`` identifies items by the last
+    part of their path, if the data set has ``samples`` like torchvision's ``ImageFolder``. Without either column, rows
+    are in the order of the data set. A table has no fingerprint, so only its length is checked. Higher must mean
+    harder, as in the ImageNet tables of github.com/rgeirhos/dataset-pruning-metrics, where samples with a high score
+    are worth keeping.
 
     Args:
         path: A ``.npz`` file of :func:`save_scores`, or a ``.csv`` table.
@@ -296,7 +297,8 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
 def _check_alike(first: SampleScores, other: SampleScores) -> None:
     if other.name != first.name:
         raise ValueError(
-            f"Scores must be of one kind to be averaged; got {first.name!r} and {other.name!r}. Name files of one score."
+            f"Scores must be of one kind to be averaged; got {first.name!r} and {other.name!r}. Name files of one "
+            "score."
         )
     found, there = first.fingerprint, other.fingerprint
     differences = found.differences(there) if found and there else []

@@ -1,11 +1,11 @@
-"""DDP's buckets, collected until all gradients of a backward pass are there, and the message of those that go dense.
+"""Collects DDP's buckets until all gradients of a backward pass are there, and packs those that are sent dense.
 
-Used by ``compressed_ddp.py``, which exchanges all gradients at once: collectives then come in the same order on all ranks, one
-message carries all tensors, and the norm of the whole gradient is known before anything is sent. The dense message ends with a
-number that says whether all gradients were finite.
+Used by ``compressed_ddp.py``, which exchanges all gradients at once: collectives then run in the same order on all
+ranks, one message carries all tensors, and the norm of the whole gradient is known before anything is sent. The dense
+message ends with a flag: 0 if all gradients were finite, NaN otherwise.
 """
 
-# No "from __future__ import annotations": torch reads the annotation of the hook's argument, and wants the class itself.
+# No "from __future__ import annotations": torch compares the annotation of the hook's argument with the class itself.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class Gradient:
-    """A gradient in DDP's bucket: of this rank before an exchange, the mean of all ranks after it.
+    """A gradient in DDP's bucket: this rank's before an exchange, the mean of all ranks after it.
 
     Args:
-        name: Of its parameter, without ``torch.compile``'s prefix.
-        parameter: Whose gradient it is.
-        values: Its entries, flat, in the order of memory; a view of the bucket.
-        shaped: The same view, in the shape of the parameter.
+        name: Name of the parameter, without the prefix of ``torch.compile``.
+        parameter: The parameter.
+        values: Flat view of the bucket, in memory order.
+        shaped: The same view in the shape of the parameter.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Gradient:
 
 
 class BucketCollector:
-    """Hands over all gradients of a backward pass once the last bucket is there.
+    """Collects the gradients of a backward pass and exchanges them after the last bucket.
 
     Args:
-        names: Of the parameters, by identity.
-        exchange: Called with the gradients, in the order of the buckets; changes them in place.
+        names: Names of the parameters by ``id``.
+        exchange: Called with the gradients in bucket order; changes them in place.
     """
 
     def __init__(self, names: Mapping[int, str], exchange: Callable[[list[Gradient]], None]) -> None:
@@ -47,16 +47,16 @@ class BucketCollector:
         self.clear()
 
     def register(self, model: DistributedDataParallel) -> None:
-        """Become the communication hook of a model."""
+        """Register this collector as the communication hook of a model."""
         model.register_comm_hook(self, _hook)
 
     def clear(self) -> None:
-        """Forget what a backward pass that was interrupted has left."""
+        """Drop the buckets of an interrupted backward pass."""
         self._gradients: list[Gradient] = []
         self._waiting: list[tuple[torch.futures.Future[Tensor], Tensor]] = []
 
     def collect(self, bucket: Any) -> torch.futures.Future[Tensor]:
-        """Take in a bucket, and return its result, which is there after the last one."""
+        """Add a bucket and return a future for its result, which is set after the last bucket."""
         buffer = bucket.buffer()
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             start = gradient.storage_offset() - buffer.storage_offset()
@@ -79,20 +79,20 @@ def _hook(collector: BucketCollector, bucket: dist.GradBucket) -> torch.futures.
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether all entries are finite, a 0-dimensional bool tensor."""
-    # Neither sums, which overflow, nor maximum norms, which take the CPU twenty times as long.
+    """Return whether all entries are finite, as a 0-dimensional bool tensor."""
+    # Sums overflow, and maximum norms take 20 times as long on a CPU.
     extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
     return torch.stack([extreme.isfinite() for extreme in extremes]).all()
 
 
 def concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:
-    """Return flat tensors as one, with a number at its end."""
+    """Return the flat tensors as one tensor with ``last`` at its end."""
     kind = flat[0].dtype if flat else torch.float32
     return torch.cat([*flat, last.to(kind).view(1)])
 
 
 def write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
-    """Write what :func:`concatenated` made back into gradients, plus the number at its end: 0, or NaN to be seen."""
+    """Write the output of :func:`concatenated` back into the gradients, adding its last entry (0 or NaN) to all values."""
     start = 0
     for gradient in gradients:
         end = start + gradient.values.numel()

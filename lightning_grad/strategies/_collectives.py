@@ -1,6 +1,6 @@
-"""The collectives of an exchange: their bytes are counted, their waiting is not timed, their failures are explained.
+"""The collectives of an exchange. Counts their bytes, excludes waiting time, and explains failures.
 
-Ctrl-C waits for the end of an exchange: it is made on all ranks or on none, and its memory is changed wholly or not at all.
+Ctrl-C is deferred to the end of an exchange, so all ranks complete it or none does.
 """
 
 import re
@@ -22,14 +22,14 @@ _SIGNS = r"gloo/|nccl|processgroup"
 
 
 class Collectives:
-    """Talks to all ranks.
+    """Communicates with all ranks.
 
     Args:
-        display_name: Who talks, for errors.
+        display_name: Name of the strategy in errors.
         rank: This rank.
-        ranks: How many there are.
-        ledger: Counts bytes.
-        watch: Stands still while ranks wait for each other.
+        ranks: Number of ranks.
+        ledger: Counts the bytes.
+        watch: Paused while ranks wait for each other.
     """
 
     def __init__(self, display_name: str, rank: int, ranks: int, ledger: ByteLedger, watch: Stopwatch) -> None:
@@ -37,7 +37,7 @@ class Collectives:
         self._display_name, self._ledger, self._watch = display_name, ledger, watch
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all ranks, of equal shape, in the order of ranks: (ranks, ...)."""
+        """Return the tensors of all ranks, all of the same shape, in rank order: (ranks, ...)."""
         everyone = tensor.new_empty(self.ranks, *tensor.shape)
         self._ledger.send(tensor)
         with self._connection():
@@ -45,7 +45,7 @@ class Collectives:
         return everyone
 
     def maximum_(self, tensor: Tensor, counted: bool = True) -> Tensor:
-        """Return the maximum of a tensor over ranks, in place; ``counted=False`` leaves its bytes out."""
+        """Replace a tensor by its maximum over ranks and return it; ``counted=False`` does not count its bytes."""
         if counted:
             self._ledger.send(tensor)
         with self._connection():
@@ -53,13 +53,13 @@ class Collectives:
         return tensor
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Return the mean of a tensor over ranks, in place."""
+        """Replace a tensor by its mean over ranks and return it."""
         self.begin_mean_(tensor)()
         return tensor
 
     def begin_mean_(self, tensor: Tensor) -> Callable[[], None]:
-        """Begin to average a tensor over ranks, in place; what is returned waits for the end."""
-        tensor.mul_(1.0 / self.ranks)  # as DDP does, which multiplies
+        """Start to average a tensor over ranks in place, and return a function that waits for the result."""
+        tensor.mul_(1.0 / self.ranks)  # DDP multiplies too: dividing would round differently
         self._ledger.send(tensor)
         with self._connection():
             work = dist.all_reduce(tensor, async_op=True)
@@ -81,11 +81,11 @@ class Collectives:
 
 
 def explain_lost_rank(error: BaseException, display_name: str) -> None:
-    """Add to an error of torch.distributed, from whatever else DDP or Lightning send, what it means.
+    """Add an explanation to an error of torch.distributed that was raised outside of an exchange.
 
     Args:
-        error: Its message is changed, if it tells of a lost connection.
-        display_name: Whose run it is.
+        error: Its message is extended if it reports a lost connection.
+        display_name: Name of the strategy.
     """
     text = str(error)
     if isinstance(error, RuntimeError) and _LOST not in text and re.search(_SIGNS, text, re.IGNORECASE):
@@ -94,9 +94,9 @@ def explain_lost_rank(error: BaseException, display_name: str) -> None:
 
 @contextmanager
 def interrupts_deferred() -> Iterator[None]:
-    """Let SIGINT wait for the end of a block, and then do what it would have done.
+    """Defer SIGINT to the end of the block.
 
-    Only in the main thread, the only one that Python interrupts.
+    Has an effect only in the main thread, the only one that Python interrupts.
     """
     if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
         yield

@@ -1,4 +1,4 @@
-"""What the strategies measure of themselves: bytes handed to collectives, time spent between them, noise scale."""
+"""Measurements of the strategies: bytes passed to collectives, time of compression, noise scale."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,20 +13,20 @@ from lightning_grad.functional import noise_scale_terms
 from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 
 _COUNTS = ("steps", "sent_bytes", "dense_bytes", "step_sent", "step_dense")
-_MOST_ENTRIES = 65_536  # of a sample of the gradients, for their noise
-_DECAY = 0.9  # of the averages, a log step; each estimate alone is very noisy
+_MOST_ENTRIES = 65_536  # size of the sample of gradient entries for the noise scale
+_DECAY = 0.9  # of the averages, per log step: single estimates are very noisy
 
 
 class ByteLedger:
-    """Counts the bytes that this rank hands to collectives, and those of the gradients that they stand for.
+    """Counts the bytes that this rank passes to collectives, and the bytes of the gradients themselves.
 
     Attributes:
-        steps: Exchanges of the run.
-        sent_bytes: Of the run.
-        dense_bytes: Of the gradients of the run, in their own type.
-        step_sent: Bytes of the last exchange.
-        step_dense: Bytes of its gradients.
-        record: What was logged, one row a log step.
+        steps: Number of exchanges in the run.
+        sent_bytes: Bytes sent in the run.
+        dense_bytes: Bytes of the run's gradients in their own dtype.
+        step_sent: Bytes sent in the last exchange.
+        step_dense: Bytes of the gradients in the last exchange.
+        record: Logged values, one row per log step.
     """
 
     def __init__(self) -> None:
@@ -35,45 +35,45 @@ class ByteLedger:
         self.record = RunRecord()
 
     def open(self, dense: int) -> None:
-        """Begin an exchange of gradients of so many bytes."""
+        """Start an exchange of gradients with this many bytes."""
         self.step_sent, self.step_dense = 0, dense
 
     def send(self, tensor: Tensor) -> None:
-        """Take in a tensor that goes to a collective."""
+        """Count a tensor that is passed to a collective."""
         self.step_sent += tensor.numel() * tensor.element_size()
 
     def close(self) -> None:
-        """End an exchange: only one that was made counts."""
+        """End an exchange and add it to the totals; an exchange that failed is not counted."""
         self.steps += 1
         self.sent_bytes += self.step_sent
         self.dense_bytes += self.step_dense
 
     @property
     def step_ratio(self) -> float:
-        """How many times smaller the last exchange was than its gradients."""
+        """Bytes of the gradients divided by bytes sent, in the last exchange."""
         return self.step_dense / max(self.step_sent, 1)
 
     @property
     def ratio(self) -> float:
-        """How many times less was sent in the run than its gradients have."""
+        """Bytes of the gradients divided by bytes sent, over the run."""
         return self.dense_bytes / max(self.sent_bytes, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything."""
+        """Return the counts and the record."""
         return {**{name: getattr(self, name) for name in _COUNTS}, "record": self.record.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a saved ledger."""
+        """Continue from a saved ledger."""
         for name in _COUNTS:
             setattr(self, name, state[name])
         self.record.load_state_dict(state["record"])
 
 
 class Stopwatch:
-    """Adds up the time in which it runs; a GPU is waited for only while it is on.
+    """Measures time without pauses. Synchronizes with a GPU only while it is on.
 
     Args:
-        device: Whose work is timed.
+        device: Device whose work is timed.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,17 +83,17 @@ class Stopwatch:
         self.seconds = 0.0
 
     def start(self, on: bool) -> None:
-        """Begin at zero; ``on=False`` measures nothing and costs nothing."""
+        """Start at zero; with ``on=False`` nothing is measured and nothing waits for the device."""
         self._on, self.seconds = on, 0.0
         self._begin = self._now()
 
     def stop(self) -> None:
-        """End."""
+        """Add the time since the last start or pause."""
         self.seconds += self._now() - self._begin
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens meanwhile."""
+        """Exclude the time of the block."""
         self.stop()
         try:
             yield
@@ -107,13 +107,13 @@ class Stopwatch:
 
 
 def measure_noise(past: Tensor | None, flat: Sequence[Tensor], ranks: int, mean: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return averages of noise and signal over log steps, (2,), in units of one rank's batch.
+    """Return running averages of noise and signal over log steps, (2,), in units of one rank's batch.
 
     Args:
-        past: Averages so far; ``None`` at first.
-        flat: Gradients of this rank, flat.
-        ranks: How many ranks there are, at least 2.
-        mean: Averages a tensor over ranks.
+        past: The averages so far, or ``None``.
+        flat: Flat gradients of this rank.
+        ranks: Number of ranks, at least 2.
+        mean: Function that averages a tensor over ranks.
     """
     stride = max(1, sum(gradient.numel() for gradient in flat) // _MOST_ENTRIES)
     sample = torch.cat([gradient[::stride].float() for gradient in flat])

@@ -1,11 +1,11 @@
-"""What each rank keeps for itself, in files next to the checkpoint.
+"""Saves the state of each rank in files next to the checkpoint.
 
-Lightning writes one file, from rank 0. Residuals differ from rank to rank, so each rank writes its own to
-``<checkpoint>.ranks/<save>/<rank>.pt``, and the checkpoint itself holds a manifest that says which save and how many
-ranks. A save has a name of its own, so that a checkpoint which is written over, and interrupted, still finds the files
-that belong to it. Each file carries its identity (see ``_rank_identity.py``), which is compared when it is read. What must
-be equal on all ranks (counts, a message in flight) is taken from rank 0 on resuming, as the weights are. Everything goes
-through the Trainer's ``CheckpointIO``.
+Lightning writes one file, from rank 0. Residuals differ between ranks, so each rank writes its own to
+``<checkpoint>.ranks/<save>/<rank>.pt``, and the checkpoint holds a manifest with the save and the number of ranks.
+Each save has its own name: if overwriting a checkpoint is interrupted, the old checkpoint still finds its files. Each
+file carries its identity (see ``_rank_identity.py``), which is checked when it is read. On resuming, state that must
+be equal on all ranks (counts, a message in flight) comes from rank 0, as the weights do. All files are read and
+written through the Trainer's ``CheckpointIO``.
 """
 
 import os
@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning_grad.strategies._rank_identity import IDENTITY, OWN, SHARED, Parameters, identity_of, misfit
 
 MANIFEST_KEY = "lightning_grad_ranks"
-_GRACE_SECONDS = 5.0  # for other ranks to write theirs, when an exception is under way and nobody can be waited for
+_GRACE_SECONDS = 5.0  # time for other ranks to write their files after an exception, when there is no barrier
 
 _MISSING, _OTHER_RANKS, _UNUSABLE = "missing", "other ranks", "unusable"
 _RESET = "set residual_policy='reset' to continue without the rank files (the gradient that was not sent is lost)."
@@ -32,23 +32,23 @@ _WAYS_OUT = {
     _UNUSABLE: f"Put the right file back, resume from another checkpoint, or {_RESET}",
 }
 
-State = tuple[dict[str, Any], dict[str, Any]]  # a rank's own, and what is shared
-Problem = tuple[str, str]  # of one of the kinds in _WAYS_OUT, in words
+State = tuple[dict[str, Any], dict[str, Any]]  # state of this rank, and state shared by all ranks
+Problem = tuple[str, str]  # a key of _WAYS_OUT, and a description
 Agree = Callable[[Problem | None], Problem | None]
 
 
 class UnusableFileError(Exception):
-    """A rank file that cannot be read, or is not the one that the checkpoint means."""
+    """A rank file cannot be read or does not belong to the checkpoint."""
 
 
 class RankFiles:
     """Writes and reads the state of one rank of a run.
 
     Args:
-        display_name: Class whose state it is.
+        display_name: Name of the strategy.
         run: Name of the run, the same on all ranks.
         rank: This rank.
-        ranks: How many there are.
+        ranks: Number of ranks.
     """
 
     def __init__(self, display_name: str, run: str, rank: int, ranks: int) -> None:
@@ -57,14 +57,14 @@ class RankFiles:
         self._written: dict[str, str] = {}
 
     def write(self, io: CheckpointIO, path: str, state: State, parameters: Parameters) -> dict[str, Any]:
-        """Write the state of this rank for a checkpoint, and return the manifest for it.
+        """Write the state of this rank for a checkpoint and return the manifest.
 
         Args:
-            io: The Trainer's. One that writes later is asked for the one inside it, which does so at once: a checkpoint must
-                not be there before its rank files.
-            path: Of the checkpoint.
-            state: What is this rank's, and what is the same on all.
-            parameters: Of the module.
+            io: The Trainer's ``CheckpointIO``. An asynchronous one is bypassed in favor of the one it wraps: the rank
+                files must exist before the checkpoint does.
+            path: Path of the checkpoint.
+            state: State of this rank, and state shared by all ranks.
+            parameters: Layouts of the module's parameters.
         """
         self._saves += 1
         save = f"{self._run}-{self._saves}"
@@ -78,7 +78,7 @@ class RankFiles:
         return manifest
 
     def are_complete(self, path: str, manifest: Mapping[str, Any]) -> bool:
-        """Wait a little for the files of all ranks, and say whether they are there."""
+        """Wait up to five seconds for the files of all ranks and return whether they exist."""
         filesystem, end = get_filesystem(path), time.monotonic() + _GRACE_SECONDS
         files = [_file(_folder(path), manifest["save"], rank) for rank in range(self._ranks)]
         while not all(map(filesystem.exists, files)):
@@ -87,10 +87,10 @@ class RankFiles:
             time.sleep(0.05)
         return True
 
-    def forget_earlier(self, io: CheckpointIO, path: str, manifest: Mapping[str, Any]) -> None:
-        """Remove the rank files of earlier saves to the same path, once the checkpoint is there."""
+    def remove_earlier(self, io: CheckpointIO, path: str, manifest: Mapping[str, Any]) -> None:
+        """Remove the rank files of earlier saves to the same path, once the new checkpoint exists."""
         before, self._written[path] = self._written.get(path), manifest["save"]
-        is_late = isinstance(io, AsyncCheckpointIO)  # the checkpoint of before may still be there
+        is_late = isinstance(io, AsyncCheckpointIO)  # the old checkpoint may still be in place
         kept, filesystem = {manifest["save"], before if is_late else None}, get_filesystem(path)
         for save in _saves(path, _folder(path)):
             if save not in kept:
@@ -104,10 +104,10 @@ class RankFiles:
             filesystem.rm(folder, recursive=True)
 
     def find(self, path: str, manifest: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-        """Return the files of all ranks that belong to a checkpoint, and those of them that are missing.
+        """Return the files of all ranks that belong to a checkpoint, and which of them are missing.
 
-        They are looked for next to the checkpoint as it is named now, then under the name with which it was written: a copy of
-        it or a link to it (``save_last="link"``) has no folder of its own.
+        Searches next to the checkpoint's present path, then under the name with which it was written: a copied or
+        linked checkpoint (``save_last="link"``) has no folder of its own.
         """
         filesystem = get_filesystem(path)
         found = []
@@ -119,26 +119,26 @@ class RankFiles:
     def read(
         self, io: CheckpointIO, path: str, manifest: Mapping[str, Any], policy: str, layouts: Parameters, agree: Agree
     ) -> tuple[State | None, str]:
-        """Return the state with which this rank continues, or ``None`` to begin empty, and why it is ``None``.
+        """Return the state with which this rank continues, or ``None`` to start empty and the reason.
 
         Args:
-            io: The Trainer's.
-            path: From where the checkpoint was loaded.
-            manifest: From the checkpoint.
+            io: The Trainer's ``CheckpointIO``.
+            path: Path from which the checkpoint was loaded.
+            manifest: Manifest in the checkpoint.
             policy: 'strict', 'mean' or 'reset'.
-            layouts: Of the parameters of the module.
-            agree: Returns the first problem of any rank, so that all raise the same or begin empty together.
+            layouts: Layouts of the module's parameters.
+            agree: Returns the first problem of any rank, so that all ranks raise the same error or all start empty.
 
         Raises:
             FileNotFoundError: If files are missing, unless the policy is 'reset'.
-            ValueError: If a file cannot be read, or is not the one that the checkpoint means, unless the policy is 'reset'; if
-                the number of ranks has changed, with policy 'strict'.
+            ValueError: If a file cannot be read or belongs to another checkpoint, unless the policy is 'reset'; if
+                the number of ranks has changed and the policy is 'strict'.
         """
         (files, missing), before = self.find(path, manifest), manifest["ranks"]
         state: State | None = None
         problem = self._problem_of_missing(path, manifest, missing)
         if problem is None and before != self._ranks and policy != "mean":
-            problem = _OTHER_RANKS, f"it would continue on {self._ranks} rank(s) what was saved on {before}"
+            problem = _OTHER_RANKS, f"it was saved on {before} rank(s), and this run has {self._ranks}"
         if problem is None:
             try:
                 state = self._load(io, files, manifest, layouts)
@@ -158,10 +158,10 @@ class RankFiles:
         if not missing:
             return None
         few = f"{len(missing)} of the {manifest['ranks']} files"
-        text = f"{few} with what each rank has not sent yet are missing, {missing[0]} first"
+        text = f"{few} with the unsent gradients are missing, the first is {missing[0]}"
         others = {save for folder in _candidates(path, manifest) for save in _saves(path, folder)} - {manifest["save"]}
         if others:
-            text += f" (next to it are files of other checkpoints: save {', '.join(sorted(others))})"
+            text += f" (found files of other checkpoints next to it: save {', '.join(sorted(others))})"
         return _MISSING, text
 
     def _load(self, io: CheckpointIO, files: list[str], manifest: Mapping[str, Any], parameters: Parameters) -> State:
@@ -178,7 +178,7 @@ class RankFiles:
 def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], layouts: Parameters) -> dict[str, Any]:
     try:
         content = io.load_checkpoint(file, weights_only=True)
-    except Exception as error:  # torn, empty or of another kind: each reader has errors of its own for them
+    except Exception as error:  # each CheckpointIO raises its own errors for truncated, empty or foreign files
         reason = " ".join(str(error).split())[:200]
         raise UnusableFileError(
             f"the rank file {file} cannot be read ({type(error).__name__}{f': {reason}' if reason else ''})"
@@ -190,7 +190,7 @@ def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], l
 
 
 def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """Return a state with the mean of all memories, so that the mean over ranks stays what it was."""
+    """Return a state whose memory is the mean over all ranks: the sum of what is unsent stays the same in the mean."""
     for state in others:
         for name, kept in state["memory"].items():
             for key, value in kept.items():

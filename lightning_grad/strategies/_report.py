@@ -1,4 +1,4 @@
-"""The figure of a run's communication: bytes a step, residual norm, and ratio by layer."""
+"""The figure of a run's communication: bytes per step, residual norm, and ratio by layer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SENT, _DENSE, _RESIDUAL = "#0072b2", "#9a9a9a", "#d55e00"
-_MOST_LAYERS = 24  # in the figure; the table has all
-_MANY_MARKS = 30  # log steps: a line shows more of them better than dots do
+_MOST_LAYERS = 24  # in the figure; the table lists all layers
+_MANY_MARKS = 30  # from this many log steps on, a line without markers is easier to read
 
 
 def draw(display_name: str, ledger: ByteLedger, record: RunRecord, layers: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw bytes a step and residual norm over the run, and the ratio of each layer.
+    """Draw bytes per step and residual norm over the run, and the ratio of each layer.
 
     Args:
-        display_name: Of the strategy.
+        display_name: Name of the strategy.
         ledger: Counts of the run.
-        record: One row a log step.
-        layers: One row a parameter, as in the table of layers.
+        record: One row per log step.
+        layers: One row per parameter, as in the table of layers.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -53,7 +53,7 @@ def _draw_bytes(axis: Axes, record: RunRecord, dense: float) -> None:
     kilobytes = [count / 1e3 for count in sent]
     axis.axhline(dense, color=_DENSE, linestyle="--")
     axis.plot(steps, kilobytes, color=_SENT, **_marks(steps))
-    axis.set(yscale="log", ylabel="kB", title="Sent by each rank in a step")
+    axis.set(yscale="log", ylabel="kB", title="Sent per rank and step")
     axis.set_ylim(min([*kilobytes, dense]) / 3, 3 * dense)
     axis.yaxis.set_major_formatter("{x:,g}")
     place: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "ha": "right"}
@@ -64,7 +64,7 @@ def _draw_bytes(axis: Axes, record: RunRecord, dense: float) -> None:
 def _draw_residual(axis: Axes, record: RunRecord) -> None:
     steps, norms = record.series("residual_norm")
     axis.plot(steps, norms, color=_RESIDUAL, **_marks(steps))
-    axis.set(ylabel="2-norm on rank 0", title="Residual: not sent yet")
+    axis.set(ylabel="2-norm on rank 0", title="Residual (not sent yet)")
     axis.set_ylim(bottom=0)
 
 

@@ -1,6 +1,6 @@
-"""What a compression scheme is: four methods on named gradients, and a memory that is saved for each rank.
+"""The interface of a compression scheme: four methods on named gradients, and a memory that each rank saves.
 
-``compressed_ddp.py`` calls the methods, and has the run around them; the files of ranks are those of ``_rank_files.py``.
+``compressed_ddp.py`` calls the methods during a run; ``_rank_files.py`` reads and writes the files of ranks.
 """
 
 import uuid
@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_grad.core.fit import FitScope, during_fit, until_next_fit
-from lightning_grad.core.switch import Switchable
+from lightning_grad.core.switch import Switchable, is_named
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import total_norm
 from lightning_grad.strategies._buckets import Gradient
@@ -33,19 +33,19 @@ from lightning_grad.utilities.parameters import all_names, clean_name, matches
 Message = dict[str, Tensor]
 ResidualPolicy = Literal["strict", "mean", "reset"]
 
-_MOST_ENTRIES = 2**31  # of a compressed tensor: an index has four bytes
-_OF_THE_LAUNCH = ("residual_policy", "log_noise_scale")  # may differ at each start, and change no message
+_MOST_ENTRIES = 2**31  # of a compressed tensor: indices are int32
+_PER_LAUNCH = ("residual_policy", "log_noise_scale")  # settings that change no message and may differ on resume
 
 
 class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
-    """What a scheme may ask for, what it writes, and what of it is saved: a file for each rank with every full checkpoint.
+    """Interface and saved state of a compression scheme; each rank writes a file with every full checkpoint.
 
     Attributes:
-        residual_policy: What is done if the files do not fit the run that resumes.
-        memory: By parameter, what the scheme keeps.
+        residual_policy: What to do if the rank files do not fit the run that resumes.
+        memory: Tensors that the scheme keeps for each parameter, by name.
         ledger: Counts bytes and exchanges.
-        step: Exchanges before the present one.
-        undo: Takes back what was attached to the optimizer or the module, when the fit ends, however it ends.
+        step: Number of exchanges before the current one.
+        undo: Actions that detach the strategy from optimizer and module; they run when the fit ends or fails.
     """
 
     exclude: list[str] | None
@@ -54,11 +54,11 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
 
     undo = during_fit.of(UndoList)
 
-    # A checkpoint that is written after the fit, or after an exception, needs these.
+    # Needed by checkpoints that are written after the fit or after an exception.
     memory = until_next_fit.of(dict[str, dict[str, Tensor]])
     ledger = until_next_fit.of(ByteLedger)
     step = until_next_fit.of(int)
-    _noise = until_next_fit[Tensor | None](lambda _: None)  # averages
+    _noise = until_next_fit[Tensor | None](lambda _: None)  # running averages of noise and signal
     _parameters = until_next_fit.of(dict[str, Tensor])
     _names = until_next_fit.of(dict[int, str])
     _tied = until_next_fit.of(dict[str, list[str]])
@@ -77,81 +77,81 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             self.begin_fit()
         trainer._accelerator_connector.strategy = PlainDDP(self)
 
-    # What a scheme says and writes.
+    # What a scheme defines.
 
     @property
     @override
     def display_name(self) -> str:
-        """The class, for messages, configs and checkpoints."""
+        """Class name, used in messages, configs and checkpoints."""
         return type(self).__name__
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments that are this technique's own."""
+        """Constructor arguments of the scheme, without those of DDP."""
 
     @property
     def message_settings(self) -> dict[str, Any]:
-        """The settings that decide what is sent: a checkpoint holds them, and they are compared when a fit resumes."""
-        return {name: plain(value) for name, value in self.settings.items() if name not in _OF_THE_LAUNCH}
+        """Settings that affect what is sent. They are saved in checkpoints and compared when a fit resumes."""
+        return {name: plain(value) for name, value in self.settings.items() if name not in _PER_LAUNCH}
 
     @property
     def gradient_is_compressed(self) -> bool:
-        """Whether callbacks see gradients of another scale than the mean gradient's: clippers refuse those."""
+        """Whether the scale of ``.grad`` differs from the mean gradient's; clipping callbacks then raise."""
         return False
 
     @property
     def gradient_holds_momentum(self) -> bool:
-        """Whether the optimizer, once it is connected, gets gradients with their momentum, and applies none itself."""
+        """Whether ``.grad`` includes momentum and the optimizer applies none; known once an optimizer is connected."""
         return False
 
     @property
     def wants_to_compress(self) -> bool:
-        """Whether the arguments leave anything to compress."""
+        """Whether the settings compress anything."""
         return True
 
     @property
     def is_neutral(self) -> bool:
-        """Whether this module leaves nothing to compress, so that this is DDP and nothing else."""
+        """Whether nothing in this module is compressed, so the run is plain DDP."""
         return not self._chosen
 
     @property
     def is_active(self) -> bool:
-        """Whether the present step is compressed; if not, everything goes dense."""
+        """Whether the current step is compressed; otherwise all gradients are sent dense."""
         return True
 
     @property
     def remark(self) -> str:
-        """What else the line says that is printed when a fit begins: a sentence with a space before it, or nothing."""
+        """Sentence appended to the line printed at the start of a fit, with a leading space; may be empty."""
         return ""
 
     def compresses(self, name: str, parameter: Tensor) -> bool:
-        """Return whether a parameter's gradient is compressed; the same on all ranks and in all steps."""
+        """Return whether a parameter's gradient is compressed. Must not depend on rank or step."""
         large = parameter.dim() > 1 and self.min_numel <= parameter.numel() < _MOST_ENTRIES
         return large and not matches(self.names_of(name), self.exclude or [])
 
     def names_of(self, name: str) -> list[str]:
-        """Return every name of the parameter that has this one; a tied parameter has several."""
+        """Return all names of a parameter; a tied parameter has several."""
         return self._tied.get(name, [name])
 
     @abstractmethod
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
-        """Take the gradients of this rank into the memory; not called again for a batch that is run again."""
+        """Add the gradients of this rank to the memory. Not called again when a batch is repeated after a resume."""
 
     @abstractmethod
     def send(self, gradients: Sequence[Gradient]) -> Message:
-        """Return what all ranks send of their memories, the same on each.
+        """Exchange the memories and return the result, identical on all ranks.
 
-        Whatever goes to other ranks goes through ``self.ranks``, which counts its bytes.
+        Communicate through ``self.ranks`` only: it counts the bytes.
         """
 
     @abstractmethod
     def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
-        """Take what was sent out of the memory, unless ``arrived``, a 0-dimensional bool tensor, is false."""
+        """Remove what was sent from the memory, unless ``arrived``, a 0-dimensional bool tensor, is false."""
 
     @abstractmethod
     def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
-        """Write the mean that ``message`` stands for into the gradients, each with ``failure`` in it: 0, or NaN to be seen."""
+        """Write the mean that ``message`` encodes into the gradients, and add ``failure`` (0 or NaN) to all values."""
 
     @abstractmethod
     def unsent(self) -> Iterator[Tensor]:
@@ -159,23 +159,23 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
 
     @abstractmethod
     def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
-        """Return the bytes that a compressed gradient takes in the messages of one step."""
+        """Return the bytes of a compressed gradient in the messages of one step."""
 
     def figures(self) -> dict[str, float]:
-        """Return what else is worth logging at a log step."""
+        """Return additional values to log at log steps."""
         return {}
 
     def release_optimizer(self) -> None:
-        """Give back what an update that has failed holds of the optimizer."""
+        """Restore the optimizer after its update has failed."""
 
     def residual_norm(self) -> float:
         """Return the 2-norm of what this rank has not sent."""
         residuals = list(self.unsent())
         return float(total_norm(residuals)) if residuals else 0.0
 
-    # What it knows of the module.
+    # The module's parameters.
 
-    def _look_at(self, model: DistributedDataParallel) -> None:
+    def _inspect(self, model: DistributedDataParallel) -> None:
         named = [(clean_name(name), parameter) for name, parameter in model.module.named_parameters()]
         self._parameters = dict(named)
         self._names = {id(parameter): name for name, parameter in named}
@@ -186,7 +186,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
 
     @property
     def parameters(self) -> dict[str, Layout]:
-        """Sizes and strides of the module's parameters by name, which are compared too when a fit resumes."""
+        """Sizes and strides of the module's parameters by name; compared when a fit resumes."""
         return {name: layout_of(parameter) for name, parameter in self._parameters.items()}
 
     @property
@@ -194,19 +194,19 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         assert self.lightning_module is not None
         return self.lightning_module.trainer
 
-    # What is saved of it.
+    # The saved state.
 
     def rank_state(self) -> State:
-        """Return what is this rank's own, and what is the same on all ranks, of which that of rank 0 counts."""
+        """Return the state of this rank, and the state that all ranks share (a resumed run reads rank 0's)."""
         memory = {name: {key: value.clone() for key, value in kept.items()} for name, kept in self.memory.items()}
         batches: Any = self._trainer.fit_loop.epoch_loop.batch_progress.current
-        is_under_way = self._trainer.interrupted and batches.started > batches.processed  # so that the batch runs again
+        is_under_way = self._trainer.interrupted and batches.started > batches.processed  # the batch will be repeated
         in_flight = self._in_flight if is_under_way else None
         shared = {"in_flight": in_flight, "ledger": self.ledger.state_dict(), "noise": self._noise}
         return {"memory": memory, "is_accumulated": self._is_accumulated}, shared
 
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
-        """Continue with what :meth:`rank_state` returned, although some settings may have changed."""
+        """Continue from a :meth:`rank_state`; settings may have changed since."""
         to, saved = self.root_device, own["memory"]
         self.memory = {n: {key: v.to(to) for key, v in kept.items()} for n, kept in saved.items() if n in self._chosen}
         if len(self.memory) < len(saved):
@@ -223,10 +223,10 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         self.ledger.load_state_dict(shared["ledger"])
         self._noise = shared["noise"]
 
-    # When it is saved.
+    # Saving and loading.
 
     def begin_files(self) -> None:
-        """Get ready for the saves of a fit."""
+        """Prepare the rank files of a fit."""
         run = str(self.broadcast(uuid.uuid4().hex[:8]))
         self._files = RankFiles(self.display_name, run, self.global_rank, self.world_size)
 
@@ -249,13 +249,14 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             )
 
     def _restore(self, manifest: Mapping[str, Any] | None) -> None:
+        """Load the rank files of a checkpoint, or start without unsent gradients and report why."""
         if manifest is None:
             rank_zero_info(f"{self.display_name} begins with nothing unsent.")
             return
         if manifest["strategy"] != self.display_name:
             rank_zero_warn(
                 f"{self.display_name} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose "
-                "residuals mean something else, and are lost."
+                "residuals mean something else and are lost."
             )
             return
         saved = manifest.get("settings", {})
@@ -275,27 +276,27 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if self._trainer.interrupted:
-            self._save_on_the_way_out(checkpoint, str(filepath), storage_options)
+            self._save_after_exception(checkpoint, str(filepath), storage_options)
             return
-        path = str(self.broadcast(str(filepath)))  # names may hold metrics, which differ by rank
+        path = str(self.broadcast(str(filepath)))  # file names may contain metrics, which differ between ranks
         manifest = self._write_rank_file(checkpoint, path)
         self.barrier("all rank files are written before the checkpoint that names them")
         super().save_checkpoint(checkpoint, filepath, storage_options)
         if self.is_global_zero:
-            self._files.forget_earlier(self.checkpoint_io, path, manifest)
+            self._files.remove_earlier(self.checkpoint_io, path, manifest)
 
     def _write_rank_file(self, checkpoint: dict[str, Any], path: str) -> dict[str, Any]:
         manifest = self._files.write(self.checkpoint_io, path, self.rank_state(), self.parameters)
         checkpoint[MANIFEST_KEY] = {**manifest, "settings": self.message_settings}
         return manifest
 
-    def _save_on_the_way_out(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None) -> None:
-        """Save after an exception, when other ranks may be anywhere: nobody can be asked, and rank 0 only looks for files."""
+    def _save_after_exception(self, checkpoint: dict[str, Any], path: str, storage_options: Any | None) -> None:
+        """Save after an exception. Other ranks may be anywhere, so there is no barrier: rank 0 only checks for files."""
         manifest = self._write_rank_file(checkpoint, path)
         if self.is_global_zero:
             if not self._files.are_complete(path, manifest) and get_filesystem(path).exists(path):
-                # One that lacks files of other ranks must not take the place of one that can be resumed.
-                rank_zero_warn(f"{self.display_name} keeps the former {path}: other ranks have not written theirs.")
+                # A checkpoint without all rank files must not replace one that can be resumed.
+                rank_zero_warn(f"{self.display_name} keeps the earlier {path}: not all ranks have written their files.")
                 return
             super().save_checkpoint(checkpoint, path, storage_options)
 
@@ -307,20 +308,34 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
 
 
 class PlainDDP(DDPStrategy):
-    """Stand in a Trainer for a scheme that is turned off, until the run ends.
+    """Replaces a scheme that is switched off with plain DDP, until the run ends.
 
     Args:
-        scheme: The strategy whose place this takes, and whose attributes it shares.
+        scheme: The strategy to replace; its attributes are shared.
     """
 
     def __init__(self, scheme: SchemeDDP) -> None:
         self.__dict__ = scheme.__dict__
         self._scheme = scheme
+        # Lightning refuses a module that logs with another function than in an earlier fit.
+        self.reduce = scheme.reduce  # type: ignore[method-assign]
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        if is_named(type(self._scheme)):
+            super().setup(trainer)
+        else:  # an exception in a callback's on_exception left this behind
+            self._give_back()
+            trainer.strategy.setup(trainer)
 
     @override
     def teardown(self) -> None:
         super().teardown()
+        self._give_back()
+
+    def _give_back(self) -> None:
         assert self.lightning_module is not None
+        del self.__dict__["reduce"]
         self.lightning_module.trainer._accelerator_connector.strategy = self.__dict__.pop("_scheme")
 
 

@@ -1,9 +1,10 @@
-"""Which parameters got a gradient in a step, on this rank and on any of them.
+"""Tracks which parameters got a gradient in a step, on this rank and on any rank.
 
-Used by ``compressed_ddp.py`` where DDP expects unused parameters. DDP does not touch the gradient of a parameter that no
-rank has used: whatever was sent for it, and taken out of the memories, would be lost. One without a gradient is not moved by
-the optimizer, so it can wait. One whose gradient is zeros, which ``zero_grad(set_to_none=False)`` has left, is moved by its
-momentum: it takes part in the exchange, and what arrives is written past DDP.
+Used by ``compressed_ddp.py`` where DDP expects unused parameters. DDP does not touch the gradient of a parameter that
+no rank used, so anything sent for it and removed from the memories would be lost. A parameter without a gradient is
+not updated by the optimizer, so it can wait. A parameter whose gradient is zero, as ``zero_grad(set_to_none=False)``
+leaves it, is moved by its momentum: it takes part in the exchange, and the result is written into ``.grad`` here, not
+by DDP.
 """
 
 from collections.abc import Collection, Mapping
@@ -15,15 +16,15 @@ from lightning_grad.core.undo import UndoList
 from lightning_grad.strategies._collectives import Collectives
 from lightning_grad.utilities.reporting import listed
 
-_ABSENT, _ZERO, _USED = 0, 1, 2  # no gradient, one that nothing was added to, one that this step has made
+_ABSENT, _ZERO, _USED = 0, 1, 2  # no gradient; a zero gradient from zero_grad; a gradient from this step
 
 
 class UsedParameters:
     """Marks the parameters that get a gradient, as DDP does, until all ranks have agreed on them.
 
     Args:
-        parameters: By name, in the same order on all ranks.
-        static: Whether the same ones are used in every step, so that ranks agree once.
+        parameters: Parameters by name, in the same order on all ranks.
+        static: Whether every step uses the same parameters, so ranks agree once.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], static: bool = False) -> None:
@@ -34,40 +35,40 @@ class UsedParameters:
         self.forget()
 
     def attach(self, undo: UndoList) -> None:
-        """Begin to mark, until a list takes it back."""
+        """Register the hooks and push their removal to ``undo``."""
         for parameter in self._parameters.values():
             hook = parameter.register_post_accumulate_grad_hook(self._mark)  # type: ignore[no-untyped-call]
             undo.push(hook.remove)
 
     def forget(self) -> None:
-        """Begin a step: nothing is marked."""
+        """Clear all marks at the start of a step."""
         self._marks = [False] * len(self._parameters)
 
     def _mark(self, parameter: Tensor) -> None:
         self._marks[self._places[id(parameter)]] = True
 
     def agree(self, ranks: Collectives, device: torch.device, owned: Collection[int]) -> Tensor:
-        """Return a mask of what any rank has of each parameter since the last time, (parameters), uint8; forget the marks.
+        """Return the maximum over ranks of each parameter's mark, (parameters), uint8, and clear the marks.
 
         Args:
-            ranks: Talks to them.
-            device: Of the mask.
-            owned: Identities of the parameters that an optimizer moves. Other gradients are never zeroed.
+            ranks: The collectives.
+            device: Device of the result.
+            owned: ``id`` of each parameter that an optimizer holds. Gradients of others are never zeroed.
         """
         given = zip(self._parameters.values(), self._marks, strict=True)
         marks = [_USED if used else _ZERO if p.grad is not None and id(p) in owned else _ABSENT for p, used in given]
         self.forget()
         if self._agreed is None or not self._static:
-            # In a static graph ranks agree in the first step only, and once more after a resume. If that was counted, a
-            # resumed run would have sent more than an uninterrupted one.
+            # In a static graph, ranks agree in the first step, and again after a resume. The bytes are not counted: a
+            # resumed run would otherwise report more than an uninterrupted one.
             mask = torch.tensor(marks, dtype=torch.uint8, device=device)
             self._agreed = ranks.maximum_(mask, counted=not self._static)
         return self._agreed
 
     def names(self, mask: Tensor) -> tuple[set[str], set[str]]:
-        """Return the names of the parameters that take part, and of those among them whose gradients DDP does not touch.
+        """Return the names of the parameters that take part, and of those among them that DDP does not write.
 
-        It waits for the device, in a static graph once.
+        Waits for the device: in every step, or once in a static graph.
         """
         if mask is not self._read[0]:
             marks = dict(zip(self._parameters, mask.tolist(), strict=True))
@@ -77,12 +78,12 @@ class UsedParameters:
 
 
 def explain_unused_parameters(error: BaseException, display_name: str, parameters: Mapping[str, Tensor]) -> None:
-    """Replace what Lightning says of parameters that got no gradient, which would lead away from the strategy.
+    """Replace Lightning's message about unused parameters, which recommends another strategy.
 
     Args:
-        error: Its message is changed, if it is that one.
-        display_name: Whose run it is.
-        parameters: Of the module, by name, with the gradients of the step that was broken off.
+        error: Its message is replaced if it is about unused parameters.
+        display_name: Name of the strategy.
+        parameters: Parameters of the module by name, with the gradients of the failed step.
     """
     if not any("parameters that were not used in producing the loss" in str(part) for part in error.args):
         return

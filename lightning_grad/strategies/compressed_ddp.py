@@ -1,13 +1,15 @@
-"""The base of every strategy here: DDP whose gradients are exchanged in compressed form. Read this first.
+"""Base class of all strategies: DDP whose gradients are exchanged in compressed form. Read this first.
 
-DDP hands its buckets of gradients to a communication hook. The hook here only collects them; at the last bucket of a
-backward pass all gradients are known, and one exchange follows: a small dense message (biases, norms, small tensors,
-and one number that says whether a gradient was not finite) and whatever the scheme sends for the large ones. So a
-scheme is four methods on named, flat gradients; it sees no buckets, futures or streams, its collectives come in the
-same order on all ranks, and its memory is keyed by parameter name. The other files: ``_scheme.py`` says what a scheme is and
-what of it is saved, ``dgc.py`` and ``powersgd.py`` are the schemes, ``_buckets.py`` is the hook, ``_used_parameters.py`` knows
-what got a gradient, ``_collectives.py`` talks to other ranks, ``_ledger.py`` measures, ``_rank_files.py`` knows where the
-memory of each rank is saved, ``_report.py`` draws.
+DDP passes its buckets of gradients to a communication hook. The hook here only collects them. After the last bucket
+of a backward pass, all gradients are known, and one exchange follows: a small dense message (biases, norms, small
+tensors, and a flag for non-finite gradients), and the scheme's messages for the large tensors. A scheme is therefore
+four methods on named, flat gradients. It sees no buckets, futures or streams; its collectives run in the same order
+on all ranks; its memory is keyed by parameter name.
+
+- ``_scheme.py`` defines the interface of a scheme and its saved state; ``dgc.py`` and ``powersgd.py`` are schemes.
+- ``_buckets.py`` is the hook, ``_used_parameters.py`` tracks which parameters got a gradient.
+- ``_collectives.py`` communicates with other ranks, ``_ledger.py`` measures.
+- ``_rank_files.py`` saves the memory of each rank, ``_report.py`` draws the figure.
 """
 
 import inspect
@@ -56,47 +58,48 @@ _ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains as DDP doe
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
-    r"""DDP that exchanges compressed gradients, keeps what was not sent, and saves that for each rank.
+    r"""DDP that exchanges compressed gradients, and keeps and saves on each rank what was not sent.
 
-    A scheme derives from it and writes ``accumulate``, ``send``, ``settle`` and ``write``, which together replace the
-    all-reduce of the tensors that :meth:`compresses` names. All others are averaged as DDP does. What holds for every
-    scheme:
+    Subclasses implement ``accumulate``, ``send``, ``settle`` and ``write``. Together they replace the all-reduce of
+    the tensors that :meth:`compresses` selects; DDP's average is used for all others. Every scheme has these
+    properties:
 
-    - ``memory[name]`` is the scheme's dictionary of tensors for a parameter (a residual, a velocity, a factor). It is
-      saved for each rank in ``<checkpoint>.ranks`` and restored bit for bit, on a fit that resumes.
-    - A gradient that is not finite on one rank puts NaN into every gradient of all of them, so that a guard
-      (:class:`~lightning_grad.callbacks.SkipNonFinite`) skips the step everywhere; it never enters the memory, and
-      nothing counts as sent in such a step.
-    - Resuming is exact after an exception too. Ctrl-C waits for the end of an exchange. The checkpoint holds a message
-      that was exchanged but not used by an update, for the batch that is run again; and of a gradient that was taken into
-      the memory, but not exchanged because another rank was lost, that it is there already.
-    - What no optimizer moves goes dense.
-    - With ``find_unused_parameters=True`` or ``static_graph=True`` a parameter that no rank has used in a step sends nothing,
-      keeps its memory, and keeps the gradient that it has, as under DDP. Where only some ranks have used it, the others take
-      part with a gradient of zero.
+    - ``memory[name]`` is the scheme's dictionary of tensors for a parameter (a residual, a velocity, a factor). Each
+      rank saves its own in ``<checkpoint>.ranks``; a fit that resumes restores it bit for bit.
+    - A non-finite gradient on one rank makes every gradient NaN on all ranks, so a guard
+      (:class:`~lightning_grad.callbacks.SkipNonFinite`) skips the step everywhere. The gradient never enters the
+      memory, and nothing counts as sent in such a step.
+    - Resuming is exact after an exception too. Ctrl-C is deferred to the end of an exchange. If an exchange has
+      finished but its update has not, the checkpoint holds the message, and the repeated batch uses it. If another
+      rank was lost during an exchange, the checkpoint records that the gradient is already in the memory.
+    - Gradients of parameters that no optimizer holds are sent dense.
+    - With ``find_unused_parameters=True`` or ``static_graph=True``, a parameter that no rank used in a step sends
+      nothing and keeps its memory and its gradient, as under DDP. If only some ranks used it, the others contribute
+      zeros.
 
     Args:
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
-        min_numel: Entries below which a gradient is sent dense.
-        residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
-            the mean over the old ranks, 'reset' begins empty.
-        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
+        min_numel: Gradients with fewer entries are sent dense.
+        residual_policy: If the rank files do not fit on resume: 'strict', 'mean' or 'reset'.
+            'strict' raises if the number of ranks differs or files are missing; 'mean' gives every rank the mean over
+            the old ranks; 'reset' starts without unsent gradients.
+        log_noise_scale: Log comm/noise_scale at log steps; costs one more small all-reduce in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
-        static_graph: DDP's option of that name.
-        gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
-        broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
-        find_unused_parameters: DDP's option of that name: allow steps in which some parameters get no gradient.
-        process_group_backend: 'nccl' or 'gloo'; default by device.
-        timeout: How long a collective may take.
+        static_graph: DDP's option of the same name.
+        gradient_as_bucket_view: DDP's option of the same name: saves one copy of the gradients.
+        broadcast_buffers: DDP's option of the same name: send rank 0's buffers before each forward pass.
+        find_unused_parameters: DDP's option of the same name: some parameters may get no gradient.
+        process_group_backend: 'nccl' or 'gloo'; by default chosen for the device.
+        timeout: Time limit of a collective.
 
     Raises:
-        ValueError: For arguments that cannot be; in ``setup`` for what cannot be compressed: manual optimization, several
+        ValueError: For invalid arguments; in ``setup`` for what cannot be compressed: manual optimization, several
             optimizers, an fp16 GradScaler, sparse or complex gradients.
 
-    **Logs** at log steps, from rank 0: ``comm/bytes_sent`` (bytes that this rank hands to collectives in the step),
-    ``comm/ratio`` (bytes of the gradients to that), ``comm/residual_norm`` (2-norm of what this rank has not sent),
-    ``comm/compress_ms`` (milliseconds of the exchange that are not waiting), and ``comm/noise_scale`` (in batches
-    of one rank) if asked for. At the end a figure, a table of layers, and ``comm/final_ratio`` and
+    **Logs** at log steps, from rank 0: ``comm/bytes_sent`` (bytes that this rank passes to collectives in the step),
+    ``comm/ratio`` (bytes of the gradients divided by ``bytes_sent``), ``comm/residual_norm`` (2-norm of what this
+    rank has not sent), ``comm/compress_ms`` (milliseconds of the exchange, without waiting), and ``comm/noise_scale``
+    (in batches of one rank) if enabled. At the end: a figure, a table of layers, and ``comm/final_ratio`` and
     ``comm/total_megabytes`` in the summary.
     """
 
@@ -115,7 +118,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             )
         ),
         pytorch_lightning=no(
-            "does not work with {}, which takes only strategies of its own namespace and says invalid strategy name",
+            "does not work with {}, which accepts only strategies of its own namespace and reports an invalid strategy name",
             "Use lightning.pytorch.Trainer",
         ),
         late_gradients=_ONE_STRATEGY,
@@ -149,8 +152,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
         ddp: dict[str, Any] = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
         if not broadcast_buffers:
-            ddp["broadcast_buffers"] = False  # torch 2.13 deprecates it
-        if find_unused_parameters and not static_graph:  # which finds them by itself, and warns of both
+            ddp["broadcast_buffers"] = False  # pass it only if set: torch 2.13 deprecates it
+        if find_unused_parameters and not static_graph:  # DDP warns about both: a static graph finds them by itself
             ddp["find_unused_parameters"] = True
         super().__init__(start_method=start_method, process_group_backend=process_group_backend, timeout=timeout, **ddp)
         self.exclude = as_names(exclude)
@@ -159,15 +162,15 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         self.log_noise_scale = log_noise_scale
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
 
-    def arguments_of_all(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that all schemes have, of the ``locals()`` of a scheme's constructor that hands them on."""
+    def base_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the base class from the ``locals()`` of a subclass's constructor."""
         names = list(inspect.signature(CompressedDDPStrategy.__init__).parameters)[1:]
         return {name: given[name] for name in names}
 
     # The fit begins.
 
     def works_with(self) -> Compatibility:
-        """Return what this instance works with, where that depends on its settings."""
+        """Return the compatibility of this instance, which may depend on its settings."""
         return self.compatibility
 
     @property
@@ -175,7 +178,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def settings(self) -> dict[str, Any]:
         schemes = [cls for cls in reversed(type(self).__mro__) if issubclass(cls, CompressedDDPStrategy)]
         names = dict.fromkeys(name for scheme in schemes for name in inspect.signature(scheme.__init__).parameters)
-        return {name: getattr(self, name) for name in names if name in vars(self)}  # those of DDP are not kept
+        return {name: getattr(self, name) for name in names if name in vars(self)}  # DDP's options are not attributes
 
     def log_key(self, quantity: str) -> str:
         """Return the log key of a quantity."""
@@ -184,12 +187,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def setup(self, trainer: pl.Trainer) -> None:
         if is_switched_off(self, trainer):
-            trainer.strategy.setup(trainer)  # by now DDP
+            trainer.strategy.setup(trainer)  # PlainDDP by now
             return
         if trainer.state.fn != TrainerFn.FITTING:
             super().setup(trainer)
             return
-        self._end()  # of a fit whose exception never came here, because a callback raised in on_exception
+        self._end()  # a fit whose exception did not reach on_exception, because a callback raised there
         self.begin_fit()
         self.refuse(trainer)
         self._watch = Stopwatch(self.root_device)
@@ -201,10 +204,10 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         say_if_no_figures(trainer, self)
 
     def refuse(self, trainer: pl.Trainer) -> None:
-        """Raise for what cannot be compressed, before anything is built.
+        """Raise for what cannot be compressed, before the model is wrapped.
 
         Raises:
-            ValueError: With what to do instead.
+            ValueError: With the reason and what to do instead.
         """
         self.works_with().refuse(self.display_name, trainer, trainer.lightning_module)
         self.works_with().refuse_parameters(self.display_name, trainer.lightning_module)
@@ -221,22 +224,23 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             )
         if isinstance(self.optimizers[0], LBFGS):
             raise ValueError(
-                f"{self.display_name} needs one backward pass a step, and LBFGS makes several. Use another, or strategy='ddp'."
+                f"{self.display_name} needs one backward pass a step, and LBFGS makes several. Use another optimizer, or "
+                "strategy='ddp'."
             )
         self.connect_optimizer(self.optimizers[0])
 
     def connect_optimizer(self, optimizer: Optimizer) -> None:
-        """Raise for an optimizer that does not fit the scheme, or attach to it and push the way back to ``self.undo``.
+        """Raise for an optimizer that does not fit the scheme; otherwise attach to it and register the undo.
 
         Raises:
-            ValueError: With what to do instead.
+            ValueError: With the reason and what to do instead.
         """
 
     @override
     def _register_ddp_hooks(self) -> None:
-        # Lightning registers hooks on CUDA only, and says nothing elsewhere.
+        # Lightning registers communication hooks on CUDA only, and does not warn on other devices.
         assert isinstance(self.model, DistributedDataParallel)
-        self._look_at(self.model)
+        self._inspect(self.model)
         if self.is_neutral:
             return
         self._buckets = BucketCollector(self._names, self._exchange)
@@ -247,15 +251,15 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             self._used.attach(self.undo)
 
     def chosen(self) -> Chosen:
-        """Return which parameters' gradients are compressed in this fit, in words and as a list.
+        """Return the parameters whose gradients are compressed in this fit, as a sentence and a list.
 
         Raises:
             RuntimeError: Before ``setup`` of a fit.
         """
         if not self._shapes:
             raise RuntimeError(
-                f"{self.display_name} chooses what it compresses when a fit begins, and none has. Call chosen() during "
-                "fit(), in on_fit_start or a later hook of a callback."
+                f"{self.display_name} chooses what it compresses when a fit begins, and no fit has begun. Call chosen() "
+                "during fit(), for example in on_fit_start of a callback."
             )
         names = [name for name in self._shapes if name in self._chosen]
         return Chosen(self._words, "parameters", names)
@@ -287,7 +291,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        self._in_flight = None  # of a step that the module has left out
+        self._in_flight = None  # of a step that the module skipped
 
     @torch.no_grad()
     def _exchange(self, gradients: list[Gradient]) -> None:
@@ -301,22 +305,23 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             self._exchange_at_once(sorted(gradients, key=lambda gradient: order[gradient.name]))
 
     def _exchange_at_once(self, gradients: list[Gradient]) -> None:
+        """Exchange the gradients, or replay the message of an interrupted run, and write the result into them."""
         measured = is_log_step(self._trainer)
         self._watch.start(measured)
         message, self._replayed = self._replayed, None
-        self.step = self.ledger.steps - (message is not None)  # a message that is used again was counted already
+        self.step = self.ledger.steps - (message is not None)  # a replayed message was already counted
         owned = owned_ids(self.optimizers[0])
         noise: dict[str, float] = {}
         if message is None:
             self.ledger.open(sum(g.values.numel() * g.values.element_size() for g in gradients))
             used = {_USED: self._used.agree(self.ranks, self.root_device, owned)} if self._finds_unused else {}
-            compressed, dense = self._shared_out(gradients, owned, used)
+            compressed, dense = self._split(gradients, owned, used)
             noise = self._measure_noise(gradients) if measured else {}
             finite = self.prepare_([g for g in (*compressed, *dense) if id(g.parameter) in owned])
             message = {**self._communicate(compressed, dense, finite), **used}
             self.ledger.close()
         else:
-            compressed, dense = self._shared_out(gradients, owned, message)
+            compressed, dense = self._split(gradients, owned, message)
             self._used.forget()
         if compressed:
             self.write(compressed, message, message[_DENSE][-1])
@@ -333,27 +338,28 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _measure(self, noise: Mapping[str, float]) -> dict[str, float]:
         own = {"ratio": self.ledger.step_ratio, "residual_norm": self.residual_norm(), **self.figures(), **noise}
         own |= {"bytes_sent": float(self.ledger.step_sent), "compress_ms": 1000 * self._watch.seconds}
-        # Residuals differ by rank, and what is monitored must not: everyone logs what rank 0 has. Asked for here, where all
-        # ranks are, and not after the update, which an exception may keep some of them from.
+        # Residuals differ between ranks, but monitored values must not: all ranks log the values of rank 0. They are
+        # broadcast here, where all ranks are: an exception may keep some ranks from reaching the end of the update.
         return dict(self.broadcast(own))
 
-    def _shared_out(
+    def _split(
         self, gradients: Sequence[Gradient], owned: Collection[int], message: Message
     ) -> tuple[list[Gradient], list[Gradient]]:
-        """Return the gradients that are compressed and those that go dense, without parameters that no rank used."""
+        """Return the gradients to compress and those to send dense, without parameters that no rank used."""
         if _USED in message:
             used, _ = self._used.names(message[_USED])
             gradients = [gradient for gradient in gradients if gradient.name in used]
-        # What no optimizer moves goes dense: nobody zeroes such gradients, and a residual of them would grow for nothing.
+        # Gradients that no optimizer holds are never zeroed, so their residuals would grow without bound: send them dense.
         chosen = self._chosen if self.is_active else set()
         compressed = [g for g in gradients if g.name in chosen and id(g.parameter) in owned]
         names = {gradient.name for gradient in compressed}
         return compressed, [gradient for gradient in gradients if gradient.name not in names]
 
     def _communicate(self, compressed: Sequence[Gradient], dense: Sequence[Gradient], finite: Tensor) -> Message:
+        """Start to average the dense gradients, and meanwhile accumulate and send the compressed ones."""
         flat = concatenated([gradient.values for gradient in dense], torch.where(finite, 0.0, torch.nan))
         finish = self.ranks.begin_mean_(flat)
-        # After an exception in mid-exchange the memory has them already, except what only the repeated step uses.
+        # After an exception during the exchange the memory has them already, except those that only the repeated step uses.
         fresh = [g for g in compressed if not self._is_accumulated or g.name not in self.memory]
         if fresh:
             self.accumulate(fresh)
@@ -366,11 +372,11 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         return {**message, _DENSE: flat}
 
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
-        """Zero the gradients of this rank if one of them is not finite, and return whether all are, a 0-dimensional tensor."""
-        if not any(gradient.values.numel() for gradient in gradients):  # this step uses nothing that an optimizer moves
+        """Zero the gradients of this rank if any is non-finite; return whether all are finite, as a 0-dimensional tensor."""
+        if not any(gradient.values.numel() for gradient in gradients):  # this step uses no parameter of an optimizer
             return torch.ones((), dtype=torch.bool, device=self.root_device)
         finite = all_finite([gradient.values for gradient in gradients])
-        # A look at the CPU waits for nobody, and saves a pass over everything.
+        # On a CPU this test needs no sync, and it usually avoids rewriting all gradients.
         if not finite.is_cpu or not finite.numpy():
             for gradient in gradients:
                 gradient.values.masked_fill_(~finite, 0.0)
@@ -441,7 +447,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def teardown(self) -> None:
         self._end()
         super().teardown()
-        # As Lightning does with optimizers: a checkpoint that is written after the fit still holds them.
+        # Like Lightning's optimizers: a checkpoint that is written after the fit still contains them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
 
     def _end(self) -> None:

@@ -1,7 +1,8 @@
-"""Deep Gradient Compression: send one gradient entry in a thousand, and the rest when it has grown.
+"""Deep Gradient Compression: send one gradient entry in a thousand, and the others once they have grown.
 
-The maths is in ``functional``: ``topk_selection`` (which entries), ``error_feedback`` (what stays), ``sparse_messages`` (pairs
-in a buffer), ``communication`` (densities and costs). Read ``compressed_ddp.py`` first.
+The mathematics is in ``functional/communication``: ``topk_selection`` (which entries are sent), ``error_feedback``
+(what is kept), ``sparse_messages`` (pairs in a buffer), ``wire`` (densities and costs). Read ``compressed_ddp.py``
+first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,70 +44,76 @@ class DGCStrategy(CompressedDDPStrategy):
     r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
 
     .. math::
-        u_r \leftarrow m u_r + g_r, \quad v_r \leftarrow v_r + u_r, \quad
-        I_r = \operatorname{top}_k |v_r|, \quad
-        \bar g = \frac{1}{N} \sum_r \operatorname{sparse}(v_r[I_r]), \quad
-        v_r[I_r] \leftarrow 0, \quad u_r[I_r] \leftarrow 0
+        u_r \leftarrow m u_r + g_r, \qquad v_r \leftarrow v_r + u_r, \qquad I_r = \operatorname{top}_k |v_r|
 
-    With :math:`g_r` the gradient of rank :math:`r` of :math:`N`, :math:`u_r` its momentum, :math:`v_r` what it has
-    not sent, and :math:`k = \lceil \rho n \rceil` of the :math:`n` entries of each tensor at density :math:`\rho`.
-    Every rank sends pairs of index and value, and all ranks add everybody's pairs. Tensors of one dimension and small
-    ones are averaged as DDP does.
+    .. math::
+        \bar g = \frac{1}{N} \sum_r \operatorname{sparse}(v_r[I_r]), \qquad
+        v_r[I_r] \leftarrow 0, \qquad u_r[I_r] \leftarrow 0
 
-    The momentum of a ``torch.optim.SGD`` moves into the compressor (momentum correction), and the optimizer keeps
-    that of its weight decay; groups are read live, so that schedules of rate, momentum and decay work, and nobody
-    sees a change in the optimizer. Any other optimizer is fed the sparse mean of plain error feedback.
+    Here :math:`g_r` is the gradient of rank :math:`r` of :math:`N`, :math:`u_r` its velocity, :math:`v_r` its
+    residual (what it has not sent), :math:`m` the momentum, and :math:`k = \lceil \rho n \rceil` for a tensor of
+    :math:`n` entries and density :math:`\rho`. Every rank sends pairs of index and value, and adds up the pairs of
+    all ranks. Vectors and small tensors are averaged as in DDP.
+
+    The momentum of ``torch.optim.SGD`` moves into the compressor (momentum correction), while the optimizer keeps the
+    momentum of its weight decay. Param groups are read in every step, so schedules of learning rate, momentum and
+    weight decay work, and the optimizer looks unchanged. Any other optimizer gets the sparse mean of plain error
+    feedback.
 
     Args:
-        ratio: Share of the entries of each large gradient that a step sends (0.001 in the paper); 1 is plain DDP.
+        ratio: Share of the entries of each large gradient to send per step (paper: 0.001); 1 is DDP.
         warmup: Higher shares for the first epochs: 'paper', 'released', a list of shares, or None.
-        warmup_steps: Optimizer steps that each share of the warm-up lasts; default an epoch.
-        correction: 'momentum' moves SGD's momentum before the selection, 'error_feedback' leaves the optimizer alone,
-            'auto' is 'momentum' for SGD and 'error_feedback' for other optimizers, which is printed.
-        momentum_masking: Whether the momentum of an entry that was sent starts at zero again.
-        local_clip: Norm to which the mean gradient would be clipped; each rank clips its own gradient to this times
-            the root of the number of ranks, before it accumulates.
-        selector: 'exact' top-k, 'sampled' threshold, best of each 'chunk', or 'auto': exact below a million entries, sampled
-            above.
-        value_dtype: Type in which values are sent; what rounding takes away is sent later.
-        layer_ratios: Shares for parameters by name or wildcard, first match first, instead of ratio; 1 sends them
-            dense.
+        warmup_steps: Optimizer steps per share of the warm-up. Default: one epoch.
+        correction: Where momentum is applied: 'auto', 'momentum' or 'error_feedback'.
+            'momentum' applies SGD's momentum before the selection; 'error_feedback' leaves the optimizer unchanged;
+            'auto' is 'momentum' for SGD, and 'error_feedback', with a printed note, for other optimizers.
+        momentum_masking: Whether the velocity of an entry is set to zero when the entry is sent.
+        local_clip: Norm to which the mean gradient would be clipped; None does not clip.
+            Each rank clips its own gradient to this norm times the square root of the number of ranks, before it is
+            accumulated.
+        selector: How to find the largest entries: 'exact', 'sampled', 'chunk' or 'auto'.
+            'exact' is top-k, 'sampled' estimates a threshold from a sample, 'chunk' takes the largest entry of each
+            chunk, 'auto' is exact below a million entries and sampled above.
+        value_dtype: Dtype of the sent values; the rounding error stays in the residual.
+        layer_ratios: Shares by parameter name or wildcard, used instead of ratio; 1 sends dense.
+            The first match applies.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
-        min_numel: Entries below which a gradient is sent dense.
-        residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
-            the mean over the old ranks, 'reset' begins empty.
-        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
+        min_numel: Gradients with fewer entries are sent dense.
+        residual_policy: If the rank files do not fit on resume: 'strict', 'mean' or 'reset'.
+            'strict' raises if the number of ranks differs or files are missing; 'mean' gives every rank the mean over
+            the old ranks; 'reset' starts without unsent gradients.
+        log_noise_scale: Log comm/noise_scale at log steps; costs one more small all-reduce in each.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
-        static_graph: DDP's option of that name.
-        gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
-        broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
-        find_unused_parameters: DDP's option of that name: allow steps in which some parameters get no gradient.
-        process_group_backend: 'nccl' or 'gloo'; default by device.
-        timeout: How long a collective may take.
+        static_graph: DDP's option of the same name.
+        gradient_as_bucket_view: DDP's option of the same name: saves one copy of the gradients.
+        broadcast_buffers: DDP's option of the same name: send rank 0's buffers before each forward pass.
+        find_unused_parameters: DDP's option of the same name: some parameters may get no gradient.
+        process_group_backend: 'nccl' or 'gloo'; by default chosen for the device.
+        timeout: Time limit of a collective.
 
     Raises:
-        TypeError: For an argument of the wrong kind.
-        ValueError: For shares outside (0, 1], an empty warm-up, a ``local_clip`` that is not positive and finite, unknown
-            choices; in ``setup`` for ``Trainer(gradient_clip_val)``, an optimizer that is no SGD or has dampening (with
-            ``correction='momentum'``), several optimizers, manual optimization, an fp16 GradScaler, sparse and complex
-            gradients; on resuming for rank files that do not fit.
+        TypeError: For an argument of the wrong type.
+        ValueError: For shares outside (0, 1], an empty warm-up, a ``local_clip`` that is not positive and finite,
+            unknown choices; in ``setup`` for ``Trainer(gradient_clip_val)``, an optimizer other than SGD or one with
+            dampening (with ``correction='momentum'``), several optimizers, manual optimization, an fp16 GradScaler,
+            sparse or complex gradients; on resume for rank files that do not fit.
 
-    Hooks: DDP's communication hook, which exchanges everything at the last bucket of a backward pass; a pre-hook and a
-    post-hook of the optimizer's step, between which it updates without momentum.
+    Hooks: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass; a
+    pre-hook and a post-hook of the optimizer's step, between which it updates without momentum.
 
-    **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``,
-    ``comm/density`` (share that is sent now), and ``comm/noise_scale`` if asked for. At the end
+    **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
+    ``comm/compress_ms``, ``comm/density`` (current share), and ``comm/noise_scale`` if enabled. At the end:
     ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
     ``comm/total_megabytes`` in the summary.
 
-    **State**: residual and velocity of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
-    checkpoint itself is DDP's, and loads under DDP or on one device.
+    **State**: each rank saves residual and velocity of each compressed gradient in ``<checkpoint>.ranks``. The
+    checkpoint itself is DDP's: it loads under DDP and on one device.
 
-    **Cost**: two numbers a compressed entry in memory. A message of 8 bytes a pair (6 with float16); an all-gather
-    carries it (N - 1) times, so it wins over dense gradients by :math:`8 / (N \rho b)` on the wire. 'sampled' waits
-    for the device once or twice for each large tensor; 'exact' and 'chunk' do not.
+    **Cost**: two numbers in memory per compressed entry. A pair takes 8 bytes (6 with float16), and an all-gather
+    transmits it N - 1 times, so dense gradients need :math:`8 / (N \rho b)` times the traffic, with b bytes per pair.
+    'sampled' waits for the device once or twice per large tensor; 'exact' and 'chunk' do not.
 
-    One rank alone trains as compressed.
+    A single rank also trains on compressed gradients.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -126,9 +133,9 @@ class DGCStrategy(CompressedDDPStrategy):
     References:
         - Lin et al. (2018), Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training,
           arXiv 1712.01887; sections 3.1 to 3.3. Defaults: ratio 0.001 and the warm-up of section 3.3;
-          ``warmup='released'`` is that of the released code (github.com/synxlin/deep-gradient-compression). Different
-          here: the first message of a step is collected from all buckets, and clipping takes the norm of the whole
-          local gradient.
+          ``warmup='released'`` is the warm-up of the released code (github.com/synxlin/deep-gradient-compression).
+          Differences: all pairs of a step go into one message after the last bucket, and clipping uses the norm of
+          the whole local gradient.
     """
 
     compatibility: ClassVar[Compatibility] = CompressedDDPStrategy.compatibility.but(
@@ -138,14 +145,14 @@ class DGCStrategy(CompressedDDPStrategy):
             "gradient of each rank before it is accumulated. If a library builds the Trainer, set trainer.gradient_clip_val "
             "= None before fit(), or in the setup() of a callback",
         ),
-        no_second_moment=yes("Optimizers other than SGD with momentum get error feedback, and a line says so."),
+        no_second_moment=yes("Optimizers other than SGD get error feedback, and a printed line says so."),
     )
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
     neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": 1.0}
 
     _momentum = during_fit[LocalMomentum | None](lambda _: None)
     _sent = during_fit.of(list[tuple[Tensor, Tensor]])
-    _moves_momentum = until_next_fit.of(bool)  # also once the fit is over, and the optimizer is released
+    _moves_momentum = until_next_fit.of(bool)  # still needed when the fit is over and the optimizer is released
     _feedback_because = until_next_fit.of(str)
     _shares = until_next_fit.of(dict[str, float])
 
@@ -172,7 +179,7 @@ class DGCStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(**self.arguments_of_all(locals()))
+        super().__init__(**self.base_arguments(locals()))
         self.ratio = _as_ratio(ratio, "ratio")
         self.layer_ratios = {n: _as_ratio(share, f"layer_ratios[{n!r}]") for n, share in (layer_ratios or {}).items()}
         if warmup is not None and not warmup:
@@ -192,9 +199,9 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @property
     def syncs_per_step(self) -> str:
-        """Why it waits for the device in each step; empty if it does not."""
+        """Why each step waits for the device; empty if it does not."""
         waits = self.selector == "sampled"
-        return "a threshold from a sample has to be counted before its entries can be taken" if waits else ""
+        return "entries above the sampled threshold must be counted before they can be selected" if waits else ""
 
     @override
     def works_with(self) -> Compatibility:
@@ -221,7 +228,7 @@ class DGCStrategy(CompressedDDPStrategy):
 
     def _ratio_of(self, name: str) -> float:
         shares = self._shares
-        if name not in shares:  # asked in every step
+        if name not in shares:  # looked up in every step
             pattern = first_match(self.names_of(name), self.layer_ratios)
             shares[name] = self.ratio if pattern is None else self.layer_ratios[pattern]
         return shares[name]
@@ -233,7 +240,7 @@ class DGCStrategy(CompressedDDPStrategy):
         check_patterns(module, self.display_name, layer_ratios=self.layer_ratios)
         if self.wants_to_compress and overrides(module, "configure_gradient_clipping"):
             rank_zero_warn(
-                f"{type(module).__name__}.configure_gradient_clipping is the module's own, and gets what "
+                f"{type(module).__name__} overrides configure_gradient_clipping, which gets gradients that "
                 f"{self.display_name} has accumulated over many steps. If it clips, use local_clip instead."
             )
 
@@ -266,7 +273,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @property
     @override
     def message_settings(self) -> dict[str, Any]:
-        # What 'auto' stands for may change with the optimizer.
+        # 'auto' may mean something else for another optimizer.
         return {**super().message_settings, "correction": "momentum" if self._moves_momentum else "error_feedback"}
 
     @override
@@ -284,7 +291,7 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @property
     def density(self) -> float:
-        """The share of entries that is sent at this point of the warm-up, of parameters without a share of their own."""
+        """Current share of entries to send, for parameters without a share of their own."""
         return self._now(self.ratio)
 
     def _now(self, ratio: float) -> float:
@@ -306,7 +313,7 @@ class DGCStrategy(CompressedDDPStrategy):
         kept, local = self.memory, self._momentum
         for gradient in gradients:
             memory, values = kept.setdefault(gradient.name, {}), gradient.values
-            kind = torch.promote_types(values.dtype, torch.float32)  # half types lose what is small beside a residual
+            kind = torch.promote_types(values.dtype, torch.float32)  # half precision would drop small gradients
             if _RESIDUAL not in memory:
                 memory[_RESIDUAL] = torch.zeros_like(values, dtype=kind)
             momentum, nesterov = (0.0, False) if local is None else local.of(gradient.parameter)
@@ -343,7 +350,7 @@ class DGCStrategy(CompressedDDPStrategy):
         counts, everyone = self._counts(gradients), message[_PAIRS]
         for gradient in gradients:
             gradient.values.zero_()
-        for pairs in everyone:  # rank by rank, so that all ranks add in the same order and get the same bits
+        for pairs in everyone:  # all ranks add in rank order and so get the same bits
             unpacked = rules.unpack_pairs(pairs, counts, self._value_type)
             for gradient, (indices, values) in zip(gradients, unpacked, strict=True):
                 rules.add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))

@@ -1,4 +1,4 @@
-"""PowerSGD: send each gradient matrix as the product of two thin ones. Maths: ``functional/communication/powersgd.py``.
+"""PowerSGD: send each gradient matrix as the product of two thin ones; see ``functional/communication/powersgd.py``.
 
 Read ``compressed_ddp.py`` first.
 """
@@ -23,55 +23,62 @@ _ERROR, _RIGHT = "error", "right"
 
 
 class PowerSGDStrategy(CompressedDDPStrategy):
-    r"""Send a low-rank approximation of each gradient matrix, and add what it misses to the next gradient.
+    r"""Send a low-rank approximation of each gradient matrix, and add its error to the next gradient.
 
     .. math::
-        M_r = G_r + E_r, \quad P = \operatorname{orth}\!\Big(\frac{1}{N} \sum_r M_r Q\Big), \quad
-        Q \leftarrow \frac{1}{N} \sum_r M_r^\top P, \quad \bar G = P Q^\top, \quad E_r \leftarrow M_r - \bar G
+        M_r = G_r + E_r, \qquad P = \operatorname{orth}\!\Big(\frac{1}{N} \sum_r M_r Q\Big), \qquad
+        Q \leftarrow \frac{1}{N} \sum_r M_r^\top P
 
-    With :math:`G_r` (n x m) the gradient of rank :math:`r` of :math:`N`, seen as a matrix (first dimension by all others),
-    :math:`E_r` what it has not sent, and :math:`P` (n x r), :math:`Q` (m x r) the factors: one step of the power method, which
-    continues from the last step's :math:`Q`. What optimizers and callbacks see is a dense mean gradient; momentum stays in the
-    optimizer, and any optimizer works. The cost on the wire does not grow with the number of ranks.
+    .. math::
+        \bar G = P Q^\top, \qquad E_r \leftarrow M_r - \bar G
+
+    Here :math:`G_r` (n x m) is the gradient of rank :math:`r` of :math:`N`, reshaped to a matrix (first dimension by
+    all others), :math:`E_r` its error (what it has not sent), and :math:`P` (n x k) and :math:`Q` (m x k) the
+    factors, with k = ``rank``. This is one step of the power method, starting from the previous step's :math:`Q`.
+    Optimizers and callbacks get a dense mean gradient; momentum stays in the optimizer, and any optimizer works. The
+    traffic of a rank does not grow with the number of ranks.
 
     Args:
-        rank: Columns of the factors (4 in the paper's language model).
-        start_step: Steps at the beginning that go dense.
-        min_gain: A gradient goes dense unless its factors are this many times smaller (2 in torch's hook).
+        rank: Number of columns of the factors (4 in the paper's language model).
+        start_step: Number of steps at the beginning in which all gradients are sent dense.
+        min_gain: Compress a gradient only if its factors are at least this many times smaller.
+            The default is that of torch's hook.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
-        min_numel: Entries below which a gradient is sent dense.
-        residual_policy: On resuming with other ranks or without all rank files: 'strict' raises, 'mean' gives every rank
-            the mean over the old ranks, 'reset' begins empty.
-        log_noise_scale: Log comm/noise_scale at log steps, for one small all-reduce more in each.
+        min_numel: Gradients with fewer entries are sent dense.
+        residual_policy: If the rank files do not fit on resume: 'strict', 'mean' or 'reset'.
+            'strict' raises if the number of ranks differs or files are missing; 'mean' gives every rank the mean over
+            the old ranks; 'reset' starts without unsent gradients.
+        log_noise_scale: Log comm/noise_scale at log steps; costs one more small all-reduce in each.
         seed: Seed of the initial factors, identical on all ranks.
         start_method: How Lightning starts the ranks of a node: 'popen', 'spawn', 'fork' or 'forkserver'.
-        static_graph: DDP's option of that name.
-        gradient_as_bucket_view: DDP's option of that name, which saves the memory of one copy of the gradients.
-        broadcast_buffers: DDP's option of that name: send rank 0's buffers before each forward pass.
-        find_unused_parameters: DDP's option of that name: allow steps in which some parameters get no gradient.
-        process_group_backend: 'nccl' or 'gloo'; default by device.
-        timeout: How long a collective may take.
+        static_graph: DDP's option of the same name.
+        gradient_as_bucket_view: DDP's option of the same name: saves one copy of the gradients.
+        broadcast_buffers: DDP's option of the same name: send rank 0's buffers before each forward pass.
+        find_unused_parameters: DDP's option of the same name: some parameters may get no gradient.
+        process_group_backend: 'nccl' or 'gloo'; by default chosen for the device.
+        timeout: Time limit of a collective.
 
     Raises:
-        TypeError: For an argument of the wrong kind.
-        ValueError: For a rank below 1, ``min_gain`` that is not positive and finite, a negative ``start_step``; in ``setup``
-            for several optimizers, manual optimization, an fp16 GradScaler, sparse and complex gradients; on resuming for
-            rank files that do not fit.
+        TypeError: For an argument of the wrong type.
+        ValueError: For a rank below 1, a ``min_gain`` that is not positive and finite, a negative ``start_step``; in
+            ``setup`` for several optimizers, manual optimization, an fp16 GradScaler, sparse or complex gradients; on
+            resume for rank files that do not fit.
 
-    Hooks: DDP's communication hook, which exchanges everything at the last bucket of a backward pass: one all-reduce of all
-    left factors, then one of all right ones, beside that of the dense gradients.
+    Hooks: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass: one
+    all-reduce for all left factors, one for all right factors, and one for the dense gradients.
 
-    **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``, ``comm/compress_ms``, and
-    ``comm/noise_scale`` if asked for. At the end ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
-    ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
+    **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
+    ``comm/compress_ms``, and ``comm/noise_scale`` if enabled. At the end: ``power_sgd_strategy.png``,
+    ``power_sgd_strategy.csv``, ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and
+    ``comm/total_megabytes`` in the summary.
 
-    **State**: error and right factor of each compressed gradient, of each rank, in ``<checkpoint>.ranks``. The
-    checkpoint itself is DDP's, and loads under DDP or on one device.
+    **State**: each rank saves error and right factor of each compressed gradient in ``<checkpoint>.ranks``. The
+    checkpoint itself is DDP's: it loads under DDP and on one device.
 
-    **Cost**: one number a compressed entry in memory; two thin matrix products more than the decompression, and a QR of the
-    left factors. Nothing waits for the device.
+    **Cost**: one number in memory per compressed entry; two thin matrix products in addition to the decompression,
+    and a QR decomposition of the left factors. Nothing waits for the device.
 
-    One rank alone trains as compressed. What clips, clips the approximated gradient.
+    A single rank also trains on compressed gradients. Gradient clipping acts on the approximation.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -88,9 +95,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
 
     References:
         - Vogels et al. (2019), PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization, arXiv
-          1905.13727, algorithms 1 and 2; rank 4 is that of its language model. ``min_gain=2`` is
-          ``min_compression_rate`` of torch's ``PowerSGDState``, whose hook also begins dense for 1000 steps
-          (``start_step``): the paper does not, and with memory by parameter there is no need.
+          1905.13727, algorithms 1 and 2; rank 4 is used for its language model. ``min_gain=2`` is
+          ``min_compression_rate`` of torch's ``PowerSGDState``. torch's hook sends the first 1000 steps dense; the
+          paper does not, and it is not necessary here, because the memory is keyed by parameter.
     """
 
     trial: ClassVar[Mapping[str, Any]] = {"rank": 2, "min_numel": 100}
@@ -114,7 +121,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        super().__init__(**self.arguments_of_all(locals()))
+        super().__init__(**self.base_arguments(locals()))
         self.rank = check_count(rank, 1, "rank")
         self.start_step = check_count(start_step, 0, "start_step")
         self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")
@@ -124,7 +131,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def compresses(self, name: str, parameter: Tensor) -> bool:
         factors = low_rank_numel(parameter.shape, self.rank) if parameter.dim() > 1 else parameter.numel()
         if parameter.dim() > 2 and parameter.stride(0) * parameter.shape[0] != parameter.numel():
-            return False  # its rows do not lie one after the other
+            return False  # its rows are not contiguous in memory
         return super().compresses(name, parameter) and factors * self.min_gain < parameter.numel()
 
     @override
@@ -132,7 +139,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         super().load_rank_state(own, shared, changed)
         if "seed" in changed and self.memory:
             rank_zero_info(
-                f"{self.display_name} keeps its factors: the new seed is only for gradients that have no factors yet."
+                f"{self.display_name} keeps its factors: the new seed applies only to gradients that have no factors yet."
             )
         if "start_step" in changed and self.ledger.steps < self.start_step:
             rank_zero_info(
@@ -148,12 +155,12 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
         for gradient in gradients:
             memory = self.memory.setdefault(gradient.name, {})
-            # Half types lose what is small beside an error.
+            # Half precision would drop small gradients.
             kind = torch.promote_types(gradient.values.dtype, torch.float32)
             rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
             if _ERROR not in memory:
                 memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
-            if _RIGHT not in memory or memory[_RIGHT].shape[1] != rank:  # resumed with another rank
+            if _RIGHT not in memory or memory[_RIGHT].shape[1] != rank:  # resumed with another ``rank=``
                 right = initial_factor(columns, rank, self.seed, gradient.name)
                 memory[_RIGHT] = right.to(gradient.values.device, kind)
             memory[_ERROR].add_(gradient.values)
@@ -172,7 +179,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         return min(self.rank, *matrix_shape(gradient.parameter.shape))
 
     def _parts(self, gradients: Sequence[Gradient], flat: Tensor, side: int) -> list[Tensor]:
-        """Return the factors that a flat tensor holds: of the rows of matrices (side 0), or of their columns (side 1)."""
+        """Split a flat tensor into the left factors (side 0) or the right factors (side 1) of the gradients."""
         shapes = [(matrix_shape(g.parameter.shape)[side], self._rank_of(g)) for g in gradients]
         pieces = torch.split(flat, [length * rank for length, rank in shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -208,7 +215,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
 
 
 def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:
-    """Return a gradient's entries, flat in the order of memory, as a matrix; a weight may lie there transposed."""
+    """Return a flat gradient in memory order as a matrix; the weight may be transposed in memory."""
     if parameter.dim() == 2:
         return flat.as_strided(parameter.shape, parameter.stride())
     return flat.view(matrix_shape(parameter.shape))

@@ -1,4 +1,4 @@
-"""Names by which ``Trainer(strategy="...")`` knows the strategies."""
+"""Registers the strategies under their names, for ``Trainer(strategy="...")``."""
 
 import inspect
 
@@ -10,7 +10,7 @@ _STARTS = {"": "popen", "_spawn": "spawn", "_fork": "fork"}
 
 
 def register_strategies() -> None:
-    """Make every exported strategy known by its word, ``ddp_dgc`` say, once for each way to start ranks."""
+    """Register every exported strategy as ``ddp_<word>``, for example ``ddp_dgc``, once per start method."""
     exported = [getattr(strategies, name) for name in strategies.__all__]
     for strategy in exported:
         word = strategy.__module__.rpartition(".")[2]

@@ -1,16 +1,16 @@
-"""Tools that put a technique to the test; none of them needs pytest.
+"""Tools to test a technique, which do not need pytest.
 
-The contract suite of this package is made of them, and a technique of your own can be tested with the same. They import
-everything below, and nothing of the package imports them.
+The contract suite of this package is built from them, and you can test your own techniques with them. They may import
+all other packages, and no other package imports them.
 
 - A small project: :func:`make_classifier`, :func:`make_data`, :func:`loaders` and :class:`ResumableLoader`,
-  :func:`make_trainer` and :func:`fit`. Its optimizers are in ``OPTIMIZERS``, its sizes are ``BATCH``, ``BATCHES``, ``TOKENS``,
-  ``WIDTH`` and ``CLASSES``.
-- What a run leaves behind: :func:`state_of`, compared by :func:`assert_identical`.
-- Runs that break off: :class:`StopIn`, :class:`StopAt`, :class:`StopAfter`, :class:`StopInTrainingStep`.
-- What a technique left: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
-  :class:`PicklerOfNoRun`, which raises for a copy that drags the run along.
-- Waiting for the device in a step: :class:`NoSync`, :func:`guarded`, :class:`GuardStep`.
+  :func:`make_trainer` and :func:`fit`. Its optimizers are in ``OPTIMIZERS``, its sizes are ``BATCH``, ``BATCHES``,
+  ``TOKENS``, ``WIDTH`` and ``CLASSES``.
+- The state after a run: :func:`state_of`, compared by :func:`assert_identical`.
+- Interrupted runs: :class:`StopIn`, :class:`StopAt`, :class:`StopAfter`, :class:`StopInTrainingStep`.
+- Traces that a technique leaves: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
+  :class:`PicklerOfNoRun`, which raises if a copy of a technique contains parts of the run.
+- Host syncs in a step: :class:`NoSync`, :func:`guarded`, :class:`GuardStep`.
 - Several processes: :func:`on_ranks`.
 """
 

@@ -1,4 +1,4 @@
-"""A small project: an ordinary LightningModule, data, loaders and a Trainer. Nothing here imports lightning-grad."""
+"""A small project: an ordinary LightningModule, data, loaders and a Trainer. It does not import lightning-grad."""
 
 import functools
 from collections.abc import Callable
@@ -19,7 +19,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Mix(nn.Module):
-    """A custom module that gets at its parameter in a way of its own."""
+    """A custom module that accesses its parameter through ``_parameters``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,22 +83,22 @@ def _classifier_class(base: Any, optimizer: str, manual: bool) -> Callable[[], A
 
 
 def make_classifier(base: type = pl.LightningModule, optimizer: str = "adamw", manual: bool = False) -> Any:
-    """Build a small classifier of sequences on either namespace's LightningModule; seeds before it is constructed."""
+    """Build a small sequence classifier on a LightningModule of either namespace, after seeding."""
     pl.seed_everything(7, verbose=False)
     return _classifier_class(base, optimizer, manual)()
 
 
 def make_data(seed: int = 0, batches: int = BATCHES) -> TensorDataset:
-    """Return sequences whose class is where their first token is largest."""
+    """Return sequences whose class is the index of the largest of the first ``CLASSES`` entries of the first token."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(BATCH * batches, TOKENS, WIDTH, generator=generator)
     return TensorDataset(x, x[:, 0, :CLASSES].argmax(1))
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A loader that continues in mid-epoch, as Lightning asks for: without one no mid-epoch resume is exact.
+    """A loader that can resume within an epoch, which Lightning requires for an exact resume there.
 
-    Anything that loads the data before the fit's loops are restored (``estimated_stepping_batches``) breaks it.
+    It does not work if the data is loaded before the loops of the fit are restored (``estimated_stepping_batches``).
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -120,20 +120,20 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def loaders(resumable: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return the training and the validation loader, in fixed order; validation takes half as many batches."""
+    """Return the training and validation loaders, without shuffling; validation has half as many batches."""
     kind = ResumableLoader if resumable else DataLoader
     return kind(make_data(0), BATCH), DataLoader(make_data(1, BATCHES // 2), BATCH)
 
 
 def make_trainer(trainer_class: type = pl.Trainer, **arguments: Any) -> Any:
-    """Build a quiet CPU trainer."""
+    """Build a CPU trainer without logger, checkpoints, progress bar and summary."""
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "log_every_n_steps": 2, **quiet}
     return trainer_class(**{**defaults, **arguments})
 
 
 def fit(callbacks: list[Any], module: Any = None, resumable: bool = False, ckpt: Any = None, **arguments: Any) -> Any:
-    """Fit a fresh module and return (trainer, module)."""
+    """Fit a module, by default a new classifier, and return (trainer, module)."""
     module = make_classifier() if module is None else module
     if any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks):
         arguments.setdefault("enable_checkpointing", True)

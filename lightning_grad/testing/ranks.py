@@ -1,4 +1,4 @@
-"""Ranks on one machine: forked processes in a gloo group, whose results and errors come back."""
+"""Ranks on one machine: forked processes in a gloo group, which return results and errors."""
 
 import multiprocessing
 import os
@@ -13,17 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_LIMIT = 90.0  # seconds; nothing here takes a tenth of that
+_LIMIT = 90.0  # seconds; normal runs take less than a tenth of it
 
 
 def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call ``work(*arguments)`` on every rank, and return what each returned.
+    """Call ``work(*arguments)`` on every rank, and return the results of all ranks.
 
-    The ranks are processes like those of ``torchrun``, so a Trainer starts none of its own, and several fits can follow
-    each other. Their process group meets in a file: no port is taken.
+    The environment is like that of ``torchrun``, so a Trainer starts no processes itself, and several fits can run one
+    after the other. The process group uses a file store, so no port is needed.
 
     Raises:
-        AssertionError: With the tracebacks, if a rank raised or did not end.
+        AssertionError: With the tracebacks, if a rank raised an error or did not end.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")
@@ -43,7 +43,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> list[Any]
 
 def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    # Without OMP_NUM_THREADS Lightning gives a single rank all cores, and small operations wait for threads.
+    # Without OMP_NUM_THREADS Lightning gives a single rank all cores, and small operations then wait for threads.
     os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     result: dict[str, Any] = {}
@@ -51,10 +51,10 @@ def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], argum
         store, limit = f"file://{folder}/store", timedelta(seconds=_LIMIT / 3)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=limit)
         result["value"] = work(*arguments)
-    except BaseException:  # SystemExit and KeyboardInterrupt must be seen as well
+    except BaseException:  # also report SystemExit and KeyboardInterrupt
         result = {"error": traceback.format_exc()}
     torch.save(result, f"{folder}/{rank}.pt")
-    os._exit(0)  # nothing of the test runner may run a second time
+    os._exit(0)  # skip the exit handlers of the test runner, which belong to the parent process
 
 
 def _join(processes: list[Any]) -> None:

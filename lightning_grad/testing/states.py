@@ -1,4 +1,4 @@
-"""What a run leaves behind, and a comparison of two such states bit for bit."""
+"""The state after a run, and a bitwise comparison of two states."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def state_of(trainer: Any, module: Any) -> dict[str, Any]:
-    """Return everything a run leaves behind that must be bitwise the same."""
+    """Return the state after a run that must be bitwise reproducible."""
     optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
     return {"module": dict(module.state_dict()), "optimizers": optimizers, "random": torch.get_rng_state()}
 
 
 def assert_identical(a: Any, b: Any, where: str = "") -> None:
-    """Raise unless two nested containers are the same, tensors bit for bit; lists and tuples count as one type.
+    """Raise unless two nested containers are equal, with tensors bitwise equal; lists and tuples count as one type.
 
     Args:
-        a: One container, tensor or value.
-        b: The other.
-        where: Path to both, which begins the message.
+        a: First container, tensor or value.
+        b: Second container, tensor or value.
+        where: Path of both, at the start of the error message.
 
     Raises:
-        AssertionError: With the path to the first difference.
+        AssertionError: With the path of the first difference.
 
     Example:
         >>> assert_identical({"w": [1, torch.ones(2)]}, {"w": (1, torch.ones(2))})
@@ -43,7 +43,7 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
             raise AssertionError(f"{where}: {len(a)} entries are not {len(b)}")
         for index, (left, right) in enumerate(zip(a, b, strict=True)):
             assert_identical(left, right, f"{where}/{index}")
-    elif not (a == b or (a != a and b != b)):  # two NaN are the same
+    elif not (a == b or (a != a and b != b)):  # two NaN count as equal
         raise AssertionError(f"{where}: {a} is not {b}")
 
 
@@ -51,5 +51,5 @@ def _assert_same_tensor(a: Tensor, b: Tensor, where: str) -> None:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         raise AssertionError(f"{where}: {a.dtype} {tuple(a.shape)} is not {b.dtype} {tuple(b.shape)}")
     if not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
-        distance = (a.to(torch.complex128) - b.to(torch.complex128)).abs().max()  # of every kind of number
+        distance = (a.to(torch.complex128) - b.to(torch.complex128)).abs().max()  # works for all dtypes
         raise AssertionError(f"{where} differs by {float(distance):.3g}")

@@ -1,4 +1,4 @@
-"""Callbacks that break a fit off at a chosen step."""
+"""Callbacks that interrupt a fit at a chosen step."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ class StopIn(pl.Callback):
     """Raise in a hook of a step, on every rank.
 
     Args:
-        hook: A hook of callbacks that gets the trainer first.
+        hook: Name of a callback hook whose first argument is the trainer.
         step: The ``trainer.global_step`` at which to raise.
-        error: What to raise; ``KeyboardInterrupt`` is what Ctrl-C raises.
+        error: The exception to raise; ``KeyboardInterrupt`` simulates Ctrl-C.
     """
 
     def __init__(self, hook: str, step: int, error: type[BaseException] = RuntimeError) -> None:
@@ -32,7 +32,7 @@ class StopAt(StopIn):
 
 
 class StopAfter(StopIn):
-    """Raise when a step is done, where Lightning itself resumes bitwise with a loader that continues in mid-epoch."""
+    """Raise at the end of a batch, where Lightning itself resumes bitwise if the loader is resumable."""
 
     def __init__(self, step: int) -> None:
         super().__init__("on_train_batch_end", step)

@@ -1,4 +1,4 @@
-"""Guards that raise where code of a step makes the host wait for the device."""
+"""Guards that raise if the code of a step synchronizes the host with the device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +13,9 @@ _SYNCING = {_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.mask
 
 
 class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Raise inside the block where a value would be read on the host.
+    """Raise inside the block if a value is read on the host.
 
-    Patching ``Tensor.item`` instead would break optimizers of torch, which read their own step counts.
+    Patching ``Tensor.item`` instead would break torch's optimizers, which read their own step counts.
 
     Example:
         >>> with NoSync():
@@ -34,17 +34,17 @@ class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def guarded(function: Callable[..., Any], seen: list[str], name: str) -> Callable[..., Any]:
-    """Return the function inside :class:`NoSync`, except for its first call under this name.
+    """Wrap a function in :class:`NoSync`, except for the first call with this name.
 
     Args:
-        function: A hook of a step, for example.
-        seen: Gets the name at each call.
-        name: What to write into ``seen``.
+        function: For example a hook of a step.
+        seen: List to which each call appends the name.
+        name: The name.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         seen.append(name)
-        if seen.count(name) == 1:  # once, what a technique needs to know for all steps may be looked at
+        if seen.count(name) == 1:  # a technique may sync once, to find out what it needs for all steps
             return function(*args, **kwargs)
         with NoSync():  # type: ignore[no-untyped-call]
             return function(*args, **kwargs)
@@ -53,10 +53,10 @@ def guarded(function: Callable[..., Any], seen: list[str], name: str) -> Callabl
 
 
 class GuardStep(pl.Callback):
-    """Guard the training step with all that is wrapped around it; list it behind the technique.
+    """Guard the training step and everything wrapped around it; place it after the technique in the callback list.
 
     Args:
-        seen: Gets ``"training_step"`` at each call.
+        seen: List to which each call appends ``"training_step"``.
     """
 
     def __init__(self, seen: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a technique could leave on a module, its optimizers or the trainer, described so that two runs can be compared."""
+"""Describe everything that a technique could leave on a module, its optimizers or the trainer, to compare two runs."""
 
 import pickle
 from typing import Any
@@ -11,7 +11,7 @@ _HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith(("_hooks", "_h
 
 
 def traces(module: nn.Module) -> dict[str, Any]:
-    """Describe what a technique could have added: classes, attributes, hooks and buffers of every submodule.
+    """Describe the classes, attributes, hooks and buffers of all submodules, which a technique could have changed.
 
     Example:
         >>> module = nn.Linear(2, 2)
@@ -33,7 +33,7 @@ def traces(module: nn.Module) -> dict[str, Any]:
 
 
 def trainer_traces(trainer: Any) -> dict[str, Any]:
-    """Describe what a technique could have put on the strategy, and hooked to the steps of the optimizers."""
+    """Describe the callables set on the strategy, and the step hooks of the optimizers."""
     own = {name for name in vars(trainer.strategy) if callable(vars(trainer.strategy)[name])}
     hooks = [
         (len(o._optimizer_step_pre_hooks), len(o._optimizer_step_post_hooks), "step" in vars(o))
@@ -43,7 +43,7 @@ def trainer_traces(trainer: Any) -> dict[str, Any]:
 
 
 def optimizer_traces(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Describe the class, attributes, hooks and groups of an optimizer; the learning rate is one of the groups' values."""
+    """Describe the class, attributes, hooks and param groups (including learning rates) of an optimizer."""
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     hooks = [len(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
@@ -52,7 +52,7 @@ def optimizer_traces(optimizer: torch.optim.Optimizer) -> list[Any]:
 
 
 class PicklerOfNoRun(pickle.Pickler):
-    """Pickle as ever, but raise for a module, an optimizer or a trainer: a copy must not drag a run along.
+    """A pickler that raises for a module, an optimizer or a trainer: a copy must not contain parts of a run.
 
     Example:
         >>> import io
@@ -62,7 +62,7 @@ class PicklerOfNoRun(pickle.Pickler):
     """
 
     def reducer_override(self, value: Any) -> Any:
-        """Refuse what belongs to a run, and leave the rest to pickle."""
+        """Raise for parts of a run, and leave everything else to pickle."""
         if isinstance(value, (nn.Module, torch.optim.Optimizer, pl.Trainer)):
             raise AssertionError(f"A copy holds a {type(value).__name__}, which belongs to a run.")
         return NotImplemented

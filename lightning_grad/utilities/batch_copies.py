@@ -27,8 +27,8 @@ _COPIED_WHOLE = {"PIL", "pandas", "polars", "scipy"}  # packages whose objects a
 def copy_of(batch: Any, leaves_in_graph: bool = False) -> Any:
     """Copy a batch with all its containers, tensors and arrays, at any depth.
 
-    An object that occurs twice is copied once, and the copy occurs twice. Tensors keep their class, attributes and graph.
-    Modules, data sets, and objects that cannot be copied are shared.
+    An object that occurs twice is copied once, and the copy occurs twice. Tensors keep their class, attributes and
+    graph. Modules, data sets, and objects that cannot be copied are shared.
 
     Args:
         batch: The batch.

@@ -1,7 +1,7 @@
 """Find the input in a batch of any form, and replace it without changing the batch.
 
-A batch may be a tensor, or any nesting of tuples, named tuples, lists, mappings, dataclasses and objects with tensors as
-attributes. A place in it is given by a path of keys, positions and attribute names.
+A batch may be a tensor, or any nesting of tuples, named tuples, lists, mappings, dataclasses and objects with tensors
+as attributes. A place in it is given by a path of keys, positions and attribute names.
 """
 
 import re
@@ -37,7 +37,8 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
         needed_by: Name of the technique for error messages.
 
     Returns:
-        tuple | None: The path. ``None`` if no key is given and there is no such tensor, or an integer tensor comes first.
+        tuple | None: The path. ``None`` if no key is given and there is no such tensor, or an integer tensor comes
+        first.
 
     Raises:
         ValueError: If the key is not in the batch, or its value is not a floating-point tensor.

@@ -182,8 +182,8 @@ def refuse_dataloader_iter(step: Callable[..., Any], technique: str) -> None:
     if "dataloader_iter" in inspect.signature(step).parameters:
         name = getattr(step, "__name__", "the step")
         raise ValueError(
-            f"{technique} needs the batch, but {name}(dataloader_iter) fetches it itself. Change its arguments to batch and "
-            "batch_idx."
+            f"{technique} needs the batch, but {name}(dataloader_iter) fetches it itself. Change its arguments to "
+            "batch and batch_idx."
         )
 
 
@@ -198,8 +198,9 @@ def warn_of_missing_momentum(trainer: pl.Trainer, technique: str, term: str) -> 
     if getattr(trainer.strategy, "gradient_holds_momentum", False):
         strategy = type(trainer.strategy).__name__
         rank_zero_warn(
-            f"{technique} adds {term} after {strategy} has applied the momentum, so the term gets no momentum and is weaker "
-            f"by a factor of 1 / (1 - momentum). Make it stronger, or set {strategy}(correction='error_feedback')."
+            f"{technique} adds {term} after {strategy} has applied the momentum, so the term gets no momentum and is "
+            "weaker by a factor of 1 / (1 - momentum). Make it stronger, or set "
+            f"{strategy}(correction='error_feedback')."
         )
 
 

@@ -41,8 +41,8 @@ class _Calls:
 class ForwardOrder:
     """Record the order of modules in one forward pass, through temporary hooks.
 
-    Parameters whose modules were not called keep their order of registration. Compiled and scripted modules get no hooks:
-    a compiled module would compile again, and a scripted one accepts none.
+    Parameters whose modules were not called keep their order of registration. Compiled and scripted modules get no
+    hooks: a compiled module would compile again, and a scripted one accepts none.
 
     Args:
         module: The root module.
@@ -113,8 +113,9 @@ class ForwardOrder:
     def networks(self, groups: Sequence[Sequence[str]]) -> list[list[str]] | None:
         """Return the parameters used in the forward pass, as one sorted list per network.
 
-        Two groups of parameters belong to different networks if the first layer of each was called with an input that no
-        other group had computed: the discriminator of a GAN is called with real data. Otherwise they form one network.
+        Two groups of parameters belong to different networks if the first layer of each was called with an input that
+        no other group had computed: the discriminator of a GAN is called with real data. Otherwise they form one
+        network.
 
         Args:
             groups: Names of parameters, for example those of each optimizer.

@@ -1,7 +1,7 @@
 """Find all input tensors of a batch: a single one, or one per sample if the batch is not stacked.
 
-Detection networks, and others whose samples differ in size, take a list of tensors or a list of samples. A pattern gives
-the places of these tensors: a path with ``EVERY`` (printed as ``*``) for the positions of a list.
+Detection networks, and others whose samples differ in size, take a list of tensors or a list of samples. A pattern
+gives the places of these tensors: a path with ``EVERY`` (printed as ``*``) for the positions of a list.
 """
 
 from collections.abc import Iterator, Mapping

@@ -20,7 +20,8 @@ def optimizer_index(trainer: pl.Trainer, optimizer: Optimizer, technique: str) -
             return index
     raise RuntimeError(
         f"{technique} does not know the {type(optimizer).__name__} that made a step, because it is not in "
-        "trainer.optimizers. Return it from configure_optimizers, and call step() on the optimizers of self.optimizers()."
+        "trainer.optimizers. Return it from configure_optimizers, and call step() on the optimizers of "
+        "self.optimizers()."
     )
 
 

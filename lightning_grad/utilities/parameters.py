@@ -111,7 +111,8 @@ def check_patterns(module: nn.Module, display_name: str, **patterns: Iterable[st
         for pattern in given or ():
             if not any(matches(name, [pattern]) for name in known):
                 raise ValueError(
-                    f"{display_name}({argument}=...): no parameter or module is named {pattern!r}. {_suggest(pattern, known)}"
+                    f"{display_name}({argument}=...): no parameter or module is named {pattern!r}. "
+                    f"{_suggest(pattern, known)}"
                 )
 
 
@@ -142,7 +143,10 @@ as 'body', or exclude less."
     others = [names[0] for names in known if not matches(names, [*include, *exclude])]
     modules = dict.fromkeys(name.rpartition(".")[0].partition(".")[0] or name for name in others)
     such = f"Include others, such as {' or '.join(map(repr, list(modules)[:3]))}, or exclude" if modules else "Exclude"
-    return f"include={list(include)} selects {listed(chosen)}, but exclude={list(exclude)} excludes all of them. {such} less."
+    return (
+        f"include={list(include)} selects {listed(chosen)}, but exclude={list(exclude)} excludes all of them. "
+        f"{such} less."
+    )
 
 
 def all_names(module: nn.Module) -> dict[int, list[str]]:

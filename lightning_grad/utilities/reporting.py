@@ -114,7 +114,8 @@ def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) ->
 def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Log many scalars of a step at once, as ``LearningRateMonitor`` does.
 
-    ``pl_module.log`` takes half a millisecond per scalar. Use it for a few scalars, and this function for per-layer ones.
+    ``pl_module.log`` takes half a millisecond per scalar. Use it for a few scalars, and this function for per-layer
+    ones.
     """
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
     for logger in _loggers(trainer) if values else []:
@@ -163,7 +164,7 @@ def log_figure(trainer: pl.Trainer, key: str, drawn: Figure | Callable[[], Figur
 
 
 def log_picture(trainer: pl.Trainer, key: str, pixels: NDArray[np.uint8], path: Path | None, caption: str = "") -> None:
-    """Save a picture (H, W) or (H, W, 3) as PNG and send it to loggers that show images; does nothing without Pillow."""
+    """Save pixels (H, W) or (H, W, 3) as PNG and send it to loggers that show images; does nothing without Pillow."""
     if path is None or not trainer.is_global_zero or not is_installed("PIL"):
         return
     from PIL import Image

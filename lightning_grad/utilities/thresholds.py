@@ -33,8 +33,8 @@ def as_threshold(value: Threshold, parameter: str, check: Callable[[float], obje
     numbers = list(value.values()) if isinstance(value, Mapping) else [value]
     if not numbers:
         raise ValueError(
-            f"{parameter} must be a number, or a mapping from name patterns to numbers; got an empty mapping. Add an entry, "
-            "such as {'*': 1.0}."
+            f"{parameter} must be a number, or a mapping from name patterns to numbers; got an empty mapping. Add an "
+            "entry, such as {'*': 1.0}."
         )
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, (int, float)):  # a param group may hold anything

@@ -1,8 +1,8 @@
 """Find the output dimension of a weight, from what the layer computes and not from its class.
 
-``nn.Linear`` computes :math:`x W^T` with a weight (out, in). Others compute :math:`x W` with a weight (in, out), such as
-the ``Conv1D`` of GPT-2 in transformers, and graph libraries have their own linear layers. The shape of a square weight
-does not show the layout, so the layer is run once on random numbers and its output compared with both products.
+``nn.Linear`` computes :math:`x W^T` with a weight (out, in). Others compute :math:`x W` with a weight (in, out), such
+as the ``Conv1D`` of GPT-2 in transformers, and graph libraries have their own linear layers. The shape of a square
+weight does not show the layout, so the layer is run once on random numbers and its output compared with both products.
 """
 
 import contextlib
@@ -111,7 +111,8 @@ def _product_dimension(owner: nn.Module, attribute: str) -> int | None:
 
 @contextlib.contextmanager
 def _unnoticed(device: torch.device) -> Iterator[None]:
-    # Compiled code would trace the probe. If dynamo is not imported, nothing is compiled, and importing it takes seconds.
+    # Compiled code would trace the probe. If dynamo is not imported, nothing is compiled, and importing it takes
+    # seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices), eager, warnings.catch_warnings():

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_grad.callbacks import NMSparsity
+from lightning_grad.callbacks import NMSparsity, ZClip
 from lightning_grad.core import GradCallback
 from lightning_grad.core.switch import VARIABLE
 from lightning_grad.testing import StopAt, assert_identical, fit, loaders, make_classifier, make_trainer, on_ranks
@@ -20,14 +20,16 @@ from tests.contract.settings import CANONICAL, build_together
 from tests.strategies.fits import outcome, train_on_ranks
 
 
-class Foreign(GradCallback):
-    """A technique of somebody else, all of whose hooks fail."""
-
+class _FailingSetup:
     def setup(self, *arguments: Any) -> None:
-        super().setup(*arguments)
+        super().setup(*arguments)  # type: ignore[misc]
         raise AssertionError("not off")
 
-    on_fit_start = on_train_batch_start = on_train_end = setup  # type: ignore[assignment]
+
+class Foreign(_FailingSetup, GradCallback):
+    """A technique of another package, all of whose hooks fail, one of them in a mixin."""
+
+    on_fit_start = on_train_batch_start = on_train_end = _FailingSetup.setup  # type: ignore[assignment]
 
 
 class _Off(NamedTuple):
@@ -109,16 +111,35 @@ def test_exceptions_give_the_technique_back_when_all_is_saved(tmp_path: Path, mo
     assert "NMSparsity" not in torch.load(path, weights_only=True)["callbacks"]
 
 
+def test_a_technique_that_an_exception_left_off_returns(monkeypatch: pytest.MonkeyPatch):
+    class Failing(Callback):
+        def on_exception(self, *_: Any) -> None:
+            raise ValueError("the later callbacks are not told")
+
+    clipper = ZClip()
+    trainer = make_trainer(callbacks=[Failing(), clipper, StopAt(1)], max_epochs=1)
+    monkeypatch.setenv(VARIABLE, "1")
+    with pytest.raises(ValueError, match="not told"), pytest.warns(UserWarning, match="turns off ZClip"):
+        trainer.fit(make_classifier(), *loaders())
+    monkeypatch.delenv(VARIABLE)
+    trainer.callbacks.pop()
+    trainer.fit(make_classifier(), *loaders())
+    assert trainer.callbacks[1] is clipper
+    assert clipper.states()
+
+
 def test_only_named_classes_are_off(monkeypatch: pytest.MonkeyPatch):
     (clipping,) = [technique for technique in CANONICAL if technique.name == "NormClipping"]
     callbacks = [NMSparsity(**NMSparsity.trial), clipping.build()]
-    monkeypatch.setenv(VARIABLE, "NMSparsity, ProbeCallback")
+    monkeypatch.setenv(VARIABLE, "NMSparsity, ProbeCallback,")
     with pytest.warns(UserWarning, match="turns off NMSparsity. "):
         left = run(callbacks, resumable=True)
     assert_identical(bare(clipping).weights, left.weights)
     monkeypatch.setenv(VARIABLE, "NMSparsty")
-    with pytest.raises(ValueError, match=f"^{VARIABLE} .*got 'NMSparsty'. Did you mean 'NMSparsity'"):
+    with pytest.raises(ValueError, match=f"^{VARIABLE} .*got 'NMSparsty'. Did you mean 'NMSparsity'") as error:
         run(callbacks)
+    assert "must be '1', 'AccuracyGradientLR', " in str(error.value)
+    assert "GradientConditioner" not in str(error.value)
     monkeypatch.setenv(VARIABLE, "0")
     later = run(callbacks, resumable=True)
     with pytest.raises(AssertionError):
@@ -139,6 +160,10 @@ def _with_and_without() -> list[Any]:
             assert left.pop("sent") == [0, 0, 0]
             assert_identical(plain, left)
             assert not any("/" in key for key in trainer.callback_metrics)
+        patch.delenv(VARIABLE)
+        trainer.fit_loop.max_epochs += 1
+        trainer.fit(module, *loaders())  # the same Trainer continues with the technique
+        assert strategy.ledger.steps > 0
     return [str(one.message).split(" turns off ")[1] for one in given if VARIABLE in str(one.message)]
 
 

@@ -212,7 +212,7 @@ def test_only_the_loss_that_is_named_is_weighted(which: int) -> None:
 def test_a_loss_that_the_step_does_not_have() -> None:
     module = Linear()
     read_losses(module, Reader(), LossRequest(loss_index=1))
-    with pytest.raises(RuntimeError, match=r"loss_index=1 was asked for, but the step has 1"):
+    with pytest.raises(RuntimeError, match=r"loss_index=1 is out of range: the step has 1"):
         module.training_step(BATCH, 0)
 
 

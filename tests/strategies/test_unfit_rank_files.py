@@ -117,23 +117,35 @@ DAMAGE: dict[str, tuple[Callable[[Saved], Any], int, str]] = {
     "empty": (lambda saved: saved.file(1).write_bytes(b""), 1, "cannot be read (EOFError"),
     "text": (lambda saved: saved.file(1).write_text("not a checkpoint"), 1, "cannot be read (UnpicklingError"),
     "a folder": (_make_folder, 1, "cannot be read (IsADirectoryError"),
-    "an empty dictionary": (lambda saved: torch.save({}, saved.file(1)), 1, "holds no state of a rank"),
-    "a tensor": (lambda saved: torch.save(torch.zeros(2), saved.file(1)), 1, "holds no state of a rank"),
-    "a checkpoint": (lambda saved: shutil.copy(saved.path, saved.file(1)), 1, "holds no state of a rank"),
-    "without memory": (lambda saved: saved.change(1, lambda c: c["own"].clear()), 1, "holds no state of a rank"),
+    "an empty dictionary": (lambda saved: torch.save({}, saved.file(1)), 1, "does not contain the state of a rank"),
+    "a tensor": (lambda saved: torch.save(torch.zeros(2), saved.file(1)), 1, "does not contain the state of a rank"),
+    "a checkpoint": (lambda saved: shutil.copy(saved.path, saved.file(1)), 1, "does not contain the state of a rank"),
+    "without memory": (
+        lambda saved: saved.change(1, lambda c: c["own"].clear()),
+        1,
+        "does not contain the state of a rank",
+    ),
     "of another save": (
         lambda saved: shutil.copy(saved.file(1, 0), saved.file(1)),
         1,
-        "is of another checkpoint: of save",
+        "belongs to another checkpoint: its save is",
     ),
-    "of rank 0": (lambda saved: shutil.copy(saved.file(0), saved.file(1)), 1, "is of rank 0 of 2, not of rank 1 of 2"),
-    "swapped": (_swap, 0, "is of rank 1 of 2, not of rank 0 of 2"),
-    "of another scheme": (_take_power, 1, "is of PowerSGDStrategy, not of DGCStrategy"),
-    "renamed": (lambda saved: saved.change(1, _rename), 1, "is of another model: it holds 'other.net.0.weight'"),
+    "of rank 0": (
+        lambda saved: shutil.copy(saved.file(0), saved.file(1)),
+        1,
+        "belongs to rank 0 of 2, not to rank 1 of 2",
+    ),
+    "swapped": (_swap, 0, "belongs to rank 1 of 2, not to rank 0 of 2"),
+    "of another scheme": (_take_power, 1, "belongs to PowerSGDStrategy, not to DGCStrategy"),
+    "renamed": (
+        lambda saved: saved.change(1, _rename),
+        1,
+        "belongs to another model: it contains 'other.net.0.weight'",
+    ),
     "of another model": (
         lambda saved: saved.change(1, _rename_all),
         1,
-        "is of another model: it holds 'other.net.0.weight'",
+        "belongs to another model: it contains 'other.net.0.weight'",
     ),
     "shrunk": (lambda saved: saved.change(1, _shrink), 1, "was changed after it was saved"),
 }
@@ -212,8 +224,8 @@ def test_a_folder_of_another_checkpoint_is_told_from_one_that_is_missing(saved: 
     shutil.rmtree(saved.folder / "1.ckpt.ranks")
     (saved.folder / "0.ckpt.ranks").rename(saved.folder / "1.ckpt.ranks")
     for message in on_ranks(2, _refuse_missing, saved.path):
-        assert f"2 of the 2 files with what each rank has not sent yet are missing, {saved.folder}" in message
-        assert f"next to it are files of other checkpoints: save {save}" in message
+        assert f"2 of the 2 files with the unsent gradients are missing, the first is {saved.folder}" in message
+        assert f"found files of other checkpoints next to it: save {save}" in message
         assert "Copy 1.ckpt.ranks along with the checkpoint, or set residual_policy='reset'" in message
 
 
@@ -236,7 +248,7 @@ def elsewhere(
 def test_other_ranks_are_refused_or_begin_empty(elsewhere: tuple[Saved, Saved, list[Any]]) -> None:
     """Under 'mean' they continue, see test_rank_files.py."""
     saved, _, results = elsewhere
-    words = f"it would continue on {len(results)} rank(s) what was saved on 2"
+    words = f"it was saved on 2 rank(s), and this run has {len(results)}"
     for message, (start, left, _), _ in results:
         assert f"DGCStrategy cannot resume from {saved.path}: {words}. Each rank holds gradient" in message
         assert "set residual_policy='mean' to spread it over the new ranks, or 'reset' to drop it" in message
@@ -278,7 +290,7 @@ def _change_the_head(path: Path) -> tuple[str, Any]:
 
 def test_a_model_of_another_shape_is_told_which_tensor_differs(saved: Saved) -> None:
     for message, (start, left, _) in on_ranks(2, _change_the_head, saved.path):
-        assert "is of another model: there 'net.2.weight' has shape [4, 64], here [10, 64]" in message
+        assert "belongs to another model: its 'net.2.weight' has shape [4, 64], this module's has [10, 64]" in message
         assert start == ({}, 0)
         assert left["memory"]["net.2.weight"]["residual"].numel() == 640
 
@@ -306,7 +318,7 @@ def _change_the_format(folder: Path) -> str:
 
 def test_a_kernel_that_lies_in_memory_otherwise_does_not_get_the_residual_of_other_entries(tmp_path: Path) -> None:
     for message in on_ranks(2, _change_the_format, tmp_path):
-        assert "is of a model whose 'net.1.weight' lies in memory with strides [18, 9, 3, 1]" in message
+        assert "belongs to a model whose 'net.1.weight' has strides [18, 9, 3, 1] in memory" in message
         assert "use the memory format of the saved run" in message
 
 
@@ -387,7 +399,9 @@ def test_what_a_changed_setting_loses_or_cannot_change_is_said(changed: Any) -> 
     for number, (_, changes, _) in enumerate(CHANGES):
         stops_moving = changes.get("correction") == "error_feedback"
         assert ("momentum of compressed gradients begins at zero" in words[number]) == stops_moving
-        assert ("the new seed is only for gradients that have no factors yet" in words[number]) == ("seed" in changes)
+        assert ("the new seed applies only to gradients that have no factors yet" in words[number]) == (
+            "seed" in changes
+        )
         assert ("sends everything dense until step 15" in words[number]) == ("start_step" in changes)
         for rank in (0, 1):
             memory = changed[rank][number][2]

@@ -54,7 +54,7 @@ class MomentumReset(OptimizerCallback):
     with another ``every_n_steps`` counts from its last reset, and resets immediately if that many
     steps have passed.
 
-    **Cost.** Negligible: two Python calls per step and one pass over the moments per reset.
+    **Cost.** Negligible: two Python calls per step and one pass through the moments per reset.
 
     Example:
         .. code-block:: yaml

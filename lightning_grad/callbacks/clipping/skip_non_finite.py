@@ -134,14 +134,15 @@ class SkipNonFinite(GradientConditioner):
         scaler = grad_scaler(self._trainer)
         if scaler is None or scaler.get_scale() < 1.0:
             self._in_row[step.index] += 1
-            self._tell(step, bad)
+            self._report(step, bad)
         self._skipped[step.index] += 1
         # Not by zero_grad: an optimizer may override it, and then leave zeros or accept no argument.
         for group in step.optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def _tell(self, step: GradientStep, bad: Tensor) -> None:
+    def _report(self, step: GradientStep, bad: Tensor) -> None:
+        """Warn about a skipped step, or raise if too many in a row were skipped."""
         in_row = self._in_row[step.index]
         where = self._where(step, bad)
         if self.max_in_row is not None and in_row >= self.max_in_row:

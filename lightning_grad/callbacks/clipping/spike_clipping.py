@@ -49,7 +49,7 @@ class SpikeClipping(GradientConditioner):
 
     **State.** The number of steps.
 
-    **Cost.** About five passes over the gradients.
+    **Cost.** About five passes through the gradients.
 
     Example:
         .. code-block:: yaml

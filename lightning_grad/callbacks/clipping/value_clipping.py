@@ -41,7 +41,7 @@ class ValueClipping(GradientConditioner):
 
     **State.** None.
 
-    **Cost.** Two passes over the gradients, as in torch.
+    **Cost.** Two passes through the gradients, as in torch.
 
     Example:
         .. code-block:: yaml

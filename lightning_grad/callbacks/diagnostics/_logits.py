@@ -73,6 +73,7 @@ class LogitProbe(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _see(
         self, tracks: AttentionTracks, name: str, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
     ) -> None:
+        """Record the logits of one operator, if it has any, and track its result."""
         if name in ("_softmax", "_safe_softmax") and args[0].numel() and tracks.are_scores(args[0]):
             self._softmaxes.append(_largest(plain_tensor(args[0])))
             tracks.note_softmax(len(self._softmaxes) - 1, result)

@@ -113,6 +113,7 @@ class OptimizerWatch:
         self._bad_norms = torch.where(bad & self._bad_norms.isfinite().all(), norms, self._bad_norms)
 
     def _measure(self, gradients: list[Tensor | None], norms: Tensor, slow: bool) -> None:
+        """Measure layers and keep the weights, for the update of this step."""
         if self._layers is None or self._roots is None:
             self._layers = LayerFinder(layer_depth=self._layer_depth).find(self.names, self.parameters)
             self._roots = torch.tensor([parameter.numel() ** 0.5 for parameter in self.parameters]).to(norms.device)

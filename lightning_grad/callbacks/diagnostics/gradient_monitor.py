@@ -195,6 +195,7 @@ class GradientMonitor(GradCallback):
         self.undo.push(handle.remove)
 
     def _take_places(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Vantage:
+        """Wrap the hooks in which gradients and logits are measured."""
         vantage = Vantage(
             self,
             before=partial(self._look_before, trainer, pl_module),
@@ -254,6 +255,7 @@ class GradientMonitor(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _look_before(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Measure unchanged gradients. Follow the optimizer first, because callbacks may change or replace it."""
         measured = is_log_step(trainer)
         slow = measured and self._slow_stats_are_due(trainer)
         watch = self._watch_of(trainer, optimizer)
@@ -292,6 +294,7 @@ class GradientMonitor(GradCallback):
             self._logits.forget()
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Read all tensors of the steps since the last log step, and log them."""
         self._drain()
         for index, watch in enumerate(self._watches):
             part = self._part(index)

@@ -234,6 +234,7 @@ class AccuracyGradientLR(MonitoredCallback):
             self.tell_once("stop_at", rank_zero_info, f"{self.monitor} has reached {value:g}: training stops.")
 
     def _cut(self, trainer: pl.Trainer, gradient: float | None, epoch: float) -> bool:
+        """Cut the learning rates. Return False if the factor is 1 or all are at the floor."""
         before = self._rates.first(trainer)
         if not self._rates.multiply(trainer, self.factor):
             if self.factor < 1.0:

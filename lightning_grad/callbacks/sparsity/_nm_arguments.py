@@ -1,6 +1,6 @@
-"""Reading and checking the constructor's arguments, before anything is trained.
+"""Reads and checks the constructor's arguments.
 
-Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
+Used only by :class:`lightning_grad.callbacks.NMSparsity`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,18 @@ from lightning_grad.functional import NMPattern, NMSchedule
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.utilities.parameters import first_match, matches
 
-_FIXED = ("ste", "sr-ste", "step")  # one pattern all along, and the gradient straight through
+_FIXED = ("ste", "sr-ste", "step")  # recipes with one pattern and the straight-through gradient
 
 
 def as_recipe(recipe: Recipe | Sequence[tuple[float, str]]) -> Recipe | list[tuple[float, str]]:
-    """Return the recipe, or the list of stages, in plain types."""
+    """Return the recipe, or the list of stages, as plain types."""
     if isinstance(recipe, str):
         return recipe
     return [(float(share), str(text)) for share, text in recipe]
 
 
 def default_phases(recipe: Recipe | list[tuple[float, str]]) -> tuple[float, float]:
-    """Return the shares of the dense and of the fine-tuning phase that suit a recipe; docs/benchmarks.md has the sweep."""
+    """Return the default shares of the dense and the fine-tuning phase of a recipe; docs/benchmarks.md has the sweep."""
     is_gradual = isinstance(recipe, str) and recipe.startswith(("mdgf", "sdgf"))
     return 0.2 if recipe == "step" else 0.0, 0.2 if is_gradual else 0.0
 
@@ -39,15 +39,16 @@ def read_patterns(pattern: str | Mapping[str, str]) -> dict[str, NMPattern]:
 
 
 def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], display_name: str) -> NMPattern:
-    """Return the pattern of a weight: that of the first name pattern that matches one of its names.
+    """Return the pattern of a weight: the first whose name pattern matches one of the weight's names.
 
     Args:
-        found: The weight; some pattern matches it.
+        found: The weight; at least one pattern matches it.
         patterns: N:M pattern by name pattern.
-        display_name: Who asks, for the error.
+        display_name: Name of the callback in errors.
 
     Raises:
-        ValueError: If two name patterns name a tied parameter, each under another of its names, and want different ones.
+        ValueError: If two name patterns name a tied parameter, each under another of its names, and want different
+        ones.
     """
     names, key = found.names, first_match(found.names, patterns) or "*"
     covered = [name for name in names if matches(name, [key])]
@@ -62,21 +63,21 @@ def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], display_na
 
 
 def check_recipe(recipe: Recipe | list[tuple[float, str]], gradient: str, finetune: float, decay: float | None) -> None:
-    """Raise where an argument contradicts the recipe.
+    """Raise if an argument contradicts the recipe.
 
     Raises:
-        ValueError: With the argument to leave out or to change.
+        ValueError: With the argument to remove or change.
     """
     if recipe in _FIXED and gradient == "masked":
         raise ValueError(
             f"recipe={recipe!r} passes the gradient straight through by definition; gradient='masked' is for mdgf-*, "
-            "sdgf-* and schedules of your own. Leave gradient at 'ste', or choose one of these recipes."
+            "sdgf-* and your own schedules. Keep gradient='ste', or choose one of these recipes."
         )
     if recipe in _FIXED and finetune:
-        raise ValueError(f"recipe={recipe!r} has its final pattern all along: leave finetune_fraction out.")
+        raise ValueError(f"recipe={recipe!r} uses its final pattern from the start. Remove finetune_fraction.")
     if decay is not None and not (isinstance(recipe, str) and recipe.startswith("mdgf")):
         raise ValueError(
-            f"decay belongs to mdgf-linear and mdgf-exponential; recipe={recipe!r} has none. Leave decay out."
+            f"decay belongs to mdgf-linear and mdgf-exponential; recipe={recipe!r} has none. Remove decay."
         )
 
 
@@ -96,11 +97,11 @@ def read_schedule(
     if isinstance(recipe, str):
         return NMSchedule(recipe, dense_fraction, finetune_fraction, decay, geometric_start)
     if dense_fraction or finetune_fraction:
-        raise ValueError("A list of (share, pattern) says all phases: leave dense_fraction and finetune_fraction out.")
+        raise ValueError("A list of (share, pattern) defines all phases. Remove dense_fraction and finetune_fraction.")
     stages = tuple((share, NMPattern.parse(text)) for share, text in recipe)
     if stages and set(patterns.values()) != {stages[-1][1]}:  # all layers go through the same stages
         raise ValueError(
-            f"The schedule ends with {stages[-1][1]} for all layers, and pattern is {', '.join(map(str, patterns.values()))}: "
-            f"write the last pattern of the schedule as pattern='{stages[-1][1]}' too."
+            f"The schedule ends with {stages[-1][1]} for all layers, but pattern is {', '.join(map(str, patterns.values()))}. "
+            f"Set the last pattern of the schedule as pattern='{stages[-1][1]}' too."
         )
     return NMSchedule(stages, geometric_start=geometric_start)

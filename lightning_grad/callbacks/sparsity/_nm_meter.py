@@ -1,6 +1,6 @@
-"""What is measured of sparse weights while they train: density, flips of the masks, gradient variance.
+"""Measurements of sparse weights during training: density, mask flips, gradient variance.
 
-Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Everything stays a tensor until a log step asks for numbers.
+Used only by :class:`lightning_grad.callbacks.NMSparsity`. All values stay tensors until a log step needs numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from lightning_grad.functional import mask_distance, masked_gradient_variance
 
 
 def sparsity_totals(weights: Sequence[SparseWeight]) -> dict[str, float]:
-    """Return density and decay value over all weights, and whether the final pattern holds exactly."""
+    """Return density and decay value over all weights, and whether all have their final pattern."""
     total = sum(w.parameter.numel() for w in weights)
     return {
         "density": sum(w.parameter.numel() * w.density for w in weights) / total,
@@ -24,40 +24,40 @@ def sparsity_totals(weights: Sequence[SparseWeight]) -> dict[str, float]:
     }
 
 
-def patterns_in_force(weights: Sequence[SparseWeight]) -> dict[str, float]:
-    """Return N and M as they hold now (1 and 1 while dense), for each final pattern where there are several."""
-    in_force = {str(w.pattern): w.phase.pattern for w in weights}
+def current_patterns(weights: Sequence[SparseWeight]) -> dict[str, float]:
+    """Return the current N and M (1 and 1 while dense), for each final pattern if there are several."""
+    current = {str(w.pattern): w.phase.pattern for w in weights}
     values = {}
-    for target, pattern in in_force.items():
-        suffix = f"/{target}" if len(in_force) > 1 else ""
+    for target, pattern in current.items():
+        suffix = f"/{target}" if len(current) > 1 else ""
         values[f"n{suffix}"] = float(pattern.n if pattern else 1)
         values[f"m{suffix}"] = float(pattern.m if pattern else 1)
     return values
 
 
 def phase_name(weights: Sequence[SparseWeight]) -> str:
-    """Return a name that changes whenever a pattern or the kind of pruning does."""
+    """Return a name that changes with the current pattern and with the kind of pruning."""
     phases = dict.fromkeys((w.phase.pattern, w.phase.decay > 0.0) for w in weights)
     names = [f"{pattern} decaying" if pattern and decaying else str(pattern or "dense") for pattern, decaying in phases]
     return " and ".join(names)
 
 
 class SparsityMeter:
-    """Compares masks between log steps, and gradients between the two steps before a log."""
+    """Compares the masks of two log steps, and the gradients of a log step with those of the step before."""
 
     def __init__(self) -> None:
         self._logged_masks: dict[str, Tensor] = {}
         self._previous: dict[str, Tensor] = {}
         self._variances: list[tuple[Tensor, Tensor, SparseWeight]] = []
 
-    def see_gradient(self, weight: SparseWeight, gradient: Tensor, measure: bool, keep: bool) -> None:
-        """Take notice of a gradient.
+    def add_gradient(self, weight: SparseWeight, gradient: Tensor, measure: bool, keep: bool) -> None:
+        """Compare a gradient with the previous one, or keep it for that.
 
         Args:
-            weight: Whose gradient it is.
-            gradient: As the loss gave it.
+            weight: Weight of the gradient.
+            gradient: Gradient from the loss.
             measure: Whether this step is logged.
-            keep: Whether the next one is.
+            keep: Whether the next step is logged.
         """
         previous, mask = self._previous.pop(weight.name, None), weight.mask
         if measure and previous is not None and mask is not None:
@@ -66,11 +66,11 @@ class SparsityMeter:
             self._previous[weight.name] = gradient.clone()
 
     def forget_step(self) -> None:
-        """Drop what was measured in a step that is over."""
+        """Drop the measurements of the last step."""
         self._variances = []
 
     def read(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
-        """Return what can be told at this log step, as scalars on the device."""
+        """Return the available measurements of this log step as scalar tensors."""
         return {**self._flips(weights), **self._mean_variance()}
 
     def _flips(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
@@ -91,11 +91,11 @@ class SparsityMeter:
         return {**_mean("gradient_variance_pruned", pruned), **_mean("gradient_variance_kept", kept)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks of the last log, packed."""
+        """Return the masks of the last log step, packed."""
         return {name: pack_bits(mask) for name, mask in self._logged_masks.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Sequence[SparseWeight]) -> None:
-        """Go on comparing with the masks of a saved log step."""
+        """Continue with the masks of a saved log step."""
         for weight in weights:
             if weight.name in state:
                 self._logged_masks[weight.name] = unpack_bits(state[weight.name], weight.parameter)

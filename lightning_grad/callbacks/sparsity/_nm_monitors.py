@@ -1,7 +1,7 @@
-"""Monitors that start over when the final pattern begins: what was best among dense weights says nothing about sparse ones.
+"""Resets monitors when the final pattern begins, because scores of dense weights do not compare with those of sparse ones.
 
-Used by :class:`lightning_grad.callbacks.NMSparsity` alone. Callbacks are found by what they have, so those of both namespaces
-of Lightning, and others that keep the same books, are met.
+Used only by :class:`lightning_grad.callbacks.NMSparsity`. Callbacks are recognized by their attributes, which covers
+both namespaces of Lightning and third-party callbacks that use the same names.
 """
 
 import os
@@ -12,18 +12,19 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-_HELD = -2  # a wait count that one more check cannot bring to any patience
+_HELD = -2  # a wait count that stays below any patience after one more check
 
 
 class MonitorRestart:
-    """Restarts monitors once, and holds early stopping until then.
+    """Resets monitors once, and keeps early stopping from ending the run until then.
 
-    In a run that validates this happens when the first validation of the final pattern begins, so that a value of dense
-    weights, which a checkpoint saved between two validations would still go by, is not kept; else when the pattern begins.
+    In a run that validates, the reset happens when the first validation of the final pattern begins: a checkpoint
+    saved between two validations would otherwise still use a score of dense weights. In other runs it happens when
+    the pattern begins.
 
     Args:
-        is_wanted: Whether monitors are to restart, and the pattern changes in the run.
-        is_done: Whether they did, before the run was resumed.
+        is_wanted: Whether to reset monitors, which makes sense if the pattern changes during the run.
+        is_done: Whether the reset happened before the run was resumed.
         at_validation: Whether the run validates.
     """
 
@@ -33,25 +34,25 @@ class MonitorRestart:
         self.is_due = is_wanted and not is_done
 
     def announce(self, trainer: pl.Trainer, say: Callable[[str], None]) -> None:
-        """Say what is held, if something is."""
+        """Report which callbacks are held, if any."""
         held = ", ".join(type(callback).__name__ for callback in _stoppers(trainer)) if self.is_due else ""
         if held:
             say(f"holds {held} until the final pattern has begun; with restart_monitors=False it may end the run first")
 
     def hold(self, trainer: pl.Trainer) -> None:
-        """Keep callbacks that stop a run for want of improvement from doing so at their next check."""
+        """Keep early stopping from ending the run at its next check."""
         if self.is_due:
             for callback in _stoppers(trainer):
                 callback.wait_count = _HELD
 
     def release(self, trainer: pl.Trainer) -> None:
-        """Leave no wait count behind that only holding has made."""
+        """Raise a wait count that :meth:`hold` made negative to zero."""
         if self.is_due:
             for callback in _stoppers(trainer):
                 callback.wait_count = max(callback.wait_count, 0)
 
     def restart(self, trainer: pl.Trainer, say: Callable[[str], None]) -> None:
-        """Forget the best models and scores that callbacks have kept, and say so. Files stay on disk and are named."""
+        """Reset the best models and scores of callbacks, and report it. Files stay on disk and are named."""
         self.is_due, self.is_done = False, True
         done = [_forget_best(callback) for callback in _checkpoints(trainer) if callback.best_k_models]
         done += [_start_waiting(callback) for callback in _stoppers(trainer)]

@@ -1,6 +1,6 @@
-"""What a sparse run leaves: its rows, the figure drawn of them, the masks as a file, and warnings of an unfinished schedule.
+"""The results of a sparse run: its rows, its figure, the mask file, and warnings about an unfinished schedule.
 
-Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
+Used only by :class:`lightning_grad.callbacks.NMSparsity`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_MOST_ENTRIES = 2**14  # of a weight's mask that are kept for the divergence: the share's error is below 0.4 %
-_MOST_NAMED = 6  # phases whose names have room in the figure
+_MOST_ENTRIES = 2**14  # mask entries of a weight kept for the divergence: the error of the share is below 0.4 %
+_MOST_NAMED = 6  # with more phases, their names do not fit into the figure
 _COLORS = ("#0072b2", "#d55e00")
-_MOST_SAMPLES = 64  # of masks in the phase that runs; beyond, every second one is dropped
+_MOST_SAMPLES = 64  # mask samples of the current phase; with more, every second one is dropped
 
 
 class SparsityRecord(RunRecord):
-    """Rows of a run, one a log step, and the divergence of each row's masks from the last masks of its phase.
+    """Rows of a run, one per log step, with the divergence of each row's masks from the last masks of its phase.
 
-    The sparse architecture divergence (SAD) needs the mask with which a phase ended, so it is known only then: a bounded
-    sample of mask entries is kept in the rows of the phase that runs.
+    The sparse architecture divergence (SAD) needs the mask at the end of a phase, so it is computed only then: the
+    rows of the current phase keep a bounded sample of mask entries.
     """
 
     def __init__(self) -> None:
@@ -49,8 +49,8 @@ class SparsityRecord(RunRecord):
 
         Args:
             row: Scalars of this log step.
-            phase: Name of the phase; when it changes, the divergence of the phase before is settled.
-            masks: Mask of each weight by name; ``None`` where there is none yet.
+            phase: Name of the phase; when it changes, the divergence of the previous phase is computed.
+            masks: Mask of each weight by name, or ``None`` if it has none yet.
         """
         if self.count and self.last["phase"] != phase:
             self.close_phase()
@@ -66,16 +66,16 @@ class SparsityRecord(RunRecord):
                 del row["masks"]
 
     def close_phase(self) -> None:
-        """Compare the masks of the phase with its last one."""
+        """Compare the masks of the phase with its last mask."""
         sampled = [row for row in self.kept if "masks" in row]
         last = _unpack(sampled[-1]["masks"]) if sampled else None
         for row in sampled:
             masks = _unpack(row.pop("masks"))
-            if last is not None and masks.shape == last.shape:  # a resumed run may have chosen other weights
+            if last is not None and masks.shape == last.shape:  # a resumed run may use other weights
                 row["divergence"] = (masks != last).float().mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything, in types that a checkpoint may hold."""
+        """Return the record in types that a checkpoint may contain."""
         return {**super().state_dict(), "validations": self.validations.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -84,11 +84,11 @@ class SparsityRecord(RunRecord):
         self.validations.load_state_dict(state["validations"])
 
     def draw_run(self, title: str, metric: str | None) -> Figure:
-        """Draw the validation metric, the share of weights that are not zero, and how much the masks change, over steps.
+        """Draw validation metric, share of nonzero weights, and mask changes over the steps.
 
         Args:
-            title: Heading of the figure.
-            metric: Validation metric to show; ``None`` takes the first that is an accuracy, if there is one.
+            title: Title of the figure.
+            metric: Validation metric to show; ``None`` shows the first accuracy, if there is one.
         """
         metric = metric or next((key for key in self.validations.columns if "acc" in key), None)
         has_metric = metric in self.validations.columns
@@ -97,10 +97,10 @@ class SparsityRecord(RunRecord):
             self._draw_metric(axes[0], metric)
         sizes = {"density": "not zero"}
         if any(0.0 < row["decay"] < 1.0 for row in self.kept):
-            sizes["decay"] = "what pruned weights are multiplied by (D)"
+            sizes["decay"] = "factor on pruned weights (D)"
         _draw_shares(axes[-2], self, sizes, "Weights that are not zero", drawstyle="steps-post")
         axes[-2].set_ylim(-0.03, 1.09)
-        changes = {"flips": "since the last log", "divergence": "still to change in this phase"}
+        changes = {"flips": "since the last log step", "divergence": "until the end of the phase"}
         _draw_shares(axes[-1], self, changes, "Mask entries that changed")
         axes[-1].set_ylim(bottom=0.0)
         self._mark_phases(axes)
@@ -134,7 +134,7 @@ def _unpack(sample: Tensor) -> Tensor:
 
 
 def _draw_shares(axis: Axes, record: RunRecord, names: Mapping[str, str], title: str, **style: Any) -> None:
-    """Draw columns that are shares, in percent, and write the last value of the first above."""
+    """Draw columns that are shares, in percent, with the last value of the first column in the title."""
     known = {key: record.series(key) for key in names if record.series(key)[0]}
     for color, (key, (steps, values)) in zip(_COLORS, known.items(), strict=False):
         axis.plot(steps, values, color=color, label=names[key], **style)
@@ -150,7 +150,7 @@ def _draw_shares(axis: Axes, record: RunRecord, names: Mapping[str, str], title:
 
 
 def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique: str) -> None:
-    """Save the final masks as bool tensors by name, and send the file as an artifact."""
+    """Save the final masks as bool tensors by name, and log the file as an artifact."""
     path = output_file(trainer, technique, "_masks.pt")
     if trainer.is_global_zero and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,19 +159,19 @@ def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique:
 
 
 def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bool, technique: str) -> None:
-    """Decide what a run leaves behind that ended before its schedule did, and warn.
+    """Warn if the run stopped before its schedule ended, and apply the final pattern if ``bake`` is set.
 
     Args:
         weights: The sparse weights.
         progress: Share of the schedule that is done.
-        bake: Whether they are to get the final pattern all the same.
-        technique: Who makes them sparse.
+        bake: Whether to prune to the final pattern all the same.
+        technique: Name of the callback.
     """
     if all(weight.phase.final for weight in weights):
         return
-    outcome = "The weights are left as validated; bake_on_early_stop=True would prune them to the final pattern."
+    outcome = "The weights stay as they were validated; bake_on_early_stop=True would prune them to the final pattern."
     if bake:
-        outcome = "The weights are pruned to the final pattern, untrained for it."
+        outcome = "The weights are pruned to the final pattern without training for it."
         for weight in weights:
             weight.phase = NMPhase(weight.pattern, 0.0, True)
     rank_zero_warn(
@@ -181,19 +181,19 @@ def settle_unfinished(weights: Sequence[SparseWeight], progress: float, bake: bo
 
 
 def warn_of_inexact_best(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique: str) -> None:
-    """Name a best checkpoint that was kept from before the final pattern."""
+    """Warn if a best checkpoint dates from before the final pattern."""
     for callback in trainer.checkpoint_callbacks if trainer.is_global_zero else []:
         path = getattr(callback, "best_model_path", "")
         if path and os.path.isfile(path) and not _holds_pattern(path, weights):
             rank_zero_warn(
                 f"{technique}: the best checkpoint {path} is from before the final pattern was reached. Use the last "
-                "one, or start to keep checkpoints later."
+                "one, or start to save checkpoints later."
             )
 
 
 def _holds_pattern(path: str, weights: Sequence[SparseWeight]) -> bool:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    except Exception:  # a file of another format, or one with objects that are not loaded by default
+    except Exception:  # another file format, or objects that weights_only=True does not load
         return True
     return all(is_nm(saved[w.name], w.pattern.n, w.pattern.m, w.dim) for w in weights if w.name in saved)

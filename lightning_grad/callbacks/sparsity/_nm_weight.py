@@ -1,6 +1,6 @@
-"""One sparse weight: its mask now, and what the forward pass sees of it.
+"""A sparse weight: its current mask, and the value that the forward pass uses.
 
-Used by :class:`lightning_grad.callbacks.NMSparsity` alone.
+Used only by :class:`lightning_grad.callbacks.NMSparsity`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,9 +22,9 @@ class SparseWeight(ViewedWeight):
 
     Args:
         found: The weight.
-        pattern: The pattern it ends with.
-        dim: Dimension in which the groups lie.
-        straight_through: Whether gradients pass to pruned weights as they are.
+        pattern: Its final pattern.
+        dim: Dimension along which the groups lie.
+        straight_through: Whether pruned weights get the gradient unchanged.
     """
 
     def __init__(self, found: FoundWeight, pattern: NMPattern, dim: int, straight_through: bool) -> None:
@@ -38,12 +38,12 @@ class SparseWeight(ViewedWeight):
 
     @property
     def size(self) -> int:
-        """Size of the dimension in which the groups lie."""
+        """Size of the dimension along which the groups lie."""
         return self.parameter.shape[self.dim]
 
     @property
     def mask(self) -> Tensor | None:
-        """The mask in use, in the weight's dtype; ``None`` while no weight is outside of one."""
+        """Current mask, in the weight's dtype; ``None`` while nothing is pruned."""
         if self.factor is None or self.phase.decay == 0.0:
             return self.factor
         return None if self.phase.decay >= 1.0 else (self.factor == 1.0).to(self.factor.dtype)
@@ -55,7 +55,7 @@ class SparseWeight(ViewedWeight):
 
     @property
     def density(self) -> float:
-        """Share of entries that are not pruned; while D > 0, none is."""
+        """Share of entries that are not pruned; 1 while D > 0."""
         return 1.0 if self.phase.decay > 0.0 else self.share_in_mask
 
     @override
@@ -64,8 +64,8 @@ class SparseWeight(ViewedWeight):
 
     @override
     def stored(self, weight: Tensor) -> Tensor:
-        # Always under the mask of these very values: the mask that trains may be some steps old (mask_every_n_steps), and
-        # weight averaging brings other weights.
+        # Compute a fresh mask: the current one may be some steps old (mask_every_n_steps), and weight averaging passes
+        # other weights.
         return (
             weight if self.phase.pattern is None else prune_weight(weight, self._factor_of(weight, self.phase.pattern))
         )
@@ -75,7 +75,7 @@ class SparseWeight(ViewedWeight):
         return mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask
 
     def follow(self, phase: NMPhase, mask_every_n_steps: int = 1) -> None:
-        """Recompute the mask from the weight, or only the decay value while the mask is young enough."""
+        """Set the phase, and recompute the mask unless it is recent enough; D is always updated."""
         mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every_n_steps else None
         self.phase = phase
         self._mask_age = 0 if mask is None else self._mask_age + 1
@@ -87,7 +87,7 @@ class SparseWeight(ViewedWeight):
             self.factor = mask.clamp(min=phase.decay)
 
     def clear_pruned(self, state: Mapping[str, Any]) -> None:
-        """Clear what an optimizer remembers of pruned entries, once the pattern is final."""
+        """Zero an optimizer's state of pruned entries, once the pattern is final."""
         if self.phase.final and self.mask is not None:
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.shape == self.parameter.shape:
@@ -100,7 +100,7 @@ class SparseWeight(ViewedWeight):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        # What a mask that is older than its weight needs to go on.
+        # Only a mask that is older than its weight must be saved; others can be recomputed.
         mask = self.mask
         return {"age": self._mask_age, "mask": pack_bits(mask)} if self._mask_age and mask is not None else {}
 
@@ -116,7 +116,7 @@ class SparseWeight(ViewedWeight):
 
 
 def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:
-    """Return the dimension in which groups lie; ``None`` if the layer does not show where its inputs are."""
+    """Return the dimension along which groups lie; ``None`` if the layer's input dimension is unknown."""
     if not isinstance(axis, str):
         return group_dim(found.parameter, axis)
     outputs = found.output_dimension()
@@ -126,7 +126,7 @@ def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:
 
 
 def lacking(module: nn.Module, chosen: Mapping[str, Sequence[str | int]]) -> list[str]:
-    """Return the names of the weights of a module that do not have their pattern, given by :attr:`SparseWeight.signature`."""
+    """Return the names of a module's weights that lack their pattern, which is given as :attr:`SparseWeight.signature`."""
     present = {clean_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
     found = []
     for name, (text, dim) in chosen.items():

@@ -1,12 +1,13 @@
-"""Progressive N:M sparsity: the callback.
+"""Progressive N:M sparsity as a callback.
 
-The masks and schedules are functions, in ``functional/sparsity/``; choosing weights and showing them to the module is the
-base's, ``core/weights.py``. In this folder:
+Masks and schedules are functions in ``functional/sparsity/``. The base class ``WeightCallback`` selects the weights
+and substitutes the sparse weights in the module. In this folder:
 
-- ``_nm_arguments.py`` reads the arguments;
+- ``_nm_arguments.py`` reads and checks the arguments;
 - ``_nm_weight.py`` is one sparse weight;
-- ``_nm_monitors.py`` restarts checkpoints and early stopping;
-- ``_nm_meter.py`` measures, ``_nm_record.py`` records, draws, and sees to the end of the run.
+- ``_nm_monitors.py`` resets checkpoint callbacks and early stopping;
+- ``_nm_meter.py`` measures;
+- ``_nm_record.py`` records and draws, and handles the end of the run.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
 from lightning_grad.callbacks.sparsity import _nm_record
-from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, patterns_in_force, phase_name, sparsity_totals
+from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, current_patterns, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
@@ -45,18 +46,18 @@ _NO_VARIANCE = no(
 
 
 class NMSparsity(WeightCallback[SparseWeight]):
-    r"""Train weights of which at most N in every group of M are not zero.
+    r"""Train weights with at most N nonzero values in every group of M.
 
     .. math::
         \tilde W = W \odot \bigl(m(W) + (1 - m(W))\, D\bigr)
 
-    W is the dense weight that the optimizer moves, :math:`m(W) \in \{0, 1\}` marks the N largest :math:`|W|` in each
+    W is the dense weight, which the optimizer updates. :math:`m(W) \in \{0, 1\}` marks the N largest :math:`|W|` in each
     group of M (:func:`~lightning_grad.functional.nm_mask`), and :math:`D \in [0, 1]` is the decay value. The forward pass
-    uses :math:`\tilde W`. The mask is recomputed after every optimizer step, so pruned weights may return. The recipe says
-    which N:M and which D hold when:
+    uses :math:`\tilde W`. The mask is recomputed after every optimizer step, so pruned weights may return. The recipe
+    determines N:M and D over the run:
 
     ================== ============================================== =========================================
-    recipe             forward                                        gradient to W, with G the one of W~
+    recipe             forward                                        gradient of W (G: gradient of W~)
     ================== ============================================== =========================================
     ste                N:M from the start, D = 0                      G
     sr-ste             the same                                       G + lambda (1 - m) W
@@ -68,68 +69,73 @@ class NMSparsity(WeightCallback[SparseWeight]):
     ================== ============================================== =========================================
 
     Args:
-        pattern: N:M pattern such as "2:4", or one for each name pattern of parameters or modules, first match first.
-        recipe: One of the table, or a list of (share of the run from which it holds, pattern). The default is the one
-            that came out best, narrowly, in the project's own comparison on digits (docs/benchmarks.md).
-        gradient: "ste" passes the gradient on to pruned weights as it is, as the released code does and as came out ahead,
-            within noise, in our comparison; "masked" is the chain rule, which the paper describes (mdgf, sdgf, lists).
-        dense_fraction: Share of the run before anything is pruned. Default 0, which did no worse than a dense phase in our
-            sweep, and 0.2 for step (the paper switches by a test, AutoSwitch, instead).
-        finetune_fraction: Share of the run, at its end, with the final pattern and D = 0. Default 0.2 for mdgf and sdgf
-            (our sweep), else 0.
-        decay: Coefficient beta for one optimizer step; default 7 / steps of the decay phase (mdgf-exponential, ends
-            near 1e-3) or 2 / steps (mdgf-linear, reaches 0 half-way).
-        sr_ste_lambda: Strength lambda of the SR-STE term, recipes sr-ste and step (2e-4: arXiv 2102.04010, section 4).
-        axis: Where groups lie: "input" (in_features, input channels; what 2:4 hardware needs), "output", or the number of
-            a dimension. Inputs are in dimension 1, or in 0 of a matrix by which a layer of another package computes x W.
-        include: Names or wildcards of the parameters or modules to make sparse. Default: every Linear, Conv1d/2d/3d,
-            attention projection and other layer that multiplies by a matrix named weight, but the first and the last that
-            the first batch reaches. Parameters of other modules must be spelled to the end ("blocks.*.w1"); they and tied
-            ones are masked in place, in every use.
-        exclude: Names or wildcards of what stays dense.
-        mask_every_n_steps: Recompute masks every this many optimizer steps; above 1 is an approximation that saves time.
-        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two (8 in the released code).
-        zero_pruned_state: Once the pattern is final, clear the optimizer's state of pruned weights after every step, so
-            that momentum does not move them.
-        restart_monitors: When the final pattern begins, make callbacks that keep a best value start over: monitored
-            checkpoints and early stopping. Until then early stopping is held.
-        bake_on_early_stop: Prune to the final pattern also when the run stops before its schedule has reached it.
-        layer_depth: Join layers in logs by this many leading parts of their names; default: do not join.
-        max_layers: Log at most this many layers apart.
-        figure: Draw the run at its end (needs matplotlib, and a logger whose folder takes the file).
-        figure_metric: Validation metric in the figure; default the first whose name holds "acc".
-        save_masks: Write the final masks to a file beside the logs (W&B: an artifact).
-        total_steps: Length of the schedule in optimizer steps, for runs without a known end. Default: the Trainer's.
+        pattern: N:M pattern such as "2:4", or a mapping from names or wildcards to patterns.
+            The first match applies.
+        recipe: A recipe from the table, or a list of pairs (share of the run, pattern from there on).
+            The default was best, by a narrow margin, in our comparison on digits (docs/benchmarks.md).
+        gradient: Gradient of pruned weights: "ste" (unchanged) or "masked" (chain rule).
+            "ste" is what the released code does, and was ahead, within noise, in our comparison; "masked" is what the
+            paper describes for mdgf and sdgf. It also applies to a list of stages.
+        dense_fraction: Share of the run before pruning starts. Default: 0.2 for step, else 0.
+            In our sweep, no dense phase was as good as one. For step, the paper uses a test (AutoSwitch) instead.
+        finetune_fraction: Share at the end of the run with the final pattern and D = 0.
+            Default: 0.2 for mdgf and sdgf (from our sweep), else 0.
+        decay: Coefficient beta per step. Default: 7 or 2 divided by the length of the decay phase.
+            7 is for mdgf-exponential, which ends near 1e-3; 2 is for mdgf-linear, which reaches 0 half-way.
+        sr_ste_lambda: Strength lambda of the SR-STE term in sr-ste and step (2e-4 in the paper).
+        axis: Where the groups lie: "input" (as 2:4 hardware needs), "output", or a dimension.
+            Inputs (in_features, input channels) are in dimension 1, or in dimension 0 if a layer of another package
+            computes x W.
+        include: Names or wildcards of parameters or modules to make sparse.
+            Default: every Linear, Conv1d/2d/3d, attention projection, and other layer that multiplies by a matrix
+            named weight, except the first and the last that the first batch reaches. Parameters of other modules need
+            their full name ("blocks.*.w1"); these and tied parameters are masked in place, in every use.
+        exclude: Names or wildcards of parameters or modules to keep dense.
+        mask_every_n_steps: Recompute masks every this many optimizer steps; above 1 is faster but approximate.
+        geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
+            The default is that of the released code.
+        zero_pruned_state: Zero the optimizer state of pruned weights once the pattern is final.
+            It is zeroed after every step, so momentum does not move pruned weights.
+        restart_monitors: Reset monitored checkpoints and early stopping when the final pattern begins.
+            Until then, early stopping cannot end the run.
+        bake_on_early_stop: Prune to the final pattern even if the run stops before its schedule ends.
+        layer_depth: Join layers in logs by this many leading parts of their names. Default: do not join.
+        max_layers: Maximum number of layers to log separately.
+        figure: Draw a figure of the run at its end (needs matplotlib and a logger with a local folder).
+        figure_metric: Validation metric in the figure. Default: the first whose name contains "acc".
+        save_masks: Write the final masks to a file next to the logs (W&B: an artifact).
+        total_steps: Length of the schedule in optimizer steps. Default: the length of the run.
+            Needed for runs without a known end.
         name: Name of this instance, needed when two are used.
 
     Raises:
         ValueError: In the constructor for an impossible pattern, an unknown recipe or one that contradicts the other
-            arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is chosen, a
-            name pattern matches nothing, the run has no known end, parameters are sharded (FSDP, DeepSpeed), or another
-            instance or ``ModelPruning`` has chosen the same weight.
-        RuntimeError: As soon as something reparametrizes a chosen weight during the fit.
+            arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is selected,
+            a name pattern matches nothing, the run has no known end, parameters are sharded (FSDP, DeepSpeed), or
+            another instance or ``ModelPruning`` has selected the same weight.
+        RuntimeError: If a selected weight is reparametrized during the fit.
 
-    **Hooks.** ``on_fit_start`` chooses the weights, when all layers exist and DDP is set up; each optimizer's post hook
-    refreshes the masks of the weights it owns; the first ``on_train_batch_end`` chooses again if the batch reached the
-    layers in another order than they are registered in; ``on_validation_start`` restarts monitors when the final pattern
-    has begun; ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before clipping, so that lambda is exact;
-    the first ``on_validation_batch_start`` switches to what a checkpoint would hold, after weight averaging has swapped
-    its weights in; ``teardown`` makes the sparse weights the module's own.
+    **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
+    post-hook refreshes the masks of its weights. The first ``on_train_batch_end`` selects again if the batch reached
+    the layers in another order than they are registered in. ``on_validation_start`` resets monitors when the final
+    pattern has begun. ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before clipping, so lambda is
+    exact. The first ``on_validation_batch_start`` switches to the weights that a checkpoint would contain, after
+    weight averaging has swapped its weights in. ``teardown`` replaces the module's parameters by the sparse weights.
 
-    **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the pattern in force (of each name pattern, where there
-    are several), ``decay`` (D), ``density`` (share of chosen weights that is not zero; of each layer under
-    ``sparsity_layers/``),
-    ``flips`` (share of mask entries changed since the last log), ``gradient_noise_pruned`` and ``gradient_noise_kept``
-    (:func:`~lightning_grad.functional.gradient_noise`), ``exact`` (1 when the final pattern holds with D = 0; also in
-    every validation, so that checkpoints can be told apart). At the end: a figure, a table with the divergence of the
-    masks from each phase's last, and histograms of the weights.
+    **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the current pattern (of each final pattern if there
+    are several), ``decay`` (D), ``density`` (share of nonzero values in the selected weights; per layer under
+    ``sparsity_layers/``), ``flips`` (share of mask entries that changed since the last log step),
+    ``gradient_variance_pruned`` and ``gradient_variance_kept``
+    (:func:`~lightning_grad.functional.masked_gradient_variance`), ``exact`` (1 when the final pattern applies with D
+    = 0; also in every validation, to tell checkpoints apart). At the end: a figure, a table with the divergence of
+    the masks from the last masks of their phase, and histograms of the weights.
 
-    **State.** Progress, the record, which weights were chosen, masks that are older than their weights, and what a
-    checkpoint's sparse weights lack to be dense again; resuming is bit-exact. Every setting may change on resume.
+    **State.** Progress, the record, the selected weights, masks that are older than their weights, and the dense
+    values that a checkpoint's sparse weights lack; resuming is bit-exact. Every setting may change on resume.
 
-    **Cost.** One mask an optimizer step and one product for each use of a weight: see docs/benchmarks.md.
+    **Cost.** One mask per optimizer step and one product for each use of a weight; see docs/benchmarks.md.
 
-    Code that reads ``layer.weight.grad`` during the fit finds None on chosen layers; read it from ``named_parameters()``.
+    During the fit, ``layer.weight.grad`` of a selected layer is None; read the gradient from ``named_parameters()``.
 
     Example:
         .. code-block:: yaml
@@ -149,9 +155,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     namespace: ClassVar[str] = "sparsity"
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
-        fused_fp16=yes("All recipes but `sr-ste` and `step`, which raise."),
-        no_second_moment=yes("All recipes but `step`, which raises."),
-        compiled=yes("Modules recompile when pruning begins, and not when D or the pattern changes."),
+        fused_fp16=yes("All recipes except `sr-ste` and `step`, which raise."),
+        no_second_moment=yes("All recipes except `step`, which raises."),
+        compiled=yes("Modules recompile when pruning begins, but not when D or the pattern changes."),
         manual_optimization=yes(
             "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, masks are kept, "
             "but the SR-STE term is missing, and a warning says so."
@@ -174,7 +180,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     _monitors = until_next_fit.of(MonitorRestart)
     _total_steps = during_fit[int | None](lambda _: None)
     _variances = during_fit.of(dict[int, FrozenMoments])
-    _stepped = during_fit.of(bool)  # in the present batch
+    _stepped = during_fit.of(bool)  # in the current batch
     _hook_fired = during_fit.of(bool)
 
     def __init__(
@@ -234,7 +240,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _recipe_name(self) -> str:
         return self.recipe if isinstance(self.recipe, str) else "custom"
 
-    # Which weights are sparse, and how.
+    # Selection of weights.
 
     @override
     def view(self, found: FoundWeight) -> SparseWeight | str:
@@ -243,7 +249,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
             dimension_of_groups(found, self.axis),
         )
         if dim is None:
-            return "its layer computes neither x W nor x W^T; spell its name in include= to take dimension 1 for the inputs"
+            return (
+                "its layer computes neither x W nor x W^T; give its full name in include= to use dimension 1 for inputs"
+            )
         size = found.parameter.shape[dim]
         if not pattern.fits(size):
             return f"groups of {pattern.m} do not divide {size}"
@@ -322,7 +330,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             if optimizer.state and self.owned_by(optimizer):
-                self._hold_variance(optimizer, resumed=bool(restored.get("frozen")))
+                self._freeze_variance(optimizer, resumed=bool(restored.get("frozen")))
         done = bool(restored.get("restarted")) and restored.get("chosen") == self.signatures
         wanted = self.restart_monitors and self._pattern_changes
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation)
@@ -330,7 +338,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @property
     def _pattern_changes(self) -> bool:
-        """Whether some weight that is pruned at the end is not so from the start."""
+        """Whether a weight that is pruned at the end is not pruned to its final pattern from the start."""
         pruned = [weight for weight in self.weights if weight.pattern.n < weight.pattern.m]
         starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps or 1, weight.size) for weight in pruned]
         return not all(phase.final for phase in starts)
@@ -351,7 +359,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             if gradient is None:
                 continue
             if (measure or keep) and not gradients_are_scaled(trainer, optimizer):
-                self._meter.see_gradient(weight, gradient, measure, keep)
+                self._meter.add_gradient(weight, gradient, measure, keep)
             if self._adds_sr_ste and weight.mask is not None:
                 add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
 
@@ -359,7 +367,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         self._progress = run_progress(trainer, steps_ahead=1, stated=self.total_steps)
-        if self._total_steps is None:  # the first epoch measures it
+        if self._total_steps is None:  # the length of an epoch is known after the first
             self._total_steps = total_steps(trainer, self.display_name)
         self._stepped = True
         super().after_step(trainer, optimizer)
@@ -367,23 +375,23 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._restart_monitors(trainer, at_validation=False)
         owned = self.owned_by(optimizer)
         if owned:
-            self._hold_variance(optimizer)
+            self._freeze_variance(optimizer)
         if self.zero_pruned_state:
             for weight in owned:
                 weight.clear_pruned(optimizer.state[weight.parameter])
         if not self._hook_fired:
             lost = (
-                "the SR-STE term and the logged gradient variance are"
+                "the SR-STE term and the logged gradient variance are missing"
                 if self._adds_sr_ste
-                else "the gradient variance is"
+                else "the gradient variance is not logged"
             )
             advice = "Call step() on what self.optimizers() returns."
-            without = f"an optimizer stepped without Lightning's hooks, so {lost} left out. {advice}"
+            without = f"an optimizer stepped without Lightning's hooks, so {lost}. {advice}"
             self.tell_once("bypass", rank_zero_warn, without)
         self._hook_fired = False
 
     def _follow_schedule(self) -> None:
-        """Bring along weights whose own optimizer did not step: the schedule is the run's."""
+        """Update weights whose own optimizer did not step: the schedule follows the run, not an optimizer."""
         for weight in self.weights:
             if self._phase(weight) != weight.phase:
                 self.renew(weight)
@@ -393,13 +401,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if due and all(weight.phase.final for weight in self.weights):
             self._monitors.restart(trainer, self.say)
 
-    def _hold_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
+    def _freeze_variance(self, optimizer: Optimizer, resumed: bool = False) -> None:
         if self.recipe != "step" or self._progress < self.dense_fraction:
             return
         if id(optimizer) in self._variances:
             self._variances[id(optimizer)].put_back()
             return
-        # So that masked gradients cannot pile up in it: Lu et al., 2023, algorithm 1.
+        # Masked gradients must not accumulate in the variance: Lu et al., 2023, algorithm 1.
         self._variances[id(optimizer)] = FrozenMoments(optimizer, resumed)
         if not len(self._variances[id(optimizer)]):
             raise _NO_VARIANCE.error(self.display_name, type(optimizer).__name__)
@@ -411,16 +419,17 @@ class NMSparsity(WeightCallback[SparseWeight]):
             self._log_step(trainer, pl_module)
         self._stepped = False
         self._meter.forget_step()
-        if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch need not step
+        if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch may not step
             self._progress = 1.0
             self._follow_schedule()
             self._restart_monitors(trainer, at_validation=False)
 
     def _log_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the quantities of a step and add them to the record."""
         known, measured = sparsity_totals(self.weights), self._meter.read(self.weights)
         layers = limit_layers({clean_name(w.name): w.density for w in self.weights}, self.layer_depth, self.max_layers)
         shown = {f"density/{name}": value for name, value in layers.items()}
-        self.log_scalars(pl_module, {**known, **patterns_in_force(self.weights), **measured})
+        self.log_scalars(pl_module, {**known, **current_patterns(self.weights), **measured})
         self.log_scalars(pl_module, shown, layers=True)
         numbers = torch.stack(list(measured.values())).tolist() if measured else []
         row: dict[str, Any] = {"step": stepped_batches(trainer), "progress": self._progress, **known}
@@ -431,34 +440,34 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._record.save(trainer, self)
 
     def _warn_of_nan(self) -> None:
-        """Name the weights that hold NaN, once; masks count it as the smallest."""
+        """Warn once about weights that contain NaN; masks treat NaN as the smallest value."""
         found = torch.stack([weight.parameter.isnan().any() for weight in self.weights]).tolist()
         names = [clean_name(weight.name) for weight, has_nan in zip(self.weights, found, strict=True) if has_nan]
         if names:
-            self.tell_once("nan", rank_zero_warn, f"NaN in {', '.join(names[:5])}. It is pruned before any number.")
+            self.tell_once("nan", rank_zero_warn, f"NaN in {', '.join(names[:5])}. NaN is pruned before any number.")
 
     # Validation and checkpoints.
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.fitting:
-            self._look_at_tested(trainer, pl_module)
+            self._warn_if_not_sparse(trainer, pl_module)
         elif self.weights and not trainer.sanity_checking:
             self._restart_monitors(trainer, at_validation=True)
             self._monitors.hold(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._look_at_tested(trainer, pl_module)
+        self._warn_if_not_sparse(trainer, pl_module)
 
-    def _look_at_tested(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _warn_if_not_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = lacking(pl_module, self.signatures)
         if names:
             whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
             rank_zero_warn(
                 f"{self.display_name}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
-                f"({listed(names, 3)}), so this result is not that of the final pattern. Use a checkpoint from after the "
-                "final pattern began, or the module as the fit left it."
+                f"({listed(names, 3)}), so this is not the result of the final pattern. Use a checkpoint from after the "
+                "final pattern began, or the module as it was after the fit."
             )
 
     @override
@@ -496,7 +505,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def settle(self, trainer: pl.Trainer) -> Sequence[SparseWeight]:
         if self._progress == 0.0:
             return []
-        # Lightning skips a validation that was due behind the last step of a checkpoint, and with it the restart.
+        # If a checkpoint at the last step was due before a validation, Lightning skips the validation, and the reset with it.
         self._monitors.is_done |= all(weight.phase.final for weight in self.weights)
         _nm_record.settle_unfinished(self.weights, self._progress, self.bake_on_early_stop, self.display_name)
         return self.weights
@@ -512,6 +521,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._meter = SparsityMeter()
 
     def _report(self, trainer: pl.Trainer, weights: Sequence[SparseWeight]) -> None:
+        """Write the figure, the histograms and the masks, and warn about a best checkpoint that is not sparse."""
         self._record.close_phase()
         last, title = sparsity_totals(weights), f"{self.display_name}: {self.pattern}, {self._recipe_name}"
         summary = {"density": last["density"], "exact": last["exact"]}
@@ -527,7 +537,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
 
 def _namespaces(trainer: pl.Trainer) -> tuple[str, ...]:
-    """Return how the log keys of techniques begin: lr/accuracy_gradient, say, is no accuracy of the module."""
+    """Return the prefixes of all techniques' log keys; lr/accuracy_gradient, for example, is no accuracy of the module."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     owners = [c for c in callbacks if isinstance(c, GradCallback) and hasattr(c, "namespace")]
     return tuple(f"{owner.namespace.split('/')[0]}{end}" for owner in owners for end in ("/", "_layers/"))

@@ -36,8 +36,8 @@ def attack_direction(gradient: Tensor, norm: Norm = "linf") -> Tensor:
         (tensor([[ 1., -1.]]), tensor([[ 0.6000, -0.8000]]))
 
     References:
-        Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572, section 4; Madry et al.,
-        "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083.
+        Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572, section 4; Madry et
+        al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083.
     """
     gradient = gradient.nan_to_num(nan=0.0)  # an infinity becomes the largest number
     if norm == "linf":
@@ -138,7 +138,8 @@ def pgd(
         Tensor: Attacked inputs, (B, ...), detached; the given tensor itself if epsilon is 0 or the batch is empty.
 
     Raises:
-        ValueError: For an unknown norm, steps below 1, mean without std, or numbers that are not finite or out of range.
+        ValueError: For an unknown norm, steps below 1, mean without std, or numbers that are not finite or out of
+            range.
         RuntimeError: In inference mode, and for inputs created in it: they have no gradient.
         IndependentLossError: If the loss does not depend on the inputs; it is a RuntimeError.
 
@@ -148,7 +149,8 @@ def pgd(
         tensor([[ 0.1000, -0.1000]])
 
     References:
-        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation 2.
+        Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018, arXiv 1706.06083, equation
+        2.
     """
     _check_settings(epsilon, steps, norm, mean, std)
     _check_numbers(step_size, bounds, mean, std)
@@ -211,8 +213,8 @@ def fgsm(
         tensor([[ 0.1000, -0.1000]])
 
     References:
-        Goodfellow et al., 2015, arXiv 1412.6572, section 4. Random start and step size: Wong et al., "Fast is better than
-        free: Revisiting adversarial training", 2020, arXiv 2001.03994, algorithm 3.
+        Goodfellow et al., 2015, arXiv 1412.6572, section 4. Random start and step size: Wong et al., "Fast is better
+        than free: Revisiting adversarial training", 2020, arXiv 2001.03994, algorithm 3.
     """
     default = _FGSM_STEP * epsilon if random_start else epsilon
     step_size = default if step_size is None else step_size

@@ -49,8 +49,8 @@ def autoclip_threshold_(norm: Tensor, state: dict[str, Tensor], percentile: floa
         [1.0, 2.0, 2.0, 2.0]
 
     References:
-        Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020, arXiv 2007.14469,
-        algorithm 1.
+        Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation Networks", 2020, arXiv
+        2007.14469, algorithm 1.
     """
     norms, count = state["norms"], state["count"]
     finite = norm.isfinite()

@@ -112,8 +112,8 @@ def normalize_layers_(
         [tensor([1.2000, 1.6000])]
 
     References:
-        You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888, equation 6; Pelikan et al.,
-        2023, arXiv 2310.00098, use it on federated gradients.
+        You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888, equation 6; Pelikan et
+        al., 2023, arXiv 2310.00098, use it on federated gradients.
     """
     norms, sizes = _layer_norms(gradients, layers, count), _layer_norms(weights, layers, count)
     ratios = trust_coefficient * sizes / norms

@@ -83,14 +83,15 @@ def select_sampled(values: Tensor, k: int, start: int = 0, share: float = 0.01) 
         S = \operatorname{top}_k \{|v_i| : |v_i| \ge \tau\}, \qquad
         \tau = |v|_{(r)} \text{ of the sample}, \qquad r = \lceil \mu + 3 \sqrt\mu \rceil, \quad \mu = k m / n
 
-    The sample is every s-th entry, m in total, and contains about :math:`\mu` of the k largest. An odd s avoids sampling
-    the same columns of rows with even length. The rank r exceeds its expectation by three standard deviations, so one
-    pass nearly always finds k or more entries, and the top k of these are the top k of all. If it finds fewer,
+    The sample is every s-th entry, m in total, and contains about :math:`\mu` of the k largest. An odd s avoids
+    sampling the same columns of rows with even length. The rank r exceeds its expectation by three standard deviations,
+    so one pass nearly always finds k or more entries, and the top k of these are the top k of all. If it finds fewer,
     :math:`\tau` is multiplied by 0.8, up to ten times; after that, all entries are searched. The sample therefore
     affects only the time: the result is always the k largest entries.
 
-    The released code is less strict. It uses :math:`r = \lceil \mu \rceil`, sends between 0.8 k and k entries unchanged,
-    and truncates between k and 1.3 k in the order of the indices. Only above 1.3 k does it compute the top k.
+    The released code is less strict. It uses :math:`r = \lceil \mu \rceil`, sends between 0.8 k and k entries
+    unchanged, and truncates between k and 1.3 k in the order of the indices. Only above 1.3 k does it compute the top
+    k.
 
     Each pass synchronizes with the host twice, to get the number of entries found. Usually there is one pass.
 

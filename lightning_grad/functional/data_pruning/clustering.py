@@ -158,7 +158,8 @@ def prototype_distance(embeddings: Tensor, clusters: int, seed: int = 0, cosine:
         tensor([0.5000, 0.5000, 1.0000, 1.0000])
 
     References:
-        Sorscher et al., "Beyond neural scaling laws: beating power law scaling via data pruning", 2022, arXiv 2206.14486.
+        Sorscher et al., "Beyond neural scaling laws: beating power law scaling via data pruning", 2022, arXiv
+        2206.14486.
     """
     found = kmeans(embeddings, clusters, seed)
     if not cosine:

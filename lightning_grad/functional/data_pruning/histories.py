@@ -56,8 +56,8 @@ def vog(state: dict[str, Tensor], labels: Tensor | None = None) -> Tensor:
         v_i = \frac 1 P \sum_p \sqrt{\frac 1 K \sum_{k=1}^K (S_{kip} - \mu_{ip})^2}, \qquad
         \hat v_i = \frac{v_i - \operatorname{mean}_{y_j = y_i} v_j}{\operatorname{std}_{y_j = y_i} v_j}
 
-    where :math:`S_k` is the gradient at checkpoint k and p runs over all P entries of the input. Both standard deviations
-    are population ones (without Bessel's correction), as in the released code.
+    where :math:`S_k` is the gradient at checkpoint k and p runs over all P entries of the input. Both standard
+    deviations are population ones (without Bessel's correction), as in the released code.
 
     Args:
         state: From :func:`vog_state`.
@@ -213,6 +213,7 @@ def aum(state: dict[str, Tensor]) -> Tensor:
         tensor([   nan, 0.5000])
 
     References:
-        Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", 2020, arXiv 2001.10528, eq. 1.
+        Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", 2020, arXiv 2001.10528,
+        eq. 1.
     """
     return state["sum"] / state["count"]

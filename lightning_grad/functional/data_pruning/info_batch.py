@@ -80,12 +80,13 @@ def infobatch_subset(losses: Tensor, prune: float, generator: torch.Generator, e
 
     :math:`\bar\ell` is the mean of the finite losses, :math:`n_L` the size of L, and :math:`m_L` of them are kept. The
     paper drops each sample of L with probability r and uses the weight :math:`1 / (1 - r)`. Here, as in the released
-    code, the number of dropped samples is fixed, :math:`r n_L` rounded to the nearest integer, which keeps the length of
-    an epoch constant for equal losses. The weight :math:`n_L / m_L` then makes the expectation exact. At least one
+    code, the number of dropped samples is fixed, :math:`r n_L` rounded to the nearest integer, which keeps the length
+    of an epoch constant for equal losses. The weight :math:`n_L / m_L` then makes the expectation exact. At least one
     sample of L is kept.
 
-    Divide the loss of a batch by the number of its samples, not by the sum of its weights. The mean over a batch of kept
-    samples then estimates the gradient of the full data set times n over the number kept. This is the published method.
+    Divide the loss of a batch by the number of its samples, not by the sum of its weights. The mean over a batch of
+    kept samples then estimates the gradient of the full data set times n over the number kept. This is the published
+    method.
 
     Args:
         losses: :math:`\ell`, (n,): the last loss of each sample.

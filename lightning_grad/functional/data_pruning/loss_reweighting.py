@@ -1,7 +1,7 @@
 """Weights for the samples of a batch, computed from their losses at each step.
 
-The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released code,
-github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
+The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released
+code, github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
 """
 
 import math
@@ -30,8 +30,8 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
         \end{cases}
 
     "linupper" gives low-loss samples less weight, "quadratic" those at both ends, "extremes" those in the middle. The
-    weighted loss is :math:`\sum_i w_i \ell_i`. Under data parallelism, pass the losses of the global batch, and multiply
-    each rank's part of the sum by the number of ranks, because gradients are averaged over ranks.
+    weighted loss is :math:`\sum_i w_i \ell_i`. Under data parallelism, pass the losses of the global batch, and
+    multiply each rank's part of the sum by the number of ranks, because gradients are averaged over ranks.
 
     Formulas, rescaling with :math:`\delta = 1` and defaults are those of the released code (where "quadratic" is also
     called "mid"). A non-finite loss gets weight 0 and does not enter minimum and maximum; in the released code it makes
@@ -85,8 +85,8 @@ def annealed_temperature(
         r(t) = \begin{cases} \infty & t < t_0 \\ r_0 (r_1 / r_0)^{(t - t_0) / (1 - t_0)} & \text{else} \end{cases}
 
     Early losses carry little information, so the warm-up weights all samples equally. The released code does not weight
-    the first 1000 of 20 000 steps, and then sets r = 1 (here ``start=1.0, end=1.0``). Its readme recommends a decreasing
-    schedule without specifying its form; the geometric form is our choice.
+    the first 1000 of 20 000 steps, and then sets r = 1 (here ``start=1.0, end=1.0``). Its readme recommends a
+    decreasing schedule without specifying its form; the geometric form is our choice.
 
     Args:
         progress: t, completed fraction of the run, 0 to 1.

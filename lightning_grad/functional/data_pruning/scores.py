@@ -1,8 +1,8 @@
 r"""Scores of samples from the loss call of their batch: how difficult, how well learned, how suspicious they are.
 
-Each function takes a :class:`~lightning_grad.functional.LossCall` and returns one score per sample, (B,), on the device,
-detached, computed in float32 or float64. A sample with several positions (tokens, pixels) gets the mean over its valid
-positions, and nan if it has none.
+Each function takes a :class:`~lightning_grad.functional.LossCall` and returns one score per sample, (B,), on the
+device, detached, computed in float32 or float64. A sample with several positions (tokens, pixels) gets the mean over
+its valid positions, and nan if it has none.
 """
 
 import math
@@ -21,8 +21,8 @@ _SOFTMAXED = ("cross_entropy", "linear_cross_entropy")
 def _refuse(score: str, call: LossCall, needs: str) -> NoReturn:
     shapes = f"input {tuple(call.input.shape)} and target {tuple(call.target.shape)} of {call.target.dtype}"
     raise ValueError(
-        f"{score} needs {needs}; got {call.name} with {shapes}. Choose another score, or pass `score_fn=`, a function that "
-        "returns one score per sample."
+        f"{score} needs {needs}; got {call.name} with {shapes}. Choose another score, or pass `score_fn=`, a function "
+        "that returns one score per sample."
     )
 
 
@@ -146,7 +146,8 @@ def margin(call: LossCall) -> Tensor:
         tensor([ 2., -2.])
 
     References:
-        Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", 2020, arXiv 2001.10528, eq. 1.
+        Pleiss et al., "Identifying Mislabeled Data using the Area Under the Margin Ranking", 2020, arXiv 2001.10528,
+        eq. 1.
     """
     if call.name == "binary_cross_entropy_with_logits" and call.input.numel() == call.samples:
         return ((2 * _wide(call.target) - 1) * _wide(call.input)).reshape(call.samples)
@@ -161,8 +162,8 @@ def margin(call: LossCall) -> Tensor:
 def is_correct(call: LossCall) -> Tensor:
     """Return the fraction of each sample's valid positions predicted correctly: 1 or 0 with one position.
 
-    The prediction is the class with the largest score. If targets are probabilities, the most probable class is the true
-    one. For binary cross-entropy each label is a position, predicted if its probability is above 0.5.
+    The prediction is the class with the largest score. If targets are probabilities, the most probable class is the
+    true one. For binary cross-entropy each label is a position, predicted if its probability is above 0.5.
 
     Args:
         call: The loss call of a batch.
@@ -217,8 +218,8 @@ def last_layer_gradient_norm(call: LossCall, features: Tensor, bias: bool = True
     .. math::
         \lVert \nabla_{W, b} \ell_i \rVert = \lVert p_i - y_i \rVert \sqrt{1 + \lVert h_i \rVert^2}
 
-    for logits :math:`W h + b`: the gradient by W is the outer product of p - y and h, and the gradient by b is p - y. It
-    is a cheap approximation of GraNd, the norm over all layers.
+    for logits :math:`W h + b`: the gradient by W is the outer product of p - y and h, and the gradient by b is p - y.
+    It is a cheap approximation of GraNd, the norm over all layers.
 
     Args:
         call: The loss call of a batch: plain cross-entropy of one class per sample.
@@ -230,8 +231,8 @@ def last_layer_gradient_norm(call: LossCall, features: Tensor, bias: bool = True
         Tensor: (B,); nan for ignored samples.
 
     Raises:
-        ValueError: If the loss is not cross-entropy, has class weights, label smoothing or several positions per sample,
-            or if features is not (B, H).
+        ValueError: If the loss is not cross-entropy, has class weights, label smoothing or several positions per
+            sample, or if features is not (B, H).
 
     Example:
         >>> from lightning_grad.functional import LossCapture

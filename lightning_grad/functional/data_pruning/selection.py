@@ -1,7 +1,7 @@
 """Select samples by score: the hardest, the easiest, random ones, or some of every stratum.
 
-A higher score means a harder sample. Everything is computed on the CPU with seeded generators, so every rank selects the
-same samples.
+A higher score means a harder sample. Everything is computed on the CPU with seeded generators, so every rank selects
+the same samples.
 """
 
 import math
@@ -115,7 +115,8 @@ def _check_count(scores: Tensor, count: int, offset: float) -> None:
     dropped = _whole(offset, total)
     if count + dropped > total:
         raise ValueError(
-            f"offset={offset} drops {dropped} of {total} samples, so {count} cannot be kept. Prune more, or lower offset."
+            f"offset={offset} drops {dropped} of {total} samples, so {count} cannot be kept. Prune more, or lower "
+            "offset."
         )
 
 
@@ -151,9 +152,9 @@ def select_samples(
     for the k hardest samples after an offset o, with rank 1 for the highest score. Ties are ordered by a random
     permutation. A nan score marks a sample that could not be scored; these are kept first. +inf is the hardest score.
 
-    ``rule="ccs"`` (coverage-centric coreset selection) also drops the hardest :math:`\lfloor o n \rfloor`. It splits the
-    range of the other scores into strata of equal width, divides k evenly between them, and draws at random within each.
-    The unused budget of small strata goes to larger ones.
+    ``rule="ccs"`` (coverage-centric coreset selection) also drops the hardest :math:`\lfloor o n \rfloor`. It splits
+    the range of the other scores into strata of equal width, divides k evenly between them, and draws at random within
+    each. The unused budget of small strata goes to larger ones.
 
     Args:
         scores: s, (n,): the score of each sample, higher = harder.
@@ -171,8 +172,8 @@ def select_samples(
         Tensor: (count,) int64, on the CPU: the indices of the samples kept, in ascending order.
 
     Raises:
-        ValueError: If count is outside [0, n], or count and offset together exceed n; if a choice is unknown, labels are
-            missing, or arguments cannot be combined.
+        ValueError: If count is outside [0, n], or count and offset together exceed n; if a choice is unknown, labels
+            are missing, or arguments cannot be combined.
 
     Example:
         >>> scores = torch.tensor([0.1, 0.9, 0.5, 0.8, 0.2, 0.3])
@@ -184,9 +185,9 @@ def select_samples(
         tensor([1, 5])
 
     References:
-        Paul et al., "Deep Learning on a Data Diet", 2021, arXiv 2107.07075, sections 3 and 4 (offset); Sorscher et al., 2022,
-        arXiv 2206.14486 (easy for scarce data); Zheng et al., "Coverage-centric Coreset Selection for High Pruning
-        Rates", 2023, arXiv 2210.15809, algorithm 1.
+        Paul et al., "Deep Learning on a Data Diet", 2021, arXiv 2107.07075, sections 3 and 4 (offset); Sorscher et al.,
+        2022, arXiv 2206.14486 (easy for scarce data); Zheng et al., "Coverage-centric Coreset Selection for High
+        Pruning Rates", 2023, arXiv 2210.15809, algorithm 1.
     """
     _check_rule(keep, rule, balance, strata)
     offset = 0.0 if keep == "random" else offset

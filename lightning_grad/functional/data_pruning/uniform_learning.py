@@ -22,8 +22,8 @@ def uniform_learning_repeats(outputs: Tensor, losses: Tensor, labels: Tensor, se
     .. math::
         R = \bigcup_y \operatorname*{arg\,max}_{C \in \{C_{y1}, C_{y2}\}} \frac{1}{|C|} \sum_{i \in C} \ell_i
 
-    :math:`C_{y1}, C_{y2}` are the two k-means clusters of the outputs of class y, early in training. The cluster with the
-    higher mean loss contains the samples whose features are not learned yet. The paper duplicates them and retrains
+    :math:`C_{y1}, C_{y2}` are the two k-means clusters of the outputs of class y, early in training. The cluster with
+    the higher mean loss contains the samples whose features are not learned yet. The paper duplicates them and retrains
     from scratch.
 
     Args:

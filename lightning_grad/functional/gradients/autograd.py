@@ -1,6 +1,6 @@
-"""The parts of autograd that torch does not document; nothing else in this package touches them.
+"""The undocumented parts of autograd; no other module of this package uses them.
 
-A test asks the installed torch for each of them, so a new or an old version shows at once what must be replaced here.
+A test checks that the installed torch has each of them, so it shows what a new or old version changes.
 """
 
 import re
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Node = Any  # torch.autograd.graph.Node is the type of none of the nodes written in C++
+Node = Any  # nodes written in C++ are not instances of torch.autograd.graph.Node
 Edge = tuple[Node, int]
 
 _BUILT_IN = re.compile(r"(\w+)Backward\d+")
@@ -18,26 +18,25 @@ _WITHOUT_NUMBER = {"CopySlices": "CopySlices", "CopyBackwards": "Copy"}
 
 
 def edge_of(tensor: Tensor) -> Edge:
-    """Return the edge of the graph that leads to a tensor with a graph."""
+    """Return the edge of the graph to a tensor that requires grad."""
     node = tensor.grad_fn
     return (node, tensor.output_nr) if node is not None else torch.autograd.graph.get_gradient_edge(tensor)[:2]
 
 
 def output_shape(node: Node, number: int) -> tuple[int, ...]:
-    """Return the shape of what a node gave out in the forward pass."""
+    """Return the shape of an output of a node in the forward pass."""
     return tuple(node._input_metadata[number].shape)
 
 
 def output_count(node: Node) -> int:
-    """Return the number of tensors that a node gave out in the forward pass."""
+    """Return the number of outputs of a node in the forward pass."""
     return len(node._input_metadata)
 
 
 def kind_of(node: Node) -> str:
-    """Return the kind of a built-in node, as "Mean" of ``MeanBackward0``; else an empty string.
+    """Return the kind of a built-in node, such as "Mean" for ``MeanBackward0``; an empty string for other nodes.
 
-    A custom ``autograd.Function`` called ``Mean`` has a node ``MeanBackward``, without a number, and is not the built-in
-    mean.
+    A custom ``autograd.Function`` named ``Mean`` has a node ``MeanBackward`` without a number, which distinguishes it.
     """
     return _kind_of_name(node.name())
 
@@ -50,14 +49,14 @@ def _kind_of_name(name: str) -> str:
 
 
 def leaf_of(node: Node) -> Tensor | None:
-    """Return the leaf tensor whose gradient a node accumulates; ``None`` for other nodes."""
+    """Return the leaf tensor of an AccumulateGrad node; ``None`` for other nodes."""
     return node.variable if node.name().endswith("AccumulateGrad") else None
 
 
 def apply_backward(node: Node, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a node's inputs, given those of its outputs.
+    """Compute the gradients of a node's inputs from those of its outputs.
 
-    Unlike a backward pass it calls no hook, frees no buffer and goes no further than this node.
+    Unlike a backward pass, it calls no hooks, frees no buffers, and stops after this node.
     """
     with torch.no_grad():
         found = node(*gradients)
@@ -65,5 +64,5 @@ def apply_backward(node: Node, gradients: list[Tensor | None]) -> tuple[Tensor |
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return whether a tensor lives inside a transform of ``torch.func``, where its shape is not that of the batch."""
+    """Return True for a tensor inside a ``torch.func`` transform, whose shape is not that of the batch."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

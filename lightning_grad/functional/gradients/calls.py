@@ -1,4 +1,4 @@
-"""What the samples contribute to a call of a loss of ``torch.nn.functional``, read by calling it once more."""
+"""Read the contributions of the samples from a call of a loss of ``torch.nn.functional``, by calling it again."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -20,15 +20,14 @@ class Call:
     """A call of a loss.
 
     Attributes:
-        name: Of the function.
+        name: Name of the function.
         reduction: "mean", "sum", "batchmean" or "none".
-        inputs: The rows of each input with a graph, ``None`` by the shape rule, by the edge that leads to it. Inputs
-            without rows, such as learned class weights, are in ``others``.
-        others: Inputs with a graph that have no rows.
-        problem: Why it cannot be read; empty if it can.
+        inputs: The rows of each input with a graph, by its edge; ``None`` for the shape rule.
+        others: Edges of inputs with a graph but without rows, such as learned class weights.
+        problem: Why the call cannot be read; empty if it can.
         covers: Whether each sample of the batch has a row.
-        sums: Sums of the losses of each sample, and what the mean of the sample alone divides by; with values only.
-        loss_call: What :class:`~lightning_grad.functional.LossCapture` would keep, where it would.
+        sums: Numerators and denominators of the samples' losses; only with values.
+        loss_call: The call that :class:`~lightning_grad.functional.LossCapture` would keep, if any.
     """
 
     name: str
@@ -51,17 +50,17 @@ def read_call(
     values: bool,
     keep_graph: bool,
 ) -> Call | None:
-    """Read a call of a loss; ``None`` if it is not among those that can be read.
+    """Read a call of a loss; ``None`` if the function cannot be read.
 
     Args:
         func: The loss.
-        args: Of the call.
-        kwargs: Of the call.
-        value: What it returned.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        value: Result of the call.
         samples: B.
-        rows_of: Returns what is known of a tensor's rows.
-        values: Whether the sums are wanted, for which the loss is computed once more.
-        keep_graph: Whether they keep their graph.
+        rows_of: Function that returns the known rows of a tensor.
+        values: Compute the sums, which calls the loss again.
+        keep_graph: Keep the graph of the sums.
     """
     loss = LOSSES[func]
     if loss.defaults is None:
@@ -69,7 +68,7 @@ def read_call(
     name, given = loss.name, bind_arguments(loss.defaults, args, kwargs)
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
     first = tensors[0]
-    axis = 1 if name == "ctc_loss" and first.dim() == 3 else 0  # log-probabilities come (T, B, C)
+    axis = 1 if name == "ctc_loss" and first.dim() == 3 else 0  # its log-probabilities are (T, B, C)
     rows = Rows(1, first.shape[1]) if axis else rows_of(first)
     count = first.shape[axis] if first.dim() > axis else 0
     with_rows = {edge_of(t): rows for t in tensors if t.requires_grad and t.dim() > axis and t.shape[axis] == count > 0}
@@ -80,11 +79,12 @@ def read_call(
     else:
         is_known = rows.owner is not None or rows.length == count
     if not is_known or (rows is not None and (rows.mixed or rows.axis != axis)):
-        problem = f"got {count} rows for {samples} samples; which row belongs to which sample was not seen."
+        problem = f"got {count} rows for {samples} samples; it is unknown which row belongs to which sample."
         return replace(call, problem=problem)
     if not values:
         return call
-    # Checkpointing counts what its function saves, and counts again in backward, where no trace is. Ours must not count.
+    # Checkpointing compares the number of tensors saved in the forward pass with that in the backward pass, where there
+    # is no trace. These hooks hide the tensors that our extra call saves.
     with saved_tensors_hooks(lambda saved: saved, lambda saved: saved) if keep_graph else nullcontext():
         given = {key: plain_tensor(v) if isinstance(v, Tensor) else v for key, v in given.items()}
         return _with_sums(func, call, given, plain_tensor(value), samples, rows, keep_graph)
@@ -99,7 +99,7 @@ def _with_sums(
     rows: Rows | None,
     keep_graph: bool,
 ) -> Call:
-    """Compute the loss once more, position by position, and add up what belongs to each sample."""
+    """Compute the loss again for each position, and sum the positions of each sample."""
     name, ids = call.name, None if rows is None else rows.samples
     detached = {key: v.detach() if isinstance(v, Tensor) else v for key, v in given.items()}
     if call.reduction == "none":
@@ -113,7 +113,7 @@ def _with_sums(
         problem = f"got {tuple(positions.shape)} positions for {samples} samples."
         return replace(call, problem=problem)
     if name == "ctc_loss" and call.reduction == "mean":
-        # Its mean divides each loss by the length of the target first.
+        # The mean of ctc_loss first divides each loss by the length of its target.
         positions = positions / detached["target_lengths"].to(positions).clamp(min=1)
     loss_call = None
     if LOSSES[func].is_readable:

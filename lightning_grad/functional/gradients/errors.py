@@ -1,20 +1,20 @@
-"""What is raised for a loss that is no mean of one term per sample, or is not known to be."""
+"""The error for a loss that is not, or not provably, a mean of one term per sample."""
 
 from __future__ import annotations
 
 
 class InseparableLossError(RuntimeError):
-    """A loss that cannot be separated into one term per sample.
+    """Raised if a loss cannot be separated into one term per sample.
 
     Args:
-        function: The function of the step at which the search ended, such as "div"; empty if there is none.
-        location: Its place in the step's source, such as "module.py:31"; empty if there is none.
-        reason: A sentence that starts after the function's name.
+        function: The function of the step that prevents it, such as "div"; empty if unknown.
+        location: The place of its call, such as "module.py:31"; empty if unknown.
+        reason: The rest of the sentence, which follows the function's name.
 
     Attributes:
-        function: See above.
-        location: See above.
-        reason: See above.
+        function: As above.
+        location: As above.
+        reason: As above.
 
     Example:
         >>> print(InseparableLossError("div", "module.py:31", "mixes the samples."))

@@ -1,4 +1,4 @@
-"""The rows of the tensors of one step, followed from call to call."""
+"""Track the rows of the tensors of one step from call to call."""
 
 from typing import Any
 from weakref import ref
@@ -14,13 +14,13 @@ from lightning_grad.functional.plain_tensors import tensors_in
 
 
 class RowTracker:
-    """Knows where the rows of a tensor are, if they are not by the shape rule.
+    """Stores the rows of all tensors that do not follow the shape rule.
 
     Args:
-        record: Of the step; gets the rows of tensors with a graph.
+        record: The record of the step, which gets the rows of tensors with a graph.
 
     Attributes:
-        moved: Such rows by the id of the tensor. As long as it is empty there is nothing to follow.
+        moved: These rows by the id of the tensor. While it is empty, there is nothing to follow.
     """
 
     def __init__(self, record: Record) -> None:
@@ -28,25 +28,25 @@ class RowTracker:
         self.moved: dict[int, tuple[ref[Tensor], Rows]] = {}
 
     def of(self, tensor: Tensor) -> Rows | None:
-        """Return what is known of a tensor's rows beyond the shape rule."""
+        """Return the rows of a tensor, or None for the shape rule."""
         found = self.moved.get(id(tensor))
         return found[1] if found is not None and found[0]() is tensor else None
 
     def may_know(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> bool:
-        """Return whether something beyond the shape rule may be known of an argument."""
+        """Return True if an argument may have rows that do not follow the shape rule."""
         for value in (*args, *kwargs.values()) if kwargs else args:
             found = self.moved.get(id(value))
             if found is not None:
                 if found[0]() is value:
                     return True
-                del self.moved[id(value)]  # that tensor is gone, and this one has its id
+                del self.moved[id(value)]  # that tensor was deleted, and this one has its id
             if value.__class__ in (list, tuple) and value and isinstance(value[0], (Tensor, list, tuple)):
                 return True
         return False
 
     def set(self, tensor: Tensor, rows: Rows | None) -> None:
         if rows is not None:
-            # A weak reference: the trace keeps no activation alive, and finds out if another tensor got the same id.
+            # A weak reference keeps no activation alive, and shows whether another tensor has got the same id.
             self.moved[id(tensor)] = (ref(tensor), rows)
         elif self.moved.pop(id(tensor), None) is None:
             return
@@ -83,7 +83,7 @@ class RowTracker:
             self.set(output, rows)
 
     def _of_part(self, tensor: Tensor) -> Rows | None:
-        """Return a tensor's rows for a call that joins several: those of a constant belong to no sample."""
+        """Return a tensor's rows for a call that joins several tensors: rows of a constant belong to no sample."""
         return Rows(mixed=True) if self._record.is_constant(tensor) else self.of(tensor)
 
     def reshape(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
@@ -100,16 +100,16 @@ class RowTracker:
     def inherited(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: list[Tensor], output: Tensor
     ) -> Rows | None:
-        """Return the rows of a result, from those of what went into it.
+        """Return the rows of a result from the rows of its inputs.
 
-        Where there are tensors with a graph, they decide: of labels, masks and tables only the shape is known.
+        Inputs with a graph take priority, because only the shape of labels, masks and tables is known.
         """
         mixed = Rows(length=output.shape[0], mixed=True) if output.dim() else None
         if func in row_rules.REDUCTIONS and args and isinstance(args[0], Tensor):
             rows = self.of(args[0])
             axis = 0 if rows is None else rows.axis
             if (rows is None or rows.owner is None) and row_rules.reduces_samples(args, kwargs, axis):
-                # A mean over the batch whose (C,) values look like B rows.
+                # A mean over the batch of shape (C,) may look like B rows.
                 return mixed if row_rules.obeys_shape_rule(output.shape, self._record.samples) else None
         if not any(id(t) in self.moved for t in inputs):
             return None
@@ -129,7 +129,7 @@ class RowTracker:
             return mixed if with_graph else None
         if any(t.shape[:1] == shape[:1] and row_rules.obeys_shape_rule(t.shape, self._record.samples) for t in others):
             if first.length == self._record.samples and first.covers:
-                return None  # x + x[permutation], as in mixup and in triplets of a batch: the row's own sample counts
+                return None  # x + x[permutation], as in mixup and triplets: the row belongs to its own sample
             if with_graph or not first.covers:
                 return mixed if with_graph else None
         return first

@@ -1,8 +1,8 @@
-"""The loss of every sample of a batch, read out of a training step that returns their mean.
+"""Capture the loss of every sample from a training step that returns the mean over the batch.
 
-A training step computes one number for a batch. :class:`LossCapture` is a context around it that sees the calls of the
-losses of ``torch.nn.functional``, and keeps for each what the samples contributed; with ``reweight`` it changes how much
-each contributes. The step itself stays as it was written.
+A training step computes one number for a batch. :class:`LossCapture` is a context around it that intercepts the calls
+of losses of ``torch.nn.functional`` and keeps the losses of the samples; with ``reweight`` it also weights them. The
+step itself is not changed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from lightning_grad.functional.gradients.loss_functions import (
 from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 from lightning_grad.functional.torch_version import TORCH
 
-_WAY_OUT = "give `score_fn=`, a function that returns one score per sample"
+_WAY_OUT = "pass `score_fn=`, a function that returns one score per sample"
 
 
 @dataclass(frozen=True, slots=True)
 class UnreadLoss:
-    """A call of a loss that could not be read: its name, why, and whether it had a graph."""
+    """A call of a loss that could not be read, with the reason and whether it had a graph."""
 
     name: str
     reason: str
@@ -43,38 +43,39 @@ class UnreadLoss:
 
 
 class LossCapture(TorchFunctionMode):
-    r"""Context that sees the calls of the losses of ``torch.nn.functional`` and keeps the loss of every sample.
+    r"""Context that captures the loss of every sample from calls of losses of ``torch.nn.functional``.
 
-    However the loss is written (function or module, by position or by name, inside another module's ``forward``, under
-    autocast), it is computed once more with ``reduction="none"``, and the call returns its own value, bit for bit. With
-    weights :math:`w_i` from ``reweight`` it returns instead
+    Each loss is computed again with ``reduction="none"``, whether it is called as a function or a module, inside
+    another module's ``forward`` or under autocast. The call still returns its own value, bitwise. With weights
+    :math:`w_i` from ``reweight`` it returns instead
 
     .. math::
         L = \frac{\sum_i w_i \sum_{p \in P_i} \ell_{ip}}{\sum_i \sum_{p \in P_i} w_{ip}}
 
-    (see :class:`LossCall`; with "sum" there is no denominator). The denominator is that of the unweighted mean over the whole
-    batch: with all weights 1 it is the loss as written, and weights that sum to less than B make it smaller.
+    (see :class:`LossCall`; with "sum" there is no denominator). The denominator is that of the unweighted mean over the
+    batch. If all weights are 1, the result is the original loss; weights with a sum below B reduce it.
 
     Args:
-        samples: B, when the rows of a loss are not the samples: token losses of shape (B T, C). The rows of a sample must
-            stand together. By default every row is a sample. Rows that do not divide by it (packed tokens) are not read;
-            a division that comes out even by chance is not noticed.
-        reweight: Called with each :class:`LossCall`; returns weights (B,), or ``None`` to leave this one as it is.
-        keep_graph: Keep the graph of ``losses`` and the network's ``output``. By default no graph stays alive.
-        way_out: What an error advises if no loss can be read, as a clause that begins with a verb.
+        samples: B, if a loss has several rows per sample, such as token losses of shape (B T, C).
+            The rows of a sample must be adjacent. By default every row is a sample. A loss whose number of rows is not
+            a multiple of B (packed tokens) is not read; a multiple by coincidence is not noticed.
+        reweight: Function called with each :class:`LossCall`; returns weights (B,), or ``None`` for none.
+        keep_graph: Keep the graph of ``losses`` and of the network's ``output``; by default none is kept.
+        way_out: Advice for the error if no loss can be read: a clause that starts with a verb.
 
     Attributes:
-        calls: The calls read, in order.
-        unread: Those that could not be read: ``ctc_loss`` and other losses of several inputs, functions of ``torch``
-            called past ``torch.nn.functional``, tensors inside a ``torch.func`` transform.
+        calls: The calls that were read, in order.
+        unread: Calls that could not be read: ``ctc_loss`` and other losses of several inputs, functions of ``torch``
+            that are called directly, and calls inside a ``torch.func`` transform.
 
-    Hand-written, scripted and fused losses are not seen. A loss inside a checkpointed function is read once, but can neither
-    be reweighted nor keep its graph: backward computes it again where no context is, and torch refuses the difference. A
-    loss inside a compiled function is read, and reweighted unless compiled with ``fullgraph=True``, as that breaks the graph.
+    Hand-written, scripted and fused losses are not captured. A loss inside a checkpointed function is read once, but
+    can neither be reweighted nor keep its graph: the backward pass computes it again outside the context, and torch
+    raises an error if the results differ. A loss inside a compiled function is read. It can be reweighted unless
+    compiled with ``fullgraph=True``, because reweighting breaks the graph.
 
     Raises:
-        ValueError: If ``samples`` is less than 1; with ``reweight``, from the call of a loss that has a graph and whose rows
-            do not divide by ``samples``, or if the weights are not (B,).
+        ValueError: If ``samples`` is less than 1. With ``reweight``, also if a loss with a graph has a number of rows
+            that is not a multiple of ``samples``, or if the weights are not (B,).
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]], requires_grad=True)
@@ -96,7 +97,7 @@ class LossCapture(TorchFunctionMode):
     ) -> None:
         super().__init__()
         if samples is not None and samples < 1:
-            raise ValueError(f"LossCapture needs samples of at least 1, got {samples}.")
+            raise ValueError(f"samples must be at least 1; got {samples}.")
         self.samples = samples
         self.reweight = reweight
         self.keep_graph = keep_graph
@@ -105,26 +106,27 @@ class LossCapture(TorchFunctionMode):
         self.unread: list[UnreadLoss] = []
 
     def only(self, loss_index: int | None = None) -> LossCall:
-        """Return the call that is the loss of the step.
+        """Return the call that computed the loss of the step.
 
         Args:
-            loss_index: Index into :attr:`calls`. By default the only one, not counting those without a graph when others
-                have one.
+            loss_index: Index into :attr:`calls`; ``None`` selects the only call.
+                Calls without a graph are ignored if others have one.
 
         Returns:
             LossCall: The call.
 
         Raises:
-            RuntimeError: If no loss was seen, if several were and ``loss_index`` is not given, or if there is none such.
-            ValueError: If the rows of the only loss seen do not divide by ``samples``.
+            RuntimeError: If no loss was captured, if there are several and ``loss_index`` is ``None``, or if the index
+                is out of range.
+            ValueError: If the number of rows of the only loss is not a multiple of ``samples``.
         """
         if not self.calls:
             self._refuse_without_calls()
         if loss_index is not None:
             if not 0 <= loss_index < len(self.calls):
                 raise RuntimeError(
-                    f"loss_index={loss_index} was asked for, but the step has {len(self.calls)}: {_listed(self.calls)}. "
-                    f"Choose one of these, or {self.way_out}."
+                    f"loss_index={loss_index} is out of range: the step has {len(self.calls)} losses: "
+                    f"{_listed(self.calls)}. Choose one of these, or {self.way_out}."
                 )
             return self.calls[loss_index]
         seen: list[LossCall | UnreadLoss] = [*self.calls, *self.unread]
@@ -135,7 +137,7 @@ class LossCapture(TorchFunctionMode):
         chunks = len(counted) > 2 and len({call.name for call in counted}) == 1
         advice = "If they are chunks of one loss, compute it in one call. " if chunks else ""
         raise RuntimeError(
-            f"The step has {len(counted)} losses, so that which one is meant is not clear: "
+            f"The step has {len(counted)} losses, so it is not clear which one to use: "
             f"{_listed(self.calls)}{unread}. {advice}Set loss_index=0 for the first, 1 for the next, or {self.way_out}."
         )
 
@@ -145,28 +147,29 @@ class LossCapture(TorchFunctionMode):
                 raise ValueError(unread.reason)
         names = "; ".join(f"{u.name} ({u.reason})" for u in self.unread)
         raise RuntimeError(
-            "No loss of torch.nn.functional was seen that can be read per sample"
-            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not seen: {self.way_out}."
+            "No loss of torch.nn.functional was captured that can be read per sample"
+            f"{f': only {names}' if names else ''}. Hand-written, scripted and fused losses are not captured: "
+            f"{self.way_out}."
         )
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Runs for every function of torch in the step; for nearly all of them this is all that happens.
+        # Runs for every torch function of the step, so calls of other functions must cost only this lookup.
         loss = LOSSES.get(func)
         if loss is not None and not _in_backward():
             kwargs = kwargs or {}
             return self._handle(func, loss, args, {**kwargs, **dropped_weight(func, kwargs)})
         return func(*args, **kwargs) if kwargs else func(*args)
 
-    # While this runs, torch has taken the mode off, so that the calls in here are not seen again.
+    # torch disables the mode while this runs, so calls made here are not intercepted again.
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.reweight is None:
             value = func(*args, **kwargs)
             self._read(func, loss, args, kwargs, value)
             return value
         if torch.compiler.is_compiling():
-            # Backends that call the functions of a graph would meet this context again, and weigh twice.
+            # Some backends call the functions of a graph under this context, which would then apply the weights twice.
             torch._dynamo.graph_break()
         read = self._read(func, loss, args, kwargs)
         weights = None if read is None else self.reweight(read.call)
@@ -174,16 +177,16 @@ class LossCapture(TorchFunctionMode):
             return func(*args, **kwargs)
         call = read.call
         if weights.shape != (call.samples,):
-            raise ValueError(f"`reweight` must return weights of shape ({call.samples},), got {tuple(weights.shape)}.")
+            raise ValueError(f"`reweight` must return weights of shape ({call.samples},); got {tuple(weights.shape)}.")
         return reweighted(read.positions, read.sums, weights, call.options["reduction"])
 
     def _read(
         self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any = None
     ) -> _Read | None:
-        """Keep a call, or the reason why it cannot be read, and return it."""
+        """Read a call and store it, or store the reason why it cannot be read and return None."""
         try:
             read = self._read_or_raise(func, loss, args, kwargs, value)
-        except Exception as error:  # the step must go on as if nobody had looked; `only` says what was wrong
+        except Exception as error:  # observing must not break the step; `only` reports the error later
             indivisible = isinstance(error, IndivisibleError)
             graph = _differentiable([*args, *kwargs.values()])
             if indivisible and graph and self.reweight is not None:
@@ -198,7 +201,7 @@ class LossCapture(TorchFunctionMode):
     ) -> _Read:
         if loss.defaults is None or not loss.is_readable:
             raise TypeError("it does not have one input and one target per sample")
-        # Of a class of its own a tensor may demand what only it knows of itself.
+        # Tensor subclasses may reject the operations below.
         bound = bind_arguments(loss.defaults, args, kwargs)
         given = {name: plain_tensor(v) if isinstance(v, Tensor) else v for name, v in bound.items()}
         value = plain_tensor(value) if isinstance(value, Tensor) else value
@@ -218,8 +221,8 @@ class LossCapture(TorchFunctionMode):
             positions = value if self.keep_graph else value.detach()
         else:
             arguments = {**(given if self.keep_graph else detached), "reduction": "none"}
-            # Beside the step, so that a capture around this one does not take it for a second loss. Before torch 2.8
-            # compiled functions cannot enter this context, and such a capture counts the loss twice.
+            # All modes are disabled, so that an outer capture does not see a second loss. Before torch 2.8 compiled
+            # functions cannot enter this context, so an outer capture counts the loss twice there.
             limited = TORCH < (2, 8) and torch.compiler.is_compiling()
             with (PlainTensors if limited else torch._C.DisableTorchFunction)():
                 positions = func(**arguments)
@@ -233,7 +236,7 @@ class _Read(NamedTuple):
 
 
 class IndivisibleError(ValueError):
-    """The rows of a loss do not divide by the number of samples."""
+    """Raised if the number of rows of a loss is not a multiple of the number of samples."""
 
 
 def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) -> int:
@@ -242,9 +245,9 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
         return rows
     if rows % samples or rows == 0:
         raise IndivisibleError(
-            f"{name} got {rows} rows for {samples} samples: which row belongs to which sample cannot be told (packed tokens, "
-            "a loss of only some of the rows, a collate_fn that leaves samples out, or chunks of a loss). Pad instead of "
-            f"packing, compute chunks in one call, or {way_out}."
+            f"{name} got {rows} rows for {samples} samples, so it is unknown which row belongs to which sample (packed "
+            "tokens, a loss of only some of the rows, a collate_fn that drops samples, or chunks of a loss). Pad "
+            f"instead of packing, compute chunks in one call, or {way_out}."
         )
     return samples
 
@@ -254,15 +257,15 @@ def _differentiable(values: Iterable[Any]) -> bool:
 
 
 def _in_backward() -> bool:
-    """Return whether a backward pass runs, which computes checkpointed losses a second time."""
-    # From torch 2.11 on torch.autograd.backward takes the context off, as Tensor.backward always did.
+    """Return True during a backward pass, which computes checkpointed losses again."""
+    # Since torch 2.11 torch.autograd.backward disables the context, as Tensor.backward always did.
     if TORCH >= (2, 11) or torch.compiler.is_compiling():
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 def _transformed(values: Iterable[Any]) -> bool:
-    if torch.compiler.is_compiling():  # which cannot trace the question
+    if torch.compiler.is_compiling():  # is_transformed cannot be traced
         return False
     return any(isinstance(v, Tensor) and is_transformed(v) for v in values)
 

@@ -1,14 +1,14 @@
-r"""The norm of each sample's gradient over all parameters, at about the cost of one forward and backward pass.
+r"""Compute the norm of each sample's gradient over all parameters, at about the cost of one forward and backward pass.
 
-The gradient of a sample's own loss tells how much the sample would move the network (GraNd). Writing one such gradient down
-for each sample takes B times the memory of the parameters; its norm does not need that. At a linear layer, say, the
-gradient of sample b is the product :math:`g_b a_b^T` of the gradient of the output and the input, whose norm is
-:math:`\lVert g_b \rVert \lVert a_b \rVert`, and both factors are at hand during one ordinary backward pass.
+The gradient of a sample's own loss shows how much the sample would change the network (GraNd). Storing one gradient per
+sample takes B times the memory of the parameters, but its norm does not need that. At a linear layer, for example, the
+gradient of sample b is the product :math:`g_b a_b^T` of the output's gradient and the input. Its norm is
+:math:`\lVert g_b \rVert \lVert a_b \rVert`, and both factors are available during one ordinary backward pass.
 
-Parameters are followed through every operation that uses them, not through module classes, so custom modules, tied weights
-and modules that are called twice need no care. What no rule covers is measured by one backward pass for each sample, through
-what those parameters need only; :attr:`PerSampleGradientNorms.coverage` says which parameters that are.
-``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
+Parameters are followed through all operations that use them, not through module classes, so custom modules, tied
+weights and modules that are called twice need no special treatment. Parameters without a rule are measured by one
+backward pass per sample, through only the part of the network that they need; :attr:`PerSampleGradientNorms.coverage`
+lists them. ``docs/data_pruning/per_sample_gradients.md`` explains how it works, with a drawing.
 """
 
 import math
@@ -27,40 +27,39 @@ from lightning_grad.functional.gradients._ghost.layouts import Layout, candidate
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
 from lightning_grad.functional.gradients._ghost.tracer import Key, Leaf, Tracer, Use
 
-_PROBES = 8  # samples asked before an undecided layout is taken as it is
-_RUNS = 12  # forward passes that the first batch may take; each but the last learns something
+_PROBES = 8  # samples to probe before an undecided layout is accepted
+_RUNS = 12  # largest number of forward passes for the first batch; each but the last learns something
 
 
 class PerSampleGradientNorms:
-    r"""Computes the norm of the gradient of each sample's own loss over all trainable parameters.
+    r"""Compute the norm of the gradient of each sample's own loss over all trainable parameters.
 
     .. math::
         n_b = \lVert \nabla_\theta \ell_b(\theta) \rVert_2 = \Bigl(\sum_{p \in \theta}
         \lVert \partial \ell_b / \partial p \rVert_F^2\Bigr)^{1/2}
 
-    :math:`\ell_b` is the loss of sample b, :math:`\theta` all parameters of the module that require a gradient, those of
-    normalization layers included. The result is that of one backward pass for each sample, up to rounding.
+    where :math:`\ell_b` is the loss of sample b, and :math:`\theta` are all parameters of the module that require grad,
+    including those of normalization layers. The result equals that of one backward pass per sample, up to rounding.
 
-    The object keeps what it learns about the module from the first batch on: where the samples lie in each tensor, which
-    it tests by a backward pass of single losses, and what no rule covers. Gradients, hooks and flags are as before
-    after each call, also after an exception.
+    From the first batch, the object learns the dimension of the samples in each tensor, by backward passes of single
+    losses, and which parameters no rule covers. Gradients, hooks and flags are restored after each call, even after an
+    exception.
 
-    **Cost.** One forward and one backward pass: on one CPU thread 1.2 to 1.5 of the time of a plain pass of residual networks
-    with BatchNorm and 1.1 of that of a transformer of width 256, both with about the memory of the plain pass.
-    ``vmap(grad(...))`` on a ResNet-18 of half width with 64 images takes 3.1 times as long and 6.7 times as much memory. The
-    first batch takes a few passes more. What no rule covers (recurrent layers, ``bmm``, ``einsum``, custom autograd
-    functions) costs one backward pass for each sample.
+    **Cost.** One forward and one backward pass. On one CPU thread this takes 1.2 to 1.5 times a plain pass for residual
+    networks with BatchNorm, and 1.1 times for a transformer of width 256, with about the memory of the plain pass.
+    ``vmap(grad(...))`` on a ResNet-18 of half width with 64 images takes 3.1 times as long and 6.7 times as much
+    memory. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``, ``einsum``,
+    custom autograd functions) cost one backward pass per sample.
 
     Args:
-        module: The module whose parameters count; in eval mode if it has BatchNorm.
-        fallback: What to do with parameters that no rule covers: "auto" measures them by one backward pass for each
-            sample, "raise" raises.
+        module: The module whose trainable parameters are measured; in eval mode if it has BatchNorm.
+        fallback: "auto" measures parameters without a rule by one backward pass per sample, "raise" raises.
 
     Raises:
-        ValueError: If ``fallback`` is none of the two, or the module has no parameter that requires a gradient. From a call,
-            if the losses are no tensor (B,) or have no graph.
-        RuntimeError: From a call, if samples are mixed, so that the loss of one depends on the others (BatchNorm in
-            training mode, contrastive losses), or with ``fallback="raise"``.
+        ValueError: If ``fallback`` is unknown, or no parameter of the module requires grad. From a call, if the losses
+            are not a tensor (B,) or have no graph.
+        RuntimeError: From a call, if the loss of a sample depends on other samples (BatchNorm in training mode,
+            contrastive losses), or if a parameter has no rule with ``fallback="raise"``.
 
     Example:
         >>> module = nn.Linear(2, 1, bias=False)
@@ -76,8 +75,8 @@ class PerSampleGradientNorms:
         Goodfellow, "Efficient per-example gradient computations", 2015, arXiv 1510.01799 (linear layers).
         Li et al., "Large language models can be strong differentially private learners", 2021, arXiv 2110.05679,
         section 4 (ghost norms: sequences by Gram matrices).
-        Bu et al., "Scalable and efficient training of large convolutional neural networks with differential privacy", 2022,
-        arXiv 2205.10683, section 4 (choice between Gram matrices and products).
+        Bu et al., "Scalable and efficient training of large convolutional neural networks with differential privacy",
+        2022, arXiv 2205.10683, section 4 (choice between Gram matrices and products).
     """
 
     def __init__(self, module: nn.Module, fallback: Literal["auto", "raise"] = "auto") -> None:
@@ -95,9 +94,10 @@ class PerSampleGradientNorms:
 
     @property
     def coverage(self) -> Mapping[str, str]:
-        """How each trainable parameter was measured in the last call.
+        """How each trainable parameter was measured in the last call, by name.
 
-        By name: "ghost: " with the operations, "per-sample backward: " with the operations that no rule covers, or "unused".
+        The value is "ghost: " with the operations, "per-sample backward: " with the operations without a rule, or
+        "unused".
         """
         return self._coverage
 
@@ -105,8 +105,8 @@ class PerSampleGradientNorms:
         """Return the norms, (B,).
 
         Args:
-            compute_losses: Runs the module and returns the losses of the samples, (B,), with their graph. It is called
-                more than once for the first batch, with the same random numbers.
+            compute_losses: Function that runs the module and returns the losses, (B,), with their graph.
+                It is called several times for the first batch, with the same random numbers.
         """
         parameters = _trainable(self._module)
         _refuse_training_batch_norm(self._module)
@@ -115,12 +115,13 @@ class PerSampleGradientNorms:
                 return self._run(compute_losses, parameters)
             except CheckpointError as error:
                 raise RuntimeError(
-                    "Per-sample gradient norms do not work with torch.utils.checkpoint.checkpoint, which runs a part of the "
-                    "module again during the backward pass. Turn activation checkpointing off while measuring."
+                    "Per-sample gradient norms do not work with torch.utils.checkpoint.checkpoint, because it runs a "
+                    "part of the module again during the backward pass. Turn activation checkpointing off while "
+                    "measuring."
                 ) from error
 
     def _run(self, compute_losses: Callable[[], Tensor], parameters: Mapping[str, Tensor]) -> Tensor:
-        """Run the forward until all that is cut off the graph may be cut off and each layout is known, then measure."""
+        """Run the forward pass until all layouts and all parameters without a rule are known, then measure."""
         rewind = _rewinding(parameters.values())
         for _ in range(_RUNS):
             with closing(Tracer(parameters, self._excluded, self._batchless)) as tracer:
@@ -131,12 +132,12 @@ class PerSampleGradientNorms:
                     return self._measure(tracer)
             rewind()
         raise RuntimeError(
-            "compute_losses does something else each time it is called; per-sample norms need it to repeat. Let it draw no "
-            "random numbers, and keep no state between calls."
+            "compute_losses must do the same in each call, but its operations differ between calls. Draw random "
+            "numbers only from torch's global generators, and keep no state between calls."
         )
 
     def _learn(self, tracer: Tracer) -> bool:
-        """Find out what must be done otherwise; return whether the forward has to be run again for it."""
+        """Learn from a forward pass; return True if it must run again with what was learned."""
         if self._exclude(tracer, {name for name, p in tracer.parameters.items() if id(p) in tracer.ends}):
             return True
         unknown = [use for use in tracer.uses if not self._recall(use, len(tracer.losses))]
@@ -148,7 +149,11 @@ class PerSampleGradientNorms:
         return bool(failed)
 
     def _settle(self, failed: Sequence[Use], tracer: Tracer) -> None:
-        """Decide on uses that no layout fits: samples lie apart, in no order; or it is one tensor for all; or they mix."""
+        """Decide on uses without a matching layout.
+
+        If the samples are separate but in no known order, autograd measures the parameters. If one tensor is used for
+        all samples, the use is batchless. Otherwise the samples are mixed, which is an error.
+        """
         meeting = graph.where_samples_meet(failed, tracer)
         apart = [use for use in failed if id(use) not in meeting]
         alike = [use for use in failed if id(use) in meeting and use.is_batchless]
@@ -158,11 +163,11 @@ class PerSampleGradientNorms:
             self._excluded |= use.roots
         for use in alike:
             self._batchless.add(use.key)
-            if candidates(use.shape, use.dims, len(tracer.losses)):  # might also be a batch of samples compared later
+            if candidates(use.shape, use.dims, len(tracer.losses)):  # may also be a batch whose samples are mixed later
                 self._mixing |= dict.fromkeys(use.roots, use.key[0])
 
     def _exclude(self, tracer: Tracer, reached: set[str]) -> bool:
-        """Leave parameters that the graph still reaches to autograd; return whether that is new for some covered one."""
+        """Leave parameters that the graph still reaches to autograd; return True if one of them was covered so far."""
         mixing = reached & set(self._mixing)
         if mixing:
             raise _mixed(self._mixing[min(mixing)], mixing)
@@ -175,17 +180,17 @@ class PerSampleGradientNorms:
         return True
 
     def _recall(self, use: Use, samples: int) -> bool:
-        """Set the layout that earlier batches showed."""
+        """Set the layout learned from earlier batches; return True if it is known."""
         known = Layout(None) if samples == 1 else self._layouts.get((use.key, len(use.shape)))
         if known is not None and known.is_ambiguous(use.shape, samples) and use.key not in self._folded:
-            return False  # seen with one entry for each sample only, which does not tell how several lie
+            return False  # learned with one entry per sample, which does not show the order of several
         if known is not None and known.fits(use.shape, samples):
             use.layout = known
         return use.layout is not None
 
     def _probe(self, tracer: Tracer, unknown: Sequence[Use]) -> list[Use]:
-        """Find the layouts by backward passes of single losses; return the uses that none fits."""
-        silent = {use.key for use in unknown} <= self._silent  # as before: do not ask many samples in every batch
+        """Find the layouts by backward passes of single losses; return the uses without a matching layout."""
+        silent = {use.key for use in unknown} <= self._silent  # gradients were zero before: probe one sample only
         answers = graph.probe_layouts(unknown, tracer, most=1 if silent else _PROBES)
         for use, (layout, is_certain) in zip(unknown, answers, strict=True):
             use.layout = layout
@@ -198,7 +203,7 @@ class PerSampleGradientNorms:
         return [use for use in unknown if use.layout is None]
 
     def _measure(self, tracer: Tracer) -> Tensor:
-        """Return the norms, by the rules and, for what they leave, by one backward pass for each sample."""
+        """Return the norms: by rules, and by one backward pass per sample for parameters without a rule."""
         losses, ends = tracer.losses, tracer.ends
         rest = {name: p for name, p in tracer.parameters.items() if id(p) in ends}
         self._report(tracer, {name: ends[id(p)] for name, p in rest.items()})
@@ -250,17 +255,17 @@ def per_sample_gradient_norms(module: nn.Module, compute_losses: Callable[[], Te
     .. math::
         n_b = \lVert \nabla_\theta \ell_b(\theta) \rVert_2
 
-    For more than one batch use :class:`PerSampleGradientNorms`, which keeps what it learns about the module.
+    For several batches use :class:`PerSampleGradientNorms`, which keeps what it learns about the module.
 
     Args:
-        module: The module whose parameters count; in eval mode if it has BatchNorm.
-        compute_losses: Runs the module and returns the losses of the samples, (B,), with their graph.
+        module: The module whose trainable parameters are measured; in eval mode if it has BatchNorm.
+        compute_losses: Function that runs the module and returns the losses, (B,), with their graph.
 
     Returns:
         Tensor: The norms, (B,), in float32, or float64 for losses in float64.
 
     Raises:
-        RuntimeError: If samples are mixed, so that the loss of one depends on the others.
+        RuntimeError: If the loss of a sample depends on other samples.
 
     Example:
         >>> module = nn.Linear(2, 1)
@@ -278,8 +283,8 @@ def _trainable(module: nn.Module) -> dict[str, Tensor]:
     parameters: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not parameters:
         raise ValueError(
-            f"PerSampleGradientNorms needs a parameter that requires a gradient, and {type(module).__name__} has none. "
-            "Unfreeze some, or leave out the scores that need gradients."
+            f"PerSampleGradientNorms needs a parameter that requires grad, but {type(module).__name__} has none. "
+            "Unfreeze some, or use a score that needs no gradients."
         )
     return parameters
 
@@ -288,13 +293,13 @@ def _checked(losses: object) -> Tensor:
     if not isinstance(losses, Tensor) or losses.dim() != 1 or len(losses) == 0:
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
-            f"compute_losses must return one loss for each sample, a tensor (B,), got {found}. "
-            'Use reduction="none" and average over all dimensions but the first.'
+            f"compute_losses must return one loss for each sample, a tensor (B,); got {found}. "
+            'Use reduction="none" and average over all dimensions except the first.'
         )
     if not losses.requires_grad:
         raise ValueError(
-            "compute_losses must return losses with their graph, but these require no gradient. Do not detach them, and let "
-            "them depend on a parameter of the module that is trained."
+            "compute_losses must return losses with their graph, but these do not require grad. Do not detach them, "
+            "and compute them from trainable parameters of the module."
         )
     return losses
 
@@ -304,30 +309,30 @@ def _refuse_training_batch_norm(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, kind) and child.training:
             raise RuntimeError(
-                f"Per-sample gradient norms are undefined with {name or type(child).__name__} ({type(child).__name__}) in "
-                "training mode, because each loss then depends on all samples of the batch. Call module.eval() first."
+                f"Per-sample gradient norms are undefined for {name or type(child).__name__} ({type(child).__name__}) "
+                "in training mode, because each loss depends on all samples of the batch. Call module.eval() first."
             )
 
 
 def _mixed(operation: str, names: set[str] | frozenset[str]) -> RuntimeError:
     return RuntimeError(
-        f"The loss of one sample depends on other samples at {operation} with {', '.join(sorted(names))}, so per-sample "
-        "gradients are undefined. If the module mixes samples in training mode only, call module.eval(); a loss that "
-        "compares samples, or losses in another order than the samples, cannot be measured: use a score without gradients."
+        f"The loss of one sample depends on other samples at {operation} with {', '.join(sorted(names))}, so "
+        "per-sample gradients are undefined. If the module mixes samples in training mode only, call module.eval(). If "
+        "the loss compares samples, or is not in the order of the samples, use a score without gradients."
     )
 
 
 def _uncovered_message(uncovered: Mapping[str, str]) -> str:
     lines = "; ".join(f"{name} ({why})" for name, why in uncovered.items())
     return (
-        f'PerSampleGradientNorms(fallback="raise") has no rule for: {lines}. Use fallback="auto", which takes one backward '
-        "pass for each sample through what these parameters need, or freeze them."
+        f'PerSampleGradientNorms(fallback="raise") has no rule for: {lines}. Freeze these parameters, or use '
+        'fallback="auto", which takes one backward pass per sample for them.'
     )
 
 
 @contextmanager
 def _plain_forward() -> Iterator[None]:
-    """Turn off what would hide the operations: fused attention, compiled modules, no_grad."""
+    """Disable everything that hides operations from the tracer: fused attention, compiled modules, no_grad."""
     compiled = "torch._dynamo" in sys.modules
     fast = torch.backends.mha.get_fastpath_enabled()
     with ExitStack() as stack:
@@ -340,7 +345,7 @@ def _plain_forward() -> Iterator[None]:
 
 
 def _rewinding(tensors: Iterable[Tensor]) -> Callable[[], None]:
-    """Return what puts the random streams of torch back to where they are now."""
+    """Return a function that restores the current random states of torch."""
     cpu = torch.get_rng_state()
     devices = {device: torch.cuda.get_rng_state(device) for device in {t.device for t in tensors if t.is_cuda}}
 

@@ -1,4 +1,4 @@
-"""What a trace keeps of a step for the walk through its graph."""
+"""The record of a step that a trace makes for the walk through its graph."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ from lightning_grad.functional.gradients.calls import Call
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.gradients.rows import Rows, obeys_shape_rule
 
-_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # torch, and this package
+_NOT_THE_STEP = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))  # files of torch and of this package
 
 _name_of_file = lru_cache(1024)(os.path.basename)
 
@@ -37,7 +37,7 @@ class Place(NamedTuple):
         return f"{self.function} ({self.location})"
 
     def refusal(self, reason: str, otherwise: str = "") -> InseparableLossError:
-        """Return the error that names the call, or something else where its function is not known."""
+        """Return the error for this call; ``otherwise`` is its subject if the function is unknown."""
         return InseparableLossError(self.function or otherwise, self.location, reason)
 
 
@@ -45,11 +45,11 @@ NOWHERE = Place("")
 
 
 def place_of(func: Any) -> Place:
-    """Return a function's name, and the line of the step that called it."""
+    """Return the name of a function, and the line of the step that called it."""
     frame = sys._getframe(2)
     while frame.f_back is not None and not _is_step(frame.f_code.co_filename):
         frame = frame.f_back
-    # T, mT ... are the getters of properties.
+    # T, mT ... are called as getters of properties.
     owner = getattr(func, "__self__", None) if getattr(func, "__name__", "") == "__get__" else None
     name = getattr(func if owner is None else owner, "__name__", str(func)).strip("_")
     return Place(name, frame.f_code, frame.f_lineno)
@@ -64,17 +64,18 @@ def _is_step(filename: str) -> bool:
 class Record:
     """The record of one step.
 
-    Nodes are kept, not their ids: torch makes a new Python object, perhaps with an old id, once nobody has the first.
+    It stores nodes and not their ids: once a node's Python object is released, torch creates a new one, perhaps with
+    the id of another node.
 
     Attributes:
         samples: B.
         constants: Tensors that belong to no sample, by id.
         calls: Calls of losses with a graph, by the node of their result.
-        seen: The edges of tensors that went into a result without rows; with values the tensor and its version.
-        places: Where results without rows were computed.
-        arguments: The arguments of these calls; with values only.
+        seen: Edges of the inputs of results without rows; with values, also the tensor and its version.
+        places: Places where results without rows were computed.
+        arguments: Arguments of these calls; only with values.
         fixed: Nodes of results that depend on parameters and constants only.
-        moved: Rows that are not by the shape rule.
+        moved: Rows that do not follow the shape rule.
     """
 
     samples: int
@@ -87,13 +88,13 @@ class Record:
     moved: dict[Edge, Rows] = field(default_factory=dict)
 
     def word_for(self, node: Node) -> str:
-        """Return the function and the line of a node, as "mean (module.py:31)", or what torch calls it."""
+        """Return the function and line of a node, such as "mean (module.py:31)", or torch's name for it."""
         return str(self.places.get(node) or node.name())
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is a parameter, a constant, or computed from these alone."""
+        """Return True for parameters, constants, and tensors computed from these alone."""
         kind = tensor.__class__
-        # isinstance with Parameter runs Python code of torch, and this runs for every function of the step.
+        # Avoid isinstance with Parameter, which runs Python code of torch: this runs for every function of the step.
         if kind is nn.Parameter or (kind is not Tensor and isinstance(tensor, nn.Parameter)):
             return True
         if self.constants and id(tensor) in self.constants:
@@ -101,12 +102,12 @@ class Record:
         return bool(self.fixed) and tensor.grad_fn in self.fixed
 
     def is_constant_at(self, edge: Edge) -> bool:
-        """Return the same for the tensor to which an edge leads."""
+        """Return :meth:`is_constant` for the tensor at an edge."""
         leaf = leaf_of(edge[0])
         return edge[0] in self.fixed if leaf is None else self.is_constant(leaf)
 
     def rows_at(self, edge: Edge) -> tuple[bool, Rows | None]:
-        """Return whether each row of a tensor belongs to one sample as far as known, and what goes beyond the shape rule."""
+        """Return whether each row of a tensor belongs to one sample, and its rows if they break the shape rule."""
         rows = self.moved.get(edge)
         if rows is not None:
             return not rows.mixed and rows.axis == 0, rows
@@ -115,10 +116,10 @@ class Record:
         return obeys_shape_rule(shape, self.samples), None
 
     def tensor_at(self, edge: Edge) -> Tensor:
-        """Return the tensor to which an edge leads.
+        """Return the tensor at an edge.
 
         Raises:
-            InseparableLossError: If it was changed in place since it went into the loss.
+            InseparableLossError: If it was changed in place after the loss used it.
         """
         leaf = leaf_of(edge[0])
         if leaf is not None:
@@ -128,7 +129,7 @@ class Record:
         tensor, version = found
         if tensor._version != version:
             raise NOWHERE.refusal(
-                f"A tensor {tuple(tensor.shape)} was changed in place after it went into the loss, so its values are lost. "
+                f"A tensor {tuple(tensor.shape)} was changed in place after the loss used it, so its values are lost. "
                 "Change a clone of it instead."
             )
         return tensor

@@ -1,8 +1,8 @@
-"""Which sample each row of a tensor belongs to, followed through the functions that move rows.
+"""Find which sample each row of a tensor belongs to, through functions that move rows.
 
-Without anything known, a tensor whose first dimension is k B is taken to hold k rows a sample, together and in order: the
-*shape rule*. It is right for nearly every tensor of a network, and costs nothing. What breaks it is a function that moves
-rows. Its effect is found by making the same call on a tensor of row numbers, so no function needs a rule of its own.
+By default, a tensor whose first dimension is k B is assumed to have k adjacent rows per sample, in order: the *shape
+rule*. It holds for nearly all tensors of a network, and costs nothing. Functions that move rows break it. Their effect
+is found by making the same call on a tensor of sample numbers, so no function needs its own rule.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lightning_grad.functional.plain_tensors import tensors_in
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """Where the samples lie in a tensor, if not by the shape rule.
+    """The samples of the rows of a tensor that does not follow the shape rule.
 
     Attributes:
-        axis: The dimension along which they lie.
-        length: The tensor's size along it.
+        axis: The dimension of the samples.
+        length: Size of that dimension.
         samples: The sample of each entry along it, (length,); ``None`` for the order of the shape rule.
-        owner: The sample to which the whole tensor belongs, if it belongs to one.
-        mixed: Whether some entry along the first dimension belongs to several samples, or to none.
+        owner: The sample that the whole tensor belongs to, if there is only one.
+        mixed: Whether an entry along the first dimension belongs to several samples or to none.
         covers: Whether each sample of the batch has an entry.
     """
 
@@ -40,7 +40,7 @@ class Rows:
     covers: bool = True
 
     def same_as(self, other: Rows) -> bool:
-        """Return whether both say the same of a tensor."""
+        """Return True if two descriptions are equal."""
         if (self.axis, self.length, self.owner, self.mixed) != (other.axis, other.length, other.owner, other.mixed):
             return False
         if self.samples is None or other.samples is None:
@@ -48,7 +48,7 @@ class Rows:
         return self.samples is other.samples or torch.equal(self.samples, other.samples.to(self.samples.device))
 
     def fits(self, shape: torch.Size) -> bool:
-        """Return whether a tensor of this shape can have its samples as this says."""
+        """Return True if this can describe a tensor of the given shape."""
         return self.owner is not None or (len(shape) > self.axis and shape[self.axis] == self.length)
 
 
@@ -58,11 +58,11 @@ def in_order(length: int, samples: int, device: torch.device) -> Tensor:
 
 
 def obeys_shape_rule(shape: Sequence[int], samples: int) -> bool:
-    """Return whether the first dimension is k B."""
+    """Return True if the first dimension is k B."""
     return len(shape) > 0 and shape[0] > 0 and shape[0] % samples == 0
 
 
-# What the functions that move rows do to the row numbers.
+# Functions by their effect on rows.
 
 
 def _functions(names: str) -> Iterator[Any]:
@@ -71,37 +71,37 @@ def _functions(names: str) -> Iterator[Any]:
 
 
 _STACKS = frozenset(_functions("stack vstack hstack dstack row_stack column_stack"))
-# Where a function has the dimension that it works on, and what that is by default.
+# Position and default of the argument with the dimension that a function works on.
 _DIMENSIONS = {
     **dict.fromkeys(_functions("cat concat concatenate stack unbind select narrow index_select"), (1, 0)),
     **dict.fromkeys(_functions("split chunk tensor_split split_with_sizes"), (2, 0)),
     **dict.fromkeys(_functions("repeat_interleave roll"), (2, None)),
 }
-# These order or choose by values. Values with a graph depend on all samples then, whatever rows they seem to have.
+# Functions that sort or select by value. Their values depend on all samples, whatever rows they seem to have.
 SORTS = {
     **dict.fromkeys(_functions("sort argsort"), (1, -1)),
     **dict.fromkeys(_functions("topk kthvalue"), (2, -1)),
     **dict.fromkeys(_functions("msort"), (1, 0)),
 }
 _ALL_DIMENSIONS = {**_DIMENSIONS, **SORTS}
-# Those that move, repeat, join or drop rows.
+# Functions that move, repeat, join or drop rows.
 MOVES = frozenset([*_DIMENSIONS, *_STACKS, *_functions("__getitem__ masked_select take repeat tile flip")])
-# A tensor by the shape rule stays so through these; other rows are followed.
+# A tensor that follows the shape rule still does after these; other rows are followed.
 RESHAPES = frozenset(_functions("reshape view flatten unflatten view_as reshape_as"))
 _GETTERS = frozenset(getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH"))
 TRANSPOSES = _GETTERS.union(_functions("transpose swapaxes swapdims permute movedim moveaxis t adjoint"))
 REDUCTIONS = frozenset(_functions("mean sum nanmean nansum var std amax amin max min prod logsumexp median mode"))
-# Rows of the first factor are rows of the product; those of the second are its columns.
+# Rows of the first factor are rows of the product; rows of the second are its columns.
 PRODUCTS = frozenset(_functions("matmul mm __matmul__ bmm"))
-# What is added without a graph is a part of the constant.
+# Summands without a graph are part of the constant.
 ADDITIONS = frozenset(_functions("add add_ sub sub_ subtract rsub __rsub__ __radd__"))
 
 
 def touches_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of one of ``MOVES`` or ``SORTS`` changes the first dimension."""
+    """Return True if a call of one of ``MOVES`` or ``SORTS`` changes the first dimension."""
     if func is torch.Tensor.__getitem__:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        # Two index tensors with a slice between them put their own dimension first.
+        # Two index tensors separated by a slice put their dimension first.
         several = sum(isinstance(i, (Tensor, list)) for i in index) > 1
         return several or not (len(index) and isinstance(index[0], slice) and index[0] == slice(None))
     position, default = _ALL_DIMENSIONS.get(func, (0, None))
@@ -120,22 +120,22 @@ def moved_rows(
     samples: int,
     rows_of: Callable[[Tensor], Rows | None],
 ) -> list[Rows | None]:
-    """Return the rows of each tensor that a function which moves rows gives out; ``None`` by the shape rule.
+    """Return the rows of each result of a function that moves rows; ``None`` for the shape rule.
 
     Args:
         func: The function.
-        args: Of the call. Its first argument is a tensor or a list of tensors.
-        kwargs: Of the call.
+        args: Positional arguments of the call; the first is a tensor or a list of tensors.
+        kwargs: Keyword arguments of the call.
         samples: B.
-        rows_of: Returns what is known of a tensor's rows.
+        rows_of: Function that returns the known rows of a tensor.
     """
     data, rest = args[0], args[1:]
     if isinstance(data, Tensor):
         if rows_of(data) is None and not obeys_shape_rule(data.shape, samples):
             return []
     elif func in _STACKS and any(t.dim() == 0 and rows_of(t) is None for t in data):
-        return []  # losses of unknown owners in a list: the shape rule says whose they are, and the proof whether it is right
-    # On the CPU no question to the numbers makes the host wait. An index on a GPU needs them there.
+        return []  # a list of losses with unknown owners: assume the shape rule, which the rehearsal then tests
+    # Sample numbers on the CPU need no host sync. An index tensor on a GPU requires them on that GPU.
     device = next((i.device for i in tensors_in(rest) if i.dim()), torch.device("cpu"))
     count = _indexed(func, rest)
     if isinstance(data, Tensor):
@@ -143,7 +143,7 @@ def moved_rows(
         if func in RESHAPES:
             if any(isinstance(a, torch.dtype) for a in rest):
                 return [rows_of(data)]
-            # A view of what was spread would be none, and a copy of a whole activation should at least be of small numbers.
+            # Expanded numbers cannot be viewed. A copy has the size of the activation, so use small integers.
             numbers = numbers.to(torch.int16 if samples < 2**15 else torch.int32).contiguous()
     else:
         numbers = [_numbers(t, rows_of(t), samples, None, device) for t in data]
@@ -152,7 +152,7 @@ def moved_rows(
 
 
 def _numbers(tensor: Tensor, rows: Rows | None, samples: int, count: int | None, device: torch.device) -> Tensor:
-    """Return the sample of each entry, of the first ``count`` dimensions only; -1 for that of no sample."""
+    """Return the sample of each entry, along the first ``count`` dimensions only; -1 for no sample."""
     shape = tensor.shape[:count]
     if rows is None and obeys_shape_rule(tensor.shape, samples):
         rows = Rows(0, tensor.shape[0])
@@ -164,7 +164,7 @@ def _numbers(tensor: Tensor, rows: Rows | None, samples: int, count: int | None,
     along = [1] * tensor.dim()
     along[rows.axis] = rows.length
     whole = ids.to(device).reshape(along).expand(tensor.shape)
-    # Most of the entries would only be counted again: an index of one dimension reads the first entry of the others.
+    # All entries along the remaining dimensions are equal: keep only the first.
     if not rows.axis < len(shape) < tensor.dim():
         return whole
     first: tuple[Any, ...] = (..., *[0] * (tensor.dim() - len(shape)))
@@ -172,7 +172,7 @@ def _numbers(tensor: Tensor, rows: Rows | None, samples: int, count: int | None,
 
 
 def _read(numbers: Tensor, samples: int) -> Rows | None:
-    """Return what the numbers of samples say of the tensor that was moved like them."""
+    """Return the rows of a tensor from the sample numbers that were moved in the same way."""
     if numbers.numel() == 0:
         return Rows(length=0, mixed=True) if numbers.dim() else None
     if numbers.dim() == 1 and numbers.numel() <= _FEW:
@@ -192,7 +192,7 @@ def _read(numbers: Tensor, samples: int) -> Rows | None:
 
 
 def _read_few(numbers: Tensor, samples: int) -> Rows | None:
-    """Return the same of few numbers in a row, which Python counts in less time than torch takes for one question."""
+    """Return the same as :func:`_read` for a short vector, which Python handles faster than torch."""
     ids, length = numbers.tolist(), len(numbers)
     if ids[0] >= 0 and samples > 1 and ids.count(ids[0]) == length:
         return Rows(owner=ids[0], covers=False)
@@ -208,7 +208,7 @@ _FEW = 512
 
 
 def _indexed(func: Callable[..., Any], rest: tuple[Any, ...]) -> int | None:
-    """Return how many leading dimensions an index reads, where that is plain to see."""
+    """Return how many leading dimensions an index uses; None for complicated indices."""
     if func is not torch.Tensor.__getitem__:
         return None
     index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
@@ -222,7 +222,7 @@ def transposed_rows(
 ) -> Rows | None:
     """Return the rows of a transposed tensor.
 
-    The samples of a tensor by the shape rule move to another dimension, and back again: batch first, time first.
+    Samples by the shape rule move to another dimension, and back again: (B, T) and (T, B).
     """
     data = args[0]
     if rows is None:
@@ -232,8 +232,8 @@ def transposed_rows(
     if rows.owner is not None or rows.mixed:
         return rows
     if data.dim() == 2 and data.shape[0] == data.shape[1]:
-        # The similarities of all samples with all: both dimensions have the samples, and a loss by rows and by columns
-        # counts each by its anchor. (T, B) with T = B by coincidence is for the proof, and for proven terms.
+        # A similarity matrix: both dimensions are samples, and a loss over rows and columns assigns each term to its
+        # anchor. (T, B) with T = B by coincidence is left to the rehearsal, and to proven terms (`like`).
         return None if rows.samples is None else rows
     rest = tuple(tuple(a) if isinstance(a, list) else a for a in args[1:])
     axis = _axis_after(func, rest, tuple(kwargs.items()), data.dim(), rows.axis)
@@ -244,7 +244,7 @@ def transposed_rows(
 
 @lru_cache(256)
 def _along(axis: int, length: int, covers: bool) -> Rows:
-    """Return rows in the order of the shape rule, the same object for the same dimension."""
+    """Return rows in the order of the shape rule along a dimension, cached."""
     return Rows(axis, length, covers=covers)
 
 
@@ -252,7 +252,7 @@ def _along(axis: int, length: int, covers: bool) -> Rows:
 def _axis_after(
     func: Callable[..., Any], rest: tuple[Any, ...], kwargs: tuple[tuple[str, Any], ...], width: int, axis: int
 ) -> int:
-    """Return where a dimension goes, which sizes that all differ show for each function and each way to call it."""
+    """Return the new position of a dimension, found by a call on a meta tensor whose sizes are all different."""
     probe = torch.empty(tuple(range(2, 2 + width)), device="meta")
     return list(func(probe, *rest, **dict(kwargs)).shape).index(2 + axis)
 
@@ -273,7 +273,7 @@ def assigned_rows(args: tuple[Any, ...], samples: int, rows_of: Callable[[Tensor
 
 
 def reduces_samples(args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> bool:
-    """Return whether a reduction over given dimensions runs over that of the samples."""
+    """Return True if a reduction over given dimensions includes the dimension of the samples."""
     dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
     width = args[0].dim() if args and isinstance(args[0], Tensor) else 0
     dims = dims if isinstance(dims, (tuple, list)) else (dims,)

@@ -1,7 +1,7 @@
-"""Lists of gradients as one thing: on several devices, in several dtypes, sharded (DTensor) or not.
+"""Operations on lists of gradients on several devices, of several dtypes, sharded (DTensor) or not.
 
-What the clipping and conditioning functions beside this file are made of. Everything is in place or returns tensors;
-nothing waits for the device.
+They are the building blocks of the functions in ``clipping`` and ``diagnostics``. All of them work in place or return
+tensors, without a host sync.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,34 +15,34 @@ _SMALL = 4096
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Say whether a tensor is a DTensor, of which this rank holds a part."""
+    """Return True for a DTensor, of which this rank has a shard."""
     return hasattr(tensor, "full_tensor")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a plain tensor; of a DTensor, what all ranks hold together."""
+    """Return the full tensor of a DTensor, and a plain tensor unchanged."""
     sharded: Any = tensor
     return sharded.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return what this rank holds of each tensor, sharing its memory: enough for what acts on each entry alone."""
+    """Return this rank's shard of each tensor, sharing memory; sufficient for elementwise operations."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Return the positions of the tensors on each device."""
+    """Group the positions of tensors by device."""
     devices = [tensor.device for tensor in tensors]
     return [[i for i, other in enumerate(devices) if other == device] for device in dict.fromkeys(devices)]
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bool = False) -> list[Tensor]:
-    """Return the p-norm of each tensor, where it lies.
+    """Return the p-norm of each tensor, on its own device.
 
     Args:
-        tensors: Of any shape.
+        tensors: Tensors of any shape.
         norm_type: p.
-        accurate: Add up half precision in float32.
+        accurate: Sum half precision in float32.
     """
     sharded = [is_sharded(tensor) for tensor in tensors]
     if not any(sharded):
@@ -51,7 +51,7 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
         pairs = zip(tensors, sharded, strict=True)
         return [_largest_of_shards(t) if own else _plain_norms([t], norm_type)[0] for t, own in pairs]
     norms: list[Tensor | None] = [None] * len(tensors)
-    for kind in set(sharded):  # torch takes a list of one kind only
+    for kind in set(sharded):  # torch cannot mix DTensors and plain tensors in one list
         positions = [i for i, own in enumerate(sharded) if own == kind]
         for i, norm in zip(positions, _plain_norms([tensors[i] for i in positions], norm_type, accurate), strict=True):
             norms[i] = norm
@@ -59,7 +59,7 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
 
 
 def _plain_norms(tensors: Sequence[Tensor], norm_type: float, accurate: bool = False) -> list[Tensor]:
-    if norm_type == torch.inf:  # of nothing it is undefined
+    if norm_type == torch.inf:  # undefined for empty tensors
         tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
     dtypes = {tensor.dtype for tensor in tensors}
     if not accurate or dtypes.isdisjoint(_HALF):
@@ -70,7 +70,7 @@ def _plain_norms(tensors: Sequence[Tensor], norm_type: float, accurate: bool = F
 
 
 def _largest_of_shards(tensor: Any) -> Tensor:
-    """Return the largest magnitude of a DTensor, of which a rank may hold nothing."""
+    """Return the largest magnitude of a DTensor, whose shard on a rank may be empty."""
     from torch.distributed.tensor import DTensor, Partial
 
     (own,) = _plain_norms([tensor.to_local()], torch.inf)
@@ -78,10 +78,10 @@ def _largest_of_shards(tensor: Any) -> Tensor:
 
 
 def stack_norms(tensors: Sequence[Tensor | None], norm_type: float = 2.0) -> Tensor:
-    """Return the p-norms of tensors, of whole ones where they are sharded, as one vector on the first one's device.
+    """Return the p-norms of tensors as one vector on the device of the first; DTensors count in full.
 
     Args:
-        tensors: Of any shape, at least one; ``None`` counts as zero.
+        tensors: One or more tensors of any shape; ``None`` has norm zero.
         norm_type: p.
     """
     norms = tensor_norms([tensor for tensor in tensors if tensor is not None], norm_type, accurate=True)
@@ -92,7 +92,7 @@ def stack_norms(tensors: Sequence[Tensor | None], norm_type: float = 2.0) -> Ten
 
 
 def stack(values: Sequence[Tensor]) -> Tensor:
-    """Return scalars as one vector on the device of the first, a DTensor if all of them are."""
+    """Stack scalars into one vector on the device of the first; a DTensor if all of them are DTensors."""
     sharded = [is_sharded(value) for value in values]
     if any(sharded) and not all(sharded):
         values = [whole(value) for value in values]
@@ -102,10 +102,10 @@ def stack(values: Sequence[Tensor]) -> Tensor:
 
 
 def joined_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the 2-norm of all tensors as one vector, in at least float32.
+    """Return the 2-norm of all tensors, concatenated into one vector, in float32 or float64.
 
-    Small tensors are joined first: of many, the calls cost more than the numbers. So it may differ from torch's own norm in
-    the last digits.
+    Small tensors are concatenated first, because many kernel launches cost more than the arithmetic. The last digits
+    may therefore differ from torch's own norm.
     """
     if len({tensor.device for tensor in tensors}) > 1 or any(is_sharded(tensor) for tensor in tensors):
         return whole(torch.linalg.vector_norm(stack_norms(tensors)))
@@ -119,17 +119,17 @@ def joined_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
-    """Return which flags are true on some rank, where the tensors that they are about are sharded.
+    """Combine flags about shards over all ranks: a flag is True if it is True on any rank.
 
     Args:
-        flags: (tensors,) bool, what this rank has found in its shards.
+        flags: (tensors,) bool, the flags of this rank's shards.
         of: The tensors.
 
     Returns:
-        Tensor: (tensors,) bool, the same on every rank.
+        Tensor: (tensors,) bool, equal on every rank.
     """
     meshes = [tensor.device_mesh for tensor in of if is_sharded(tensor)]  # type: ignore[attr-defined]
-    for mesh in dict.fromkeys(meshes):  # in the same order on every rank, which a set would not keep
+    for mesh in dict.fromkeys(meshes):  # not a set, because the order must be equal on all ranks
         from torch.distributed.tensor import DTensor, Partial
 
         counts = DTensor.from_local(flags.float(), mesh, [Partial()] * mesh.ndim, run_check=False)
@@ -138,7 +138,7 @@ def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors by one number that stays on its device, in place."""
+    """Multiply tensors in place by a scalar tensor, without a host sync."""
     local = shards(tensors)
     if len({tensor.device for tensor in local}) == 1:
         torch._foreach_mul_(local, factor.to(local[0].device))
@@ -149,7 +149,7 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
 
 
 def share_of(flags: Sequence[Tensor]) -> Tensor:
-    """Return the share of entries that are true, of all flags together, as a scalar.
+    """Return the fraction of true entries in all flags, as a scalar.
 
     Example:
         >>> share_of([torch.tensor([True, False]), torch.tensor([False, False])])

@@ -1,4 +1,4 @@
-"""What each sample contributes to a loss, and weights for these contributions in the backward pass."""
+"""The contributions of the samples to a loss, and weights for them in the backward pass."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Term:
-    """One of the sums over samples that a loss consists of.
+    """One of the sums over samples in a loss.
 
     Attributes:
-        place: The call that reduces it, and its line in the step.
-        shares: What each sample contributes, times B, (B,).
+        place: The call that reduces it, with its line in the step.
+        shares: B times the contribution of each sample, (B,).
         own: The mean over each sample's own positions, (B,); see :class:`Terms`.
     """
 
@@ -40,36 +40,37 @@ class Term:
 
 
 class Terms:
-    r"""What each sample contributes to the loss of one step; made by :meth:`LossTrace.terms`.
+    r"""The contributions of the samples to the loss of one step; created by :meth:`LossTrace.terms`.
 
-    The step reduces tensors with rows, :math:`r_k`, by functions that are linear. With :math:`a_k = \partial L / \partial
-    r_k` along that one edge of the graph, and :math:`P_i` the positions of sample i,
+    The step reduces tensors with rows, :math:`r_k`, by linear functions. With :math:`a_k = \partial L / \partial r_k`
+    along this edge of the graph, and :math:`P_i` the positions of sample i,
 
     .. math::
         L = c + \frac{1}{B} \sum_i s_i, \qquad s_i = B \sum_k \sum_{p \in P_i} a_{kp} r_{kp}
 
-    are the *shares*, and c is the *constant*: what belongs to no sample, as weight decay by hand, "+ 3.0" or a detached
-    term. A share counts a sample with more positions for more. The mean over a sample's own positions,
+    The :math:`s_i` are the *shares*, and c is the *constant*, which belongs to no sample: hand-written weight decay,
+    "+ 3.0", or a detached term. Samples with more positions have larger shares. The mean over a sample's own positions,
 
     .. math::
         o_i = \sum_k \frac{\sum_{p \in P_i} a'_{kp} r'_{kp}}{\sum_{p \in P_i} a'_{kp}} \sum_j \sum_{p \in P_j} a'_{kp}
 
-    is what the loss would be for the sample alone, if the step divides by the number of positions; here r' and a' are taken
-    below masks that the step multiplied (in the sum of l m, r' is l and a' is m). If each sample has the same coefficients,
-    as without masks, both are equal; a batch of one sample tells which is its loss. Weights always act on shares:
+    is the loss of a batch with only this sample, if the step divides by the number of positions. Here r' and a' are
+    taken below masks that the step multiplies by (in the sum of l m, r' is l and a' is m). Both are equal if all
+    samples have the same coefficients, as without masks; otherwise a batch of one sample shows which of them is its
+    loss. Weights always apply to shares:
 
     .. math::
         L_w = c + \frac{1}{B} \sum_i w_i s_i
 
     Attributes:
         samples: B.
-        terms: The terms by place, with values only.
-        dtype: The dtype in which the least exact of the terms was reduced.
-        keys: Where the loss was cut; equal in all steps of the same code.
+        terms: The terms by place; only with values.
+        dtype: The least precise dtype in which a term was reduced.
+        keys: Keys of the cuts of the loss; equal in all steps of the same code.
 
     Raises:
-        InseparableLossError: From the constructor, if the loss is not such a sum, or is not known to be one, or if the
-            terms do not add up to its value; from :meth:`weight_` for learned factors.
+        InseparableLossError: From the constructor, if the loss is not such a sum, if this cannot be proved, or if the
+            terms do not add up to the loss; from :meth:`weight_`, for learned factors.
     """
 
     def __init__(
@@ -98,21 +99,21 @@ class Terms:
 
     @property
     def shares(self) -> Tensor:
-        r""":math:`s_i`, (B,), float32 at least; detached unless ``keep_graph``."""
+        r""":math:`s_i`, (B,), float32 or float64; detached unless ``keep_graph``."""
         return self._with_values(self._shares)
 
     @property
     def own(self) -> Tensor:
-        r""":math:`o_i`, (B,); nan for a sample without any position that counts.
+        r""":math:`o_i`, (B,); nan if all positions of a sample are ignored.
 
-        For one loss of ``torch.nn.functional`` that is returned as it is, these are bit for bit the losses of
+        If the step returns one loss of ``torch.nn.functional`` unchanged, these are bitwise the losses of
         :class:`~lightning_grad.functional.LossCall`.
         """
         return self._with_values(None if self._shares is None else _sum_of_means([t.own for t in self.terms]))
 
     @property
     def constant(self) -> Tensor:
-        """The part of the loss that belongs to no sample, a tensor of one number."""
+        """The part of the loss that belongs to no sample, a scalar tensor."""
         shares = self.shares.detach()
         return self._loss.reshape(()).to(shares.dtype) - shares.mean()
 
@@ -124,10 +125,10 @@ class Terms:
     def _add_up(self, found: Values) -> None:
         groups: dict[Any, list[Part]] = {}
         for number, part in enumerate(found.parts):
-            # Chunks, or the passes of a loop over samples, are pieces of one term: none has all the samples.
+            # Chunks, or the iterations of a loop over samples, are pieces of one term, because none has all samples.
             groups.setdefault(number if part.covers else part.place, []).append(part)
         self.terms = tuple(self._term(parts) for parts in groups.values())
-        # Added in order, as a Python sum, which for a single term leaves its bits as they are.
+        # Summed in order without a zero, so that a single term stays bitwise unchanged.
         self._shares = sum((term.shares for term in self.terms[1:]), self.terms[0].shares) if self.terms else None
 
     def _term(self, parts: list[Part]) -> Term:
@@ -144,38 +145,38 @@ class Terms:
         return Term(place, shares, own)
 
     def _check(self, found: Values) -> None:
-        """Refuse terms that do not add up to the loss that the step returned."""
+        """Raise if the terms do not add up to the loss that the step returned."""
         if found.unknown:
-            return  # something was added whose value nobody saw, so that any difference is called the constant
+            return  # a summand of unknown value explains any difference, which then counts as the constant
         terms = [term.shares.detach() for term in self.terms]
         scale = sum((t.abs().mean() for t in terms), found.constant.abs()) + self._loss.abs().reshape(())
         difference = (self.constant - found.constant).abs()
         if bool(difference > _TOLERANCES.get(self.dtype, 3e-2) * scale):
             seen = self.shares.detach().mean() + found.constant
             raise NOWHERE.refusal(
-                f"The terms that were seen add up to {float(seen):.9g}, but the step returned {float(self._loss):.9g}."
-                " The loss holds a term that was not seen."
+                f"The terms that were traced add up to {float(seen):.9g}, but the step returned "
+                f"{float(self._loss):.9g}. The loss contains a term that was not traced."
             )
 
     def weighted_loss(self, weights: Tensor) -> Tensor:
-        """Return the value of the weighted loss, for a log; the loss of the step keeps its own, unweighted value."""
+        """Return the value of the weighted loss, for logging; the loss of the step keeps its unweighted value."""
         shares = self.shares.detach()
         return self.constant + (self._checked(weights).to(shares) * shares).mean()
 
     def weight_(self, weights: Tensor) -> WeightHandle:
         """Weight the samples in every backward pass through the graph of this step.
 
-        The gradients become those of the weighted loss. With all weights 1 they stay the same, bit for bit. Constants are
-        not weighted. Neither the value of the loss nor the forward pass changes, and nothing is computed twice.
+        The gradients become those of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are
+        not weighted. The forward pass and the value of the loss do not change, and nothing is computed twice.
 
         Args:
-            weights: One for each sample, (B,).
+            weights: Weight of each sample, (B,).
 
         Returns:
-            WeightHandle: Its ``remove()`` takes the weights away.
+            WeightHandle: Call its ``remove()`` to remove the weights.
 
         Raises:
-            InseparableLossError: If a factor with a graph multiplies a term: its gradient would be that of the plain loss.
+            InseparableLossError: If a factor with a graph multiplies a term: its gradient would not be weighted.
             ValueError: If the weights are not (B,).
         """
         weights, walk = self._checked(weights), self._walk
@@ -202,7 +203,7 @@ class Terms:
 
 
 def _sum_of_means(means: list[Tensor]) -> Tensor:
-    """Return the sum of what is not nan; nan where all are."""
+    """Sum means, ignoring nan; nan where all are nan."""
     if len(means) == 1:
         return means[0]
     stacked = torch.stack(means)
@@ -210,37 +211,37 @@ def _sum_of_means(means: list[Tensor]) -> Tensor:
 
 
 class WeightHandle:
-    """The hooks of one call of :meth:`Terms.weight_`."""
+    """Handle of the hooks of one call of :meth:`Terms.weight_`."""
 
     def __init__(self, handles: list[Any]) -> None:
         self._handles = handles
 
     def remove(self) -> None:
-        """Take the weights away. Without it they go with the graph."""
+        """Remove the weights; otherwise they exist as long as the graph."""
         while self._handles:
             self._handles.pop().remove()
 
 
 def weight_cuts_(walk: Walk, weights: Tensor) -> WeightHandle:
-    """Weight the rows in what flows through the cuts of a walk in every backward pass."""
-    # On the edge, not on the tensor: what else the tensor is used for, also in another term, is not weighted here.
+    """Weight the rows of the gradients at the cuts of a walk, in every backward pass."""
+    # At the edge, not at the tensor: other uses of the tensor, even in another term, must not be weighted here.
     return _weight_inputs([(cut.node, cut.index, cut.rows) for cut in walk.cuts], weights)
 
 
 def weight_call_(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor, weights: Tensor
 ) -> bool:
-    """Weight the rows of a call of a loss in every backward pass; return whether that is possible.
+    """Weight the rows of a call of a loss in every backward pass; return False if this is impossible.
 
-    It is not if something without rows has a graph, such as learned class weights: its gradient would be that of the plain
-    loss.
+    It is impossible if an argument without rows has a graph, such as learned class weights, whose gradient would not be
+    weighted.
 
     Args:
         func: The loss.
-        args: Of the call.
-        kwargs: Of the call.
-        value: What it returned.
-        weights: One for each sample, (B,). The rows of a sample stand together, in order.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
+        value: Result of the call.
+        weights: Weight of each sample, (B,); the rows of a sample are adjacent and in order.
     """
     value, samples = plain_tensor(value), len(weights)
     if value.grad_fn is None:
@@ -253,7 +254,8 @@ def weight_call_(
     call = read_call(func, args, kwargs, value, samples, lambda _: None, values=False, keep_graph=False)
     if call is None or call.problem or call.others:
         return False
-    # For the walk a loss without reduction is none that ends here; for the hooks it makes no difference.
+    # The walk does not end at a loss without reduction, so any other reduction is recorded; the hooks do not depend on
+    # it.
     record = Record(samples, {}, calls={value.grad_fn: replace(call, reduction="mean")})
     try:
         weight_cuts_(Walk(value.grad_fn, record), weights)
@@ -263,7 +265,7 @@ def weight_call_(
 
 
 def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> Tensor | None:
-    """Return the input of a loss if it alone has a graph and its rows divide by the samples, as in nearly all steps."""
+    """Return the input of a loss if only it has a graph and its rows are a multiple of B, as in nearly all steps."""
     first: Any = args[0] if args else kwargs.get("input")
     if first.__class__ is not Tensor or not first.requires_grad or not first.dim() or not first.numel():
         return None
@@ -272,19 +274,19 @@ def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> 
 
 
 def without_ignored(weights: Tensor, losses: Tensor) -> Tensor:
-    """Return weights in which nan is 0 for a sample without a position that counts.
+    """Replace nan weights by 0 for samples all of whose positions are ignored.
 
-    Such a sample has a loss of nan, and so may its weight be; its gradient is zero.
+    Such a sample has a loss of nan, so its weight may be nan, too; its gradient is zero.
 
     Args:
-        weights: One for each sample, (B,).
-        losses: Of the samples, (B,).
+        weights: Weight of each sample, (B,).
+        losses: Loss of each sample, (B,).
     """
     return torch.where(weights.isnan() & losses.detach().isnan(), 0.0, weights)
 
 
 def _weight_inputs(inputs: Iterable[tuple[Node, int, Rows | None]], weights: Tensor) -> WeightHandle:
-    """Weight the rows in the gradients of some inputs of nodes."""
+    """Register hooks that weight the rows of the gradients of some inputs of nodes."""
     by_node: dict[Node, dict[int, Rows | None]] = {}
     for node, index, rows in inputs:
         by_node.setdefault(node, {})[index] = rows
@@ -305,12 +307,12 @@ def _weighted(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
     factors = _factors(gradient, rows, weights)
     if gradient.dtype == weights.dtype:
         return gradient * factors
-    # The product in the wider type, and rounded once.
+    # Multiply in the wider dtype, and round once.
     return (gradient.to(torch.promote_types(gradient.dtype, weights.dtype)) * factors).to(gradient.dtype)
 
 
 def _factors(gradient: Tensor, rows: Rows | None, weights: Tensor) -> Tensor:
-    """Return the weight of each row of a gradient, in a shape to multiply it with."""
+    """Return the weight of each row of a gradient, in a shape that broadcasts."""
     if rows is not None and rows.owner is not None:
         return weights[rows.owner]
     axis, dims = 0 if rows is None else rows.axis, gradient.dim()

@@ -1,4 +1,4 @@
-"""The context that watches a step: which rows belong to which sample, and what is reduced to the loss."""
+"""Trace a step: record which rows belong to which sample, and what is reduced to the loss."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,35 +31,36 @@ _OFTEN_STILL = frozenset([*RESHAPES, torch.Tensor.__getitem__])
 
 
 class LossTrace(TorchFunctionMode):
-    r"""Context around a training step, from whose loss it then finds the loss of every sample.
+    r"""Context around a training step that separates its loss into the losses of the samples.
 
-    The step may compute its loss by functions of ``torch.nn.functional``, by hand, or both, as long as the loss is a sum of
-    means (or sums) over samples, and of constants:
+    The step may compute its loss with functions of ``torch.nn.functional``, by hand, or both, as long as the loss is a
+    sum of means (or sums) over samples, plus constants:
 
     .. math::
         L = c + \frac{1}{B} \sum_i s_i
 
-    The step runs as it is; what it computes does not change by a bit. :meth:`terms` then walks the autograd graph from the
-    loss to the tensors that have rows, and refuses what it cannot prove to be such a sum, with function and line.
+    The results of the step are bitwise unchanged. Afterwards :meth:`terms` walks the autograd graph from the loss to
+    the tensors with rows. If it cannot prove that the loss is such a sum, it raises an error with function and line.
 
     Args:
         samples: B, the number of samples in the batch.
-        values: Keep what the values need: a reference to each tensor that is reduced, until the trace is dropped, and the
-            losses of ``torch.nn.functional`` computed once more with ``reduction="none"``. Weights alone need no values.
+        values: Keep the data for values; not needed for weights alone.
+            It keeps a reference to each reduced tensor until the trace is deleted, and computes the losses of
+            ``torch.nn.functional`` again with ``reduction="none"``.
         keep_graph: Keep the graph of the values, so that they can be differentiated.
-        constants: Tensors besides parameters that belong to no sample, such as ``module.buffers()``.
+        constants: Tensors that belong to no sample, in addition to parameters, such as ``module.buffers()``.
 
     Attributes:
         calls: The calls of losses of ``torch.nn.functional`` that :class:`~lightning_grad.functional.LossCapture` would
-            have kept, in order; with ``values`` only.
+            keep, in order; only with ``values``.
 
-    Which sample a row belongs to follows from the shape, k B rows in order, unless the step moves rows by indexing,
-    concatenating, splitting, repeating or transposing, which is followed. A shape can agree by coincidence. So run a new step
-    twice in eval mode, the second time on the samples in another order: ``shares`` must come in that order too. Then pass
-    these terms as ``like`` to :meth:`terms` in later steps.
+    The sample of a row follows from the shape: a tensor with k B rows has them in order. The trace also follows steps
+    that move rows by indexing, concatenating, splitting, repeating or transposing. A shape can match by coincidence.
+    Therefore run a new step twice in eval mode, the second time with the samples in another order, and check that
+    ``shares`` has that order, too. Then pass these terms as ``like`` to :meth:`terms` in later steps.
 
-    Cost: no host sync, except where rows are moved by an index on a GPU. While ``torch.compile`` compiles, nothing is
-    watched: compiled parts run as without the trace, and a loss inside of one is refused.
+    Cost: no host sync, except if rows are moved by an index on a GPU. Functions compiled by ``torch.compile`` run as
+    without the trace, which does not see inside them; a loss computed inside one is rejected.
 
     Raises:
         ValueError: If ``samples`` is less than 1.
@@ -84,7 +85,7 @@ class LossTrace(TorchFunctionMode):
     ) -> None:
         super().__init__()
         if samples < 1:
-            raise ValueError(f"LossTrace needs samples of at least 1; got {samples}.")
+            raise ValueError(f"samples must be at least 1; got {samples}.")
         self.samples = samples
         self.values = values
         self.keep_graph = keep_graph
@@ -94,31 +95,31 @@ class LossTrace(TorchFunctionMode):
 
     @on_plain_tensors
     def terms(self, loss: Tensor, like: Terms | None = None, check: bool = True) -> Terms:
-        """Return what each sample contributes to the loss that the step returned.
+        """Return the contributions of the samples to the loss of the step.
 
         Call it before ``backward``, which frees the graph.
 
         Args:
-            loss: What the step returned, one number with its graph.
-            like: Terms of an earlier step, for which shape coincidences were ruled out. Where the shapes alone would
-                cut this step elsewhere, it is cut as that one was.
-            check: Compare the terms with the value of the loss, at the price of one host sync.
+            loss: The loss that the step returned, one number with its graph.
+            like: Terms of an earlier step for which shape coincidences were ruled out.
+                This step is cut at the same places, even if shapes alone suggest others.
+            check: Compare the sum of the terms with the loss, which costs one host sync.
 
         Raises:
-            InseparableLossError: If the loss is not such a sum, or not known to be one.
-            ValueError: If the loss is not one number that requires a gradient.
+            InseparableLossError: If the loss is not such a sum, or this cannot be proved.
+            ValueError: If the loss is not one number that requires grad.
         """
         if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
             found = type(loss).__name__
             if isinstance(loss, Tensor):
-                found = f"a tensor {tuple(loss.shape)}{'' if loss.requires_grad else ' that requires no gradient'}"
-            raise ValueError(f"The loss of a step must be one number, computed from what is trained; got {found}.")
+                found = f"a tensor {tuple(loss.shape)}{'' if loss.requires_grad else ' that does not require grad'}"
+            raise ValueError(f"The loss of a step must be one number that requires grad; got {found}.")
         return Terms(loss, self._record, self.values, self.keep_graph, like, check)
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # Runs for every function of torch in the step. For nearly all of them the first block is all that happens.
+        # Runs for every torch function of the step. Nearly all of them must return early, or the trace would be slow.
         if torch.compiler.is_compiling():
             return func(*args, **(kwargs or {}))
         if func in _SPECIAL:
@@ -132,7 +133,7 @@ class LossTrace(TorchFunctionMode):
                 return out
             shape = out.shape
             first = args[0] if args else None
-            # Rows in, rows out. Parameters take the long way: W**2 has rows by coincidence, if W has k B.
+            # Rows in, rows out. Parameters need a closer check: if W has k B rows, W**2 has rows by coincidence.
             if shape and shape[0] and not shape[0] % self.samples and first.__class__ is Tensor:
                 before = first.shape
                 if before and before[0] == shape[0] and not self._record.is_constant(first):
@@ -140,10 +141,10 @@ class LossTrace(TorchFunctionMode):
         self._note(func, args, kwargs or {}, out)
         return out
 
-    # While these run, torch has taken the mode off, so that the calls in here are not seen again.
+    # torch disables the mode while these methods run, so calls made in them are not intercepted again.
 
     def _special(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function that moves or reduces rows, or a loss, and find out where the rows are afterwards."""
+        """Call a function that moves or reduces rows, or a loss, and record the rows of its result."""
         if func in LOSSES:
             kwargs = {**kwargs, **dropped_weight(func, kwargs)}
         out = func(*args, **kwargs)
@@ -156,7 +157,10 @@ class LossTrace(TorchFunctionMode):
         return out
 
     def _stays(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Return whether rows by the shape rule stay as they are: attention heads, x[:, 0]. Not if it takes long to tell."""
+        """Return True if rows by the shape rule are certainly not moved, as for attention heads or x[:, 0].
+
+        This is a cheap check: False means that a closer look is needed.
+        """
         data: Any = args[0] if args else None
         if data.__class__ is not Tensor or self._record.is_constant(data):
             return False
@@ -168,7 +172,7 @@ class LossTrace(TorchFunctionMode):
         return func in RESHAPES or not touches_rows(func, args, kwargs)
 
     def _is_transposed(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Follow the rows of a plain tensor, as attention does in every layer; return whether it was one."""
+        """Record the rows of a transposed plain tensor, as in every attention layer; return False for other tensors."""
         data: Any = args[0] if args else None
         if data.__class__ is not Tensor or self._record.is_constant(data) or is_transformed(data):
             return False
@@ -179,22 +183,22 @@ class LossTrace(TorchFunctionMode):
         return True
 
     def _begins_terms(self, func: Any, data: Tensor, out: Tensor) -> bool:
-        """Return whether the walk may come to a result: it has no rows, or others than what it was computed from."""
+        """Return True if the walk may reach a result: it has no rows, or other rows than its input."""
         return (
             not self._rows.has_rows(out)
             or out.shape[:1] != data.shape[:1]
-            or (func in TRANSPOSES and out.dim() == 2)  # (T, B) with T = B, which proven terms cut above
+            or (func in TRANSPOSES and out.dim() == 2)  # (T, B) with T = B; proven terms (`like`) are cut above it
         )
 
     def _keep(self, node: Node, func: Any, inputs: Sequence[Tensor]) -> None:
-        """Keep where a result was computed, and from what."""
+        """Record where a result was computed, and from which tensors."""
         record = self._record
         record.places[node] = place_of(func)
         for t in inputs:
             if t.requires_grad and t.__class__ is not Parameter:
                 record.seen[edge_of(t)] = (t, t._version) if self.values else None
 
-    # Our own questions to a tensor of a class of its own would go through that class, which may refuse or count them.
+    # On plain tensors: our own calls on a tensor subclass would go through its class, which may reject or count them.
     @on_plain_tensors
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         if func in LOSSES:
@@ -219,7 +223,7 @@ class LossTrace(TorchFunctionMode):
 
     @on_plain_tensors
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, inherit: bool = True) -> None:
-        """Keep what the walk through the graph will ask for."""
+        """Record what the walk through the graph needs to know about a call."""
         record, inputs = self._record, tensors_in((args, kwargs))
         for output in tensors_in(out):
             node = output.grad_fn
@@ -236,7 +240,7 @@ class LossTrace(TorchFunctionMode):
                     record.arguments[node] = args
 
     def _read_call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
-        """Read a call of a loss; return whether that is all there is to note."""
+        """Read a call of a loss; return False if it must also be recorded like any other function."""
         if is_transformed(out):
             return True
         if self._is_fixed(tensors_in((args, kwargs))):
@@ -244,7 +248,7 @@ class LossTrace(TorchFunctionMode):
         call: Call | None
         try:
             call = read_call(func, args, kwargs, out, self.samples, self._rows.of, self.values, self.keep_graph)
-        except Exception as error:  # the step must go on as if nobody had looked; the walk says what was wrong
+        except Exception as error:  # observing must not break the step; the walk reports the error later
             call = Call(LOSSES[func].name, "", {}, frozenset(), f"could not be read: {error}")
         if call is not None and call.loss_call is not None:
             self.calls.append(call.loss_call)
@@ -257,12 +261,12 @@ class LossTrace(TorchFunctionMode):
         return True
 
     def _is_fixed(self, inputs: list[Tensor]) -> bool:
-        """Return whether a result belongs to no sample, as it depends on parameters, constants and numbers only."""
+        """Return True if a result belongs to no sample: it depends on parameters, constants and numbers only."""
         return all(self._record.is_constant(t) or (t.dim() == 0 and not t.requires_grad) for t in inputs)
 
 
 def _by_position(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with the first one by position, as nearly everybody writes it."""
+    """Return the arguments of a call with the first one passed by position."""
     if args:
         return args, kwargs
     name = next((name for name in ("input", "tensors", "self") if name in kwargs), None)

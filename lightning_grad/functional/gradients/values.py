@@ -1,4 +1,4 @@
-"""The values of the terms: coefficients by the graph's own backward functions, times the rows that the trace kept."""
+"""The values of the terms: rows that the trace kept, times coefficients from the graph's own backward functions."""
 
 from dataclasses import dataclass
 
@@ -15,13 +15,13 @@ from lightning_grad.functional.plain_tensors import plain_tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """What the samples contribute at one cut, or in one call of a loss.
+    """The contribution of the samples at one cut, or in one call of a loss.
 
     Attributes:
-        place: In the step.
-        sums: What each contributes to the loss, (B,).
-        counts: The sum of the coefficients of each sample's positions, (B,); ``None`` where these are no weights.
-        own: The mean over each sample's own positions, scaled as the loss; ``None`` if it follows from the others.
+        place: Place of the call in the step.
+        sums: Contribution of each sample to the loss, (B,).
+        counts: Sum of the coefficients of each sample's positions, (B,); ``None`` if these are not weights.
+        own: Mean over each sample's own positions, scaled like the loss; ``None`` if computed from the other fields.
         covers: Whether each sample of the batch has a row here.
     """
 
@@ -33,19 +33,19 @@ class Part:
 
 
 class Values:
-    """The parts of a loss, and the constants that are known.
+    """The parts of a loss, and its known constants.
 
     Args:
         loss: The loss.
-        walk: Through its graph.
-        record: Of the step.
+        walk: The walk through its graph.
+        record: The record of the step.
         keep_graph: Whether the values keep their graph.
 
     Attributes:
-        parts: One for each cut and call.
+        parts: One part for each cut and call.
         constant: The sum of all known constants.
-        unknown: Places where something is added whose value was not seen.
-        coarsest: The dtype in which the least exact of the terms was reduced.
+        unknown: Places that add something of unknown value.
+        coarsest: The least precise dtype in which a term was reduced.
     """
 
     def __init__(self, loss: Tensor, walk: Walk, record: Record, keep_graph: bool) -> None:
@@ -68,11 +68,11 @@ class Values:
                     self.parts.append(self._of_cut(cut, at_cuts[cut.node, cut.index]))
 
     def _coefficients(self, loss: Tensor, walk: Walk) -> tuple[dict[tuple[Node, int], Tensor], dict[Node, Tensor]]:
-        """Return the derivative of the loss by the tensor at each cut, *along this edge*, and by each call's value.
+        """Return the derivatives of the loss by the tensor at each cut, *along this edge*, and by each call's value.
 
-        A backward pass by hand, over the nodes of the walk only. ``autograd.grad`` would go on below the cuts, through the
-        network, where one cut lies below another; and by tensor instead of by edge it would count r twice in the loss
-        mean(r) + mean(2 r), as the second mean depends on r as well.
+        This is a manual backward pass over the nodes of the walk only. If one cut lies below another, ``autograd.grad``
+        would continue below the cuts, through the network. It also differentiates by tensor and not by edge: in the
+        loss mean(r) + mean(2 r) it would count r twice, because the second mean depends on r, too.
         """
         at_cuts: dict[tuple[Node, int], Tensor] = {}
         at_calls: dict[Node, Tensor] = {}
@@ -100,7 +100,7 @@ class Values:
                 if kind is Input.ROWS:
                     self._note_dtype(gradient)
                     at_cuts[node, index] = gradient
-                elif kind is Input.FIXED and kind_of(node) in LINEAR:  # elsewhere it is a factor
+                elif kind is Input.FIXED and kind_of(node) in LINEAR:  # in other nodes it is a factor
                     self._add_fixed(edge, gradient)
                 elif kind is Input.DEEPER:
                     below = pending.setdefault(edge[0], [None] * output_count(edge[0]))
@@ -109,7 +109,7 @@ class Values:
         return at_cuts, at_calls
 
     def _of_whole_reduction(self, node: Node, gradient: Tensor | None, walk: Walk) -> Tensor | None:
-        """Return the one coefficient of a mean or sum of a whole tensor, spread without memory: the common case."""
+        """Return the coefficient of a mean or sum over a whole tensor, expanded without memory: the common case."""
         kind, is_last = kind_of(node), walk.inputs[node] == [Input.ROWS]
         if kind not in ("Mean", "Sum") or not is_last or gradient is None or gradient.numel() != 1:
             return None
@@ -130,7 +130,7 @@ class Values:
             self.unknown.append(record.places.get(edge[0], Place("a function of parameters")))
 
     def _add_constant(self, node: Node, walk: Walk, gradient: Tensor | None) -> None:
-        """Add what a sum adds without a graph: "+ 3.0", a detached tensor."""
+        """Add a summand without a graph to the constant: "+ 3.0", or a detached tensor."""
         args = self._record.arguments.get(node, ())
         values = [a for a in args[:2] if not (isinstance(a, Tensor) and a.requires_grad)]
         kind, kinds = kind_of(node), walk.inputs[node]
@@ -150,7 +150,7 @@ class Values:
             sums, counts, scale = a * numerators, a * denominators, a * total
         else:
             sums, counts, scale = a * numerators / total, a * denominators / total, a
-        # In this order, so that the plain mean gives the very bits of LossCapture.
+        # This order of operations makes the plain mean bitwise equal to that of LossCapture.
         own = scale * (numerators / denominators)
         return Part(self._record.places[node], sums, counts, own, call.covers)
 
@@ -163,18 +163,19 @@ class Values:
             one = a.reshape(-1)[:1].to(self._dtype)
             sums = torch.where(one == 0, 0.0, one * self._per_sample(values, rows))
         else:
-            # Positions that do not count may hold anything: nan in nanmean.
+            # Ignored positions may have any value, such as nan in nanmean.
             sums = self._per_sample(torch.where(a == 0, 0.0, a.to(self._dtype) * values), rows)
         if cut.is_second:
-            sums = sums - sums.detach()  # no value of its own, but the gradient by this factor
+            sums = sums - sums.detach()  # zero value, but the gradient by this factor
         counts = None if cut.is_product else self._counts(cut, a)
         return Part(cut.place, sums, counts, None, rows is None or (rows.covers and rows.owner is None))
 
     def _counts(self, cut: Cut, a: Tensor) -> Tensor:
-        """Return the sum of coefficients of each sample, below the masks and weights that the step multiplied.
+        """Return the sum of coefficients of each sample, below the masks and weights that the step multiplies by.
 
-        In ``(l * m).sum() / m.sum()`` the coefficient of every position of ``l * m`` is the same, and that of l is m's. So
-        the coefficients are pushed down through the products and means by numbers, as far as these keep the rows.
+        In ``(l * m).sum() / m.sum()`` every position of ``l * m`` has the same coefficient, and l has the coefficient
+        m / sum(m). The coefficients are therefore pushed down through products and means as long as the rows stay the
+        same.
         """
         gradients, edge, rows = a, cut.edge, cut.rows
         for _ in range(_DEEPEST):
@@ -195,7 +196,7 @@ class Values:
         return self._per_sample(gradients.detach().to(self._dtype), rows)
 
     def _per_sample(self, values: Tensor, rows: Rows | None) -> Tensor:
-        """Return the sum of values over the rows of each sample, (B,)."""
+        """Sum values over the rows of each sample, (B,)."""
         samples = self._record.samples
         if rows is None or (rows.samples is None and rows.owner is None):
             return values.reshape(samples, -1).sum(1)
@@ -208,4 +209,4 @@ class Values:
         return zeros.index_add(0, at, sums)
 
 
-_DEEPEST = 20  # nodes between a reduction and the tensor that the masks were multiplied with
+_DEEPEST = 20  # largest number of nodes between a reduction and the tensor that the masks were multiplied by

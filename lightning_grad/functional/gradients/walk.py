@@ -1,4 +1,4 @@
-"""The walk from the returned loss through the autograd graph to the edges at which rows begin."""
+"""Walk from the returned loss through the autograd graph to the edges at which rows begin."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Iterable, Iterator, Sequence
@@ -12,13 +12,13 @@ from lightning_grad.functional.gradients.record import NOWHERE, Place, Record
 from lightning_grad.functional.gradients.rows import Rows
 
 
-# Which built-in nodes are linear, by kind, in what depends on samples. A kind that is not listed is refused: so a list that
-# is too short costs a refusal, never a wrong value.
+# Built-in nodes that are linear in inputs that depend on samples, by kind. Kinds that are not listed are rejected, so a
+# missing one causes an error, never a wrong value.
 def _kinds(names: str) -> frozenset[str]:
     return frozenset(names.split())
 
 
-# Linear in all inputs with a graph, taken together.
+# Linear in all inputs with a graph together.
 LINEAR = _kinds(
     "Add Sub Rsub Neg Mean Sum Nansum Trace Cumsum "
     "Squeeze Unsqueeze View UnsafeView ReshapeAlias Alias Expand Clone ToCopy Copy CopySlices "
@@ -26,17 +26,17 @@ LINEAR = _kinds(
     "Select Slice Index IndexSelect MaskedSelect Gather Take Where MaskedFill "
     "Stack Cat Unbind Split SplitWithSizes IndexAdd IndexPut IndexPutImpl ScatterAdd"
 )
-# Leave a finite number as it is.
+# Keep finite numbers unchanged.
 GUARDING = _kinds("NanToNum")
-# Linear in one input, as long as only that one depends on samples. Div is so in its first.
+# Linear in one input if only that input depends on samples. Div is linear in its first.
 SCALED = _kinds("Mul Addcmul")
 # Products that sum over a dimension.
 CONTRACTING = _kinds("Dot Mv Mm Bmm Addmm Addmv Baddbmm")
-# All through which a walk goes.
+# All kinds that a walk can pass through.
 PASSED = LINEAR | SCALED | CONTRACTING | {"Div"}
-# Here an input without a graph is added, so it is a part of the constant.
+# Kinds that add an input without a graph, which is then part of the constant.
 ADDING = _kinds("Add Sub Rsub Stack Cat Where MaskedFill CopySlices IndexPut IndexPutImpl Copy")
-# Through these, coefficients can be pushed further down by the rows of one input, to below the masks: see `Values`.
+# Kinds through which coefficients can be pushed down along one input, below masks: see `Values._counts`.
 HOMOGENEOUS = _kinds(
     "Neg Mean Sum Nansum Squeeze Unsqueeze View UnsafeView ReshapeAlias Alias Expand Clone ToCopy "
     "Select Slice Index IndexSelect MaskedSelect Gather Where MaskedFill Mul Div"
@@ -44,11 +44,11 @@ HOMOGENEOUS = _kinds(
 
 
 def is_linear(kind: str, hits: Sequence[bool]) -> bool:
-    """Return whether a node is linear in those of its inputs that depend on samples.
+    """Return True if a node is linear in its inputs that depend on samples.
 
     Args:
-        kind: Of the node.
-        hits: Which of its inputs do.
+        kind: Kind of the node.
+        hits: Which of its inputs depend on samples.
     """
     in_one = kind in SCALED or kind in CONTRACTING or (kind == "Div" and hits[0])
     return kind in LINEAR or (in_one and sum(hits) == 1)
@@ -58,27 +58,27 @@ Key = tuple[str, str, str, int]
 
 
 class Input(Enum):
-    """What an input of a node is to the samples."""
+    """How an input of a node depends on samples."""
 
     NO_GRAPH = auto()
     FIXED = auto()  # computed from parameters and constants only
-    ROWS = auto()  # rows begin here
-    DEEPER = auto()  # has no rows itself
+    ROWS = auto()  # a tensor with rows: the walk ends here
+    DEEPER = auto()  # a tensor without rows: the walk continues
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """An edge that leads from a result without rows to a tensor with rows.
+    """An edge from a result without rows to a tensor with rows.
 
     Attributes:
         node: The node of the result.
-        index: Which of its inputs.
+        index: Index of the input of the node.
         edge: The edge.
-        rows: Of the tensor, where they are not by the shape rule.
-        place: Of the call in the step.
-        call: The node of the loss of ``torch.nn.functional`` whose input this is, if it is one.
-        is_product: Whether it leads to a factor of a product of two tensors with rows.
-        is_second: Whether it leads to the second factor. The gradient flows through both, the value counts once.
+        rows: Rows of the tensor if they do not follow the shape rule.
+        place: Place of the call in the step.
+        call: The node of the loss of ``torch.nn.functional`` that has this input, if any.
+        is_product: Whether the tensor is a factor of a product of two tensors with rows.
+        is_second: Whether it is the second factor. The gradient flows through both, but the value counts once.
     """
 
     node: Node
@@ -92,17 +92,18 @@ class Cut:
 
     @property
     def key(self) -> Key:
-        """What stays the same from step to step, whatever the shapes."""
+        """Identifies the cut in all steps, independent of shapes."""
         return (self.place.function, self.place.location, self.node.name(), self.index)
 
 
 class Descent(ABC):
-    """Goes from the loss down, and closes each node once all below it are closed.
+    """Depth-first traversal from the loss, which closes each node after all nodes below it.
 
-    A subclass says in :meth:`_open` where the way ends, and in :meth:`_close` what a node makes of what lies below it.
+    Subclasses decide in :meth:`_open` where the traversal ends, and combine the results of the inputs in
+    :meth:`_close`.
 
     Args:
-        record: Of the step.
+        record: The record of the step.
 
     Attributes:
         order: The nodes in the order in which they were closed.
@@ -110,12 +111,12 @@ class Descent(ABC):
 
     def __init__(self, record: Record) -> None:
         self._record = record
-        self._depends: dict[Node, bool] = {}  # on what the way ends at
+        self._depends: dict[Node, bool] = {}  # whether a node depends on an end of the traversal
         self._places: dict[Node, Place] = {}
         self.order: list[Node] = []
 
     def _run(self, root: Node) -> None:
-        # Without recursion: a Python sum over a batch is a chain of as many nodes.
+        # Without recursion: a Python sum over a batch is a chain of B nodes.
         todo = [(root, Place(""), False)]
         while todo:
             node, above, is_done = todo.pop()
@@ -130,50 +131,50 @@ class Descent(ABC):
 
     @abstractmethod
     def _open(self, node: Node, place: Place) -> Iterable[Node]:
-        """Find out what the inputs of a node are; return the nodes to visit next."""
+        """Classify the inputs of a node; return the nodes to visit next."""
 
     @abstractmethod
     def _close(self, node: Node) -> None:
-        """Find out whether a node depends on what the way ends at, once all below it is known."""
+        """Determine whether a node depends on an end of the traversal, after all nodes below it."""
 
 
 class Walk(Descent):
-    """What the graph says of a loss.
+    """The walk through the graph of a loss.
 
-    Every node between the loss and a cut is linear in what depends on samples; that is what :meth:`_close` proves, node by
-    node, and what it does not know it refuses.
+    :meth:`_close` proves, node by node, that every node between the loss and a cut is linear in its inputs that depend
+    on samples. It rejects unknown nodes.
 
     Args:
         root: The node of the loss.
-        record: Of the step.
-        like: The keys of cuts that are proven; ``None`` if none are.
+        record: The record of the step.
+        like: Keys of proven cuts; ``None`` if there are none.
 
     Attributes:
-        order: Nodes from the loss downwards, each before those below it.
-        cuts: Where rows begin.
-        calls: Nodes of losses of ``torch.nn.functional`` that are reduced inside.
-        inputs: What each input of a node is.
+        order: Nodes from the loss downwards, each before the nodes below it.
+        cuts: The edges at which rows begin.
+        calls: Nodes of losses of ``torch.nn.functional`` with a reduction.
+        inputs: The kind of each input of a node.
         learned: Places of factors with a graph that multiply the loss.
         adding: Nodes that may add something without a graph.
     """
 
     def __init__(self, root: Node, record: Record, like: frozenset[Key] | None = None) -> None:
         super().__init__(record)
-        self._like = None if record.samples == 1 else like  # what there is belongs to the one sample, however cut
+        self._like = None if record.samples == 1 else like  # with one sample, every cut is right
         self.cuts: list[Cut] = []
         self.calls: list[Node] = []
         self.inputs: dict[Node, list[Input]] = {}
         self.learned: list[Place] = []
         self.adding: list[Node] = []
         if root in record.fixed:
-            raise NOWHERE.refusal("The loss depends on parameters only, and on no sample.")
+            raise NOWHERE.refusal("The loss depends on parameters only and not on samples.")
         self._run(root)
         self.order.reverse()
         if not self.cuts:
-            raise NOWHERE.refusal(f"No tensor with rows for the {record.samples} samples leads to the loss.")
+            raise NOWHERE.refusal(f"The loss depends on no tensor with rows for the {record.samples} samples.")
 
     def _open(self, node: Node, place: Place) -> Iterator[Node]:
-        """Find out what the inputs of a node are; yield the nodes to visit next."""
+        """Classify the inputs of a node and add cuts; yield the nodes to visit next."""
         call = self._record.calls.get(node)
         if call is not None and call.reduction != "none":
             self._enter(node, call, place)
@@ -197,8 +198,8 @@ class Walk(Descent):
         if edge[0] in record.fixed if leaf is None else record.is_constant(leaf):
             return Input.FIXED, None
         has_rows, rows = record.rows_at(edge)
-        # What torch computes between a call and its result was never seen. There, shapes match B by chance: the last chunk
-        # of a cross-entropy, say. Only what went into a call counts.
+        # Tensors that torch computes inside a call were not recorded, and their shapes match B only by coincidence,
+        # such as the last chunk of a cross-entropy. Only inputs of recorded calls count.
         if not has_rows or (leaf is None and edge not in record.seen):
             return Input.DEEPER, None
         if rows is None and self._like is not None and Cut(node, index, edge, rows, place).key not in self._like:
@@ -206,7 +207,7 @@ class Walk(Descent):
         return Input.ROWS, rows
 
     def _enter(self, node: Node, call: Call, place: Place) -> None:
-        """Find the edges at which a loss of ``torch.nn.functional`` takes in its inputs."""
+        """Add cuts at the inputs of a loss of ``torch.nn.functional``."""
         if call.problem:
             raise InseparableLossError(call.name, place.location, call.problem)
         self.calls.append(node)
@@ -217,7 +218,7 @@ class Walk(Descent):
             self.cuts.append(Cut(inner, index, edge, call.inputs[edge], place, call=node))
 
     def _close(self, node: Node) -> None:
-        """Prove that a node is linear in what depends on samples, once all below it is known."""
+        """Prove that a node is linear in its inputs that depend on samples, after all nodes below it."""
         if self._depends[node]:
             return
         kinds, kind = self.inputs[node], kind_of(node)
@@ -241,7 +242,7 @@ class Walk(Descent):
             self._refuse(node)
 
     def _mark_factor(self, node: Node, index: int, is_second: bool) -> None:
-        """Mark the cuts below a factor of a product: the sum of e_i * e_i has a gradient by both, and one value."""
+        """Mark the cuts below a factor of a product: the sum of e_i * e_i has two gradients, but one value."""
         below: set[Node] = set()
         todo = [node.next_functions[index][0]] if self.inputs[node][index] is Input.DEEPER else []
         while todo:
@@ -253,16 +254,17 @@ class Walk(Descent):
                 self.cuts[i] = replace(cut, is_product=True, is_second=is_second)
 
     def _refuse_unknown(self, node: Node, kinds: list[Input]) -> None:
-        """Refuse what depends on no sample as far as known, but is not known to depend on parameters only either."""
+        """Reject a node that depends on no known sample, unless it depends on parameters and constants only."""
         if kinds and all(k is not Input.NO_GRAPH for k in kinds) and kind_of(node):
             return
         place = self._places[node]
         if leaf_of(node) is not None:
-            raise place.refusal("uses a tensor that requires a gradient, is no parameter and has no rows.")
+            raise place.refusal("uses a tensor that requires grad, but is not a parameter and has no rows.")
         if kind_of(node):
             raise place.refusal(
-                f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so whether its "
-                "result belongs to a sample is not known. If it does not, register it as a buffer of the module.",
+                f"combines parameters with a tensor that has no rows for the {self._record.samples} samples, so it is "
+                "unknown "
+                "whether its result belongs to a sample. If not, register the tensor as a buffer of the module.",
                 node.name(),
             )
         self._refuse(node)
@@ -271,19 +273,19 @@ class Walk(Descent):
         place, shape = self._places[node], output_shape(node, 0)
         if len(shape) > 1 and kind_of(node) not in CONTRACTING:
             reason = (
-                f"gave a tensor {shape}, in which the {self._record.samples} samples of the batch are not the rows: the step "
-                "works on something else (windows, nodes, boxes), or mixes the samples."
+                f"returned a tensor {shape}, in which the {self._record.samples} samples of the batch are not the "
+                "rows: the step works on something else (windows, nodes, boxes), or mixes the samples."
             )
         else:
             reason = (
-                f"mixes the samples or cannot be read ({node.name()}), so the loss is not known to be a mean of one term per "
-                "sample."
+                f"mixes the samples or is not supported ({node.name()}), so the loss is not known to be a mean of one "
+                "term per sample."
             )
         raise place.refusal(reason, node.name())
 
 
 def entries(node: Node, inputs: Container[Edge], others: Container[Edge] = ()) -> Iterator[tuple[Node, int, Edge]]:
-    """Find where a call takes in its inputs: yield the node inside of the call, which of its inputs it is, and the edge."""
+    """Find the edges to the inputs of a call: yield the node inside the call, the index of its input, and the edge."""
     todo, known = [node], {node}
     while todo:
         inner = todo.pop()

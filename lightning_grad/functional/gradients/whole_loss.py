@@ -1,4 +1,4 @@
-"""Whether the loss that a step returns is made of one call of a loss, and of nothing else that depends on the samples."""
+"""Check that the loss of a step consists of one call of a loss, plus only terms that do not depend on samples."""
 
 import itertools
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ _FROM_OUTSIDE = (torch.tensor, torch.as_tensor, torch.from_numpy, torch.frombuff
 
 
 class WholeLossCapture(LossCapture):
-    """A capture that can also say what else the loss of a step consists of. It costs more, and is used for one step.
+    """A capture that can also find other terms in the loss of a step. It is slower, and used for one step only.
 
-    What is computed from parameters, buffers and constants alone, such as a weight decay written by hand, is the same for
-    all samples and does not count. For that every operation of the step is followed.
+    Terms computed from parameters, buffers and constants only, such as hand-written weight decay, are equal for all
+    samples and are ignored. To recognize them, every operation of the step is followed.
 
     Args:
-        module: The module that is run.
+        module: The module that computes the step.
         samples: As in :class:`LossCapture`.
         way_out: As in :class:`LossCapture`.
 
@@ -43,7 +43,7 @@ class WholeLossCapture(LossCapture):
 
     def __init__(self, module: nn.Module, samples: int | None = None, **arguments: Any) -> None:
         super().__init__(samples, keep_graph=True, **arguments)
-        # Unlike those of a trace, its constants are all tensors that know no samples, also those without a graph.
+        # Unlike in a trace, constants are all tensors that do not depend on samples, even those without a graph.
         self._record = Record(samples or 1, {id(t): t for t in itertools.chain(module.parameters(), module.buffers())})
         self._seen: list[tuple[GradientEdge | None, Tensor]] = []
 
@@ -52,14 +52,14 @@ class WholeLossCapture(LossCapture):
     ) -> Any:
         result = super().__torch_function__(func, types, args, kwargs)
         if len(self.calls) > len(self._seen):
-            # As it is now: a step may add to it in place.
+            # A copy, because the step may change the result in place.
             edge = None if result.grad_fn is None else GradientEdge(result.grad_fn, result.output_nr)
             self._seen.append((edge, plain_tensor(result).detach().clone()))
         self._follow(func, args, kwargs or {}, result)
         return result
 
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Note which tensors know no samples, and where each node comes from."""
+        """Record which tensors do not depend on samples, and where each node was created."""
         record = self._record
         given = tensors_in((args, kwargs))
         results = tensors_in(result)
@@ -72,25 +72,25 @@ class WholeLossCapture(LossCapture):
             if node is not None and node not in record.places:
                 record.places[node] = place_of(func)
             if not is_fixed:
-                record.constants.pop(id(tensor), None)  # written in place
+                record.constants.pop(id(tensor), None)  # it was changed in place
                 continue
             record.constants[id(tensor)] = tensor
             if node is not None:
                 record.fixed.add(node)
 
     def rest_of(self, loss: Tensor, call: LossCall) -> str | None:
-        """Return what makes a step's loss more than one call, by the function and the line; ``None`` if nothing does.
+        """Describe what else a step's loss contains besides a call, with function and line; ``None`` if nothing.
 
         Args:
-            loss: What the step returns, with its graph; a plain tensor.
+            loss: The loss that the step returned, with its graph; a plain tensor.
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
         if loss.grad_fn is None or edge is None or edge.node is None:
-            # Without a graph only the values can be compared: a metric, or a loss inside a reentrant checkpoint.
+            # Without a graph (a metric, or a loss inside a reentrant checkpoint) only values can be compared.
             if value.dim() == 0 and bool(torch.isclose(loss.detach().to(value), value, rtol=1e-3, equal_nan=True)):
                 return None
-            how = "is another" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
+            how = "is different" if loss.grad_fn is None else f"comes from {self._record.word_for(loss.grad_fn)}"
             return f"its value {how}"
         rest = CallWalk(loss.grad_fn, edge.node, self._record).rest
         if rest is not None or value.dim() == 0:
@@ -101,14 +101,14 @@ class WholeLossCapture(LossCapture):
 
     @property
     def nodes(self) -> list[Node]:
-        """The nodes of what the calls returned, where these have a graph."""
+        """The nodes of the results of the calls that have a graph."""
         return [edge.node for edge, _ in self._seen if edge is not None and edge.node is not None]
 
     def missing_in(self, loss: Tensor, call: LossCall) -> str | None:
-        """Return why a step does not train on every row of a call, whatever else it trains on; ``None`` if it does.
+        """Explain why a step does not train on every row of a call; ``None`` if it does.
 
         Args:
-            loss: What the step returns, with its graph; a plain tensor.
+            loss: The loss that the step returned, with its graph; a plain tensor.
             call: One of :attr:`calls`.
         """
         edge, value = self._seen[self.calls.index(call)]
@@ -123,22 +123,22 @@ class WholeLossCapture(LossCapture):
 
     @staticmethod
     def _factors(loss: Tensor, edge: GradientEdge, call: LossCall, value: Tensor) -> Tensor:
-        """Return the factors with which the positions of an unreduced loss that count enter the step's loss."""
+        """Return the factors of the positions of an unreduced loss in the step's loss, without ignored positions."""
         with torch.enable_grad():
             (found,) = torch.autograd.grad(loss.sum(), [edge], retain_graph=True, allow_unused=True)
         return found[call.valid.expand(found.shape) & value.isfinite()]
 
 
 class CallWalk(Descent):
-    """The way from a loss down to one call, which ends there, whether the call reduces its rows or not.
+    """Traversal from a loss down to one call, where it ends whether or not the call reduces its rows.
 
     Args:
         root: The node of the loss.
-        target: The node of what the call returned.
-        record: Of the step.
+        target: The node of the result of the call.
+        record: The record of the step.
 
     Attributes:
-        rest: What is no multiple of the call and no constant, nearest to the loss; ``None`` if there is none.
+        rest: Description of the term nearest to the loss that is neither a multiple of the call nor a constant, if any.
         leads: Whether the loss depends on the call.
     """
 
@@ -158,7 +158,7 @@ class CallWalk(Descent):
         return [below for below, _ in node.next_functions if below is not None]
 
     def _close(self, node: Node) -> None:
-        """Find out whether a node leads to the call, and is linear in that, with only constants beside it."""
+        """Determine whether a node depends on the call, is linear in it, and has only constants as other inputs."""
         below = [child for child, _ in node.next_functions]
         if node is self._target:
             return
@@ -166,8 +166,8 @@ class CallWalk(Descent):
         self._depends[node] = any(hits)
         if not any(hits):
             return
-        beside = [child for child, hit in zip(below, hits, strict=True) if child is not None and not hit]
-        other = next((child for child in beside if not self._is_constant(child)), None)
+        others = [child for child, hit in zip(below, hits, strict=True) if child is not None and not hit]
+        other = next((child for child in others if not self._is_constant(child)), None)
         if other is not None:
             self.rest = f"there is also {self._record.word_for(other)}"
         elif kind_of(node) not in GUARDING and not is_linear(kind_of(node), hits):
@@ -181,5 +181,5 @@ class CallWalk(Descent):
             children = [child for child, _ in node.next_functions]
             if len(children) != 1 or children[0] is None or kind_of(node) not in LINEAR | GUARDING:
                 return False
-            node = children[0]  # a cast or an expansion of a constant
+            node = children[0]  # for example a cast or an expansion of a constant
         return True

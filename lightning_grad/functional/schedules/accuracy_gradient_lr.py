@@ -54,8 +54,8 @@ def accuracy_gradient_cuts(
         t - 1 > w, \qquad t > t_0, \qquad c_t > q, \qquad g_t < \theta
 
     :math:`c_t` counts observations: it starts at q, which allows an early first cut, increases by one with each
-    observation, and is set to 1 by a cut. Cuts are therefore at least q observations apart. With the defaults, a constant
-    accuracy is cut at observations 7, 12 and 17.
+    observation, and is set to 1 by a cut. Cuts are therefore at least q observations apart. With the defaults, a
+    constant accuracy is cut at observations 7, 12 and 17.
 
     Args:
         values: :math:`a_1, \dots, a_t`, the observations so far, (t,).

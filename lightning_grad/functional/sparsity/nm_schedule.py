@@ -152,11 +152,11 @@ class NMSchedule:
                 raise ValueError(f"{name} must be a fraction of the run, 0 to 1; got {getattr(self, name)}.")
         if self.dense_fraction + self.finetune_fraction >= 1.0:
             raise ValueError(
-                f"dense_fraction={self.dense_fraction} and finetune_fraction={self.finetune_fraction} leave no room for "
-                "the recipe. Lower one of them: their sum must be below 1."
+                f"dense_fraction={self.dense_fraction} and finetune_fraction={self.finetune_fraction} leave no room "
+                "for the recipe. Lower one of them: their sum must be below 1."
             )
         if self.decay is not None and not self.decay > 0:
-            raise ValueError(f"decay must be > 0, the coefficient beta per optimizer step; got {self.decay}.")
+            raise ValueError(f"decay must be above 0, the coefficient beta per optimizer step; got {self.decay}.")
         geometric_patterns(NMPattern(1, 1), self.geometric_start)
         if isinstance(self.recipe, tuple):
             self._check_stages(self.recipe)

@@ -192,7 +192,7 @@ class Losing(Linear):
     ("which", "said"),
     [
         (None, r"shows none \(The step has 2 losses, so that which .* is not clear: 0: mse_loss, 1: l1_loss\);"),
-        (5, r"shows none \(loss_index=5 was asked for, but the step has 2: 0: mse_loss, 1: l1_loss\);"),
+        (5, r"shows none \(loss_index=5 is out of range: the step has 2 losses: 0: mse_loss, 1: l1_loss\);"),
     ],
 )
 def test_which_of_several_losses_is_asked_for(which: Any, said: str) -> None:

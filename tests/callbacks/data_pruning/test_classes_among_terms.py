@@ -135,7 +135,7 @@ class VAE(Classifier):
 
 
 REFUSED = [
-    (TwoHeads, "The step has 2 losses, so that which one is meant is not clear"),
+    (TwoHeads, "The step has 2 losses, so it is not clear which one to use"),
     (Other, r"takes logits and classes from cross_entropy, and .*: the loss comes from mean \(test_classes"),
     (VAE, "captured mse_loss, which is only a part of what training_step returns"),
 ]

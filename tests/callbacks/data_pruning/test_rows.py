@@ -491,7 +491,7 @@ def test_samples_that_have_no_row_are_refused_by_name(make: Any, where: str) -> 
         return
     module, collate = (SomeRows(), default_collate) if where == "step" else (Classifier(), without_some)
     with pytest.raises(
-        ValueError, match=rf"^{callback.display_name} .* loss of each sample\..* rows for 8 samples: .* leaves sampl"
+        ValueError, match=rf"^{callback.display_name} .* loss of each sample\..* rows for 8 samples, so .* drops sampl"
     ):
         train(callback, module, loader=batches(collate))
 

@@ -116,7 +116,7 @@ def test_the_largest_norm_since_the_last_log_is_not_lost(tmp_path):
 
 
 def test_order_behind_those_that_change_gradients_is_asked_for():
-    with pytest.raises(ValueError, match=r"write callbacks=\[ZClip \(clip\), GradientMonitor \(observe\)\]"):
+    with pytest.raises(ValueError, match=r"Write callbacks=\[ZClip \(clip\), GradientMonitor \(observe\)\]"):
         fit([GradientMonitor(), ZClip()])
 
 

@@ -37,7 +37,7 @@ _WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"gradient": "mask"}, "Did you mean 'masked'"),
     ({"recipe": "sr-ste", "gradient": "masked"}, "by definition"),
     ({"dense_fraction": 0.5, "finetune_fraction": 0.5}, "leave no room"),
-    ({"dense_fraction": -0.1}, "share of the run"),
+    ({"dense_fraction": -0.1}, "fraction of the run"),
     ({"decay": -1.0}, "above 0"),
     ({"recipe": "sdgf-stepwise", "decay": 0.1}, "decay belongs to"),
     ({"mask_every_n_steps": 0}, "at least 1"),

@@ -117,5 +117,5 @@ def test_weights_may_come_from_the_losses_and_carry_gradients() -> None:
 
 
 def test_weights_of_another_shape_raise() -> None:
-    with pytest.raises(ValueError, match=r"weights of shape \(6,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"weights of shape \(6,\); got \(3,\)"):
         reweighted(F.cross_entropy, normal(B, C), CHOICES, torch.ones(3))

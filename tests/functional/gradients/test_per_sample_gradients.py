@@ -755,13 +755,13 @@ def test_a_batch_is_one_forward_and_one_backward_once_the_module_is_known() -> N
 
 def test_batch_norm_in_training_mode_is_refused_before_all_else() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    with pytest.raises(RuntimeError, match=r"undefined with 1 \(BatchNorm1d\) in training mode.*module\.eval\(\)"):
+    with pytest.raises(RuntimeError, match=r"undefined for 1 \(BatchNorm1d\) in training mode.*module\.eval\(\)"):
         PerSampleGradientNorms(module)(lambda: pytest.fail("was run"))
 
 
 def test_batch_norm_without_statistics_is_refused() -> None:
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False, track_running_stats=False)).eval()
-    with pytest.raises(RuntimeError, match="normalizes by the statistics of the batch"):
+    with pytest.raises(RuntimeError, match="uses the statistics of the batch"):
         PerSampleGradientNorms(module)(lambda: module(torch.randn(5, 3)).square().sum(1))
 
 
@@ -920,7 +920,7 @@ def test_in_inference_mode() -> None:
 
 def test_losses_without_a_graph_are_refused() -> None:
     module = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="these require no gradient"):
+    with pytest.raises(ValueError, match="these do not require grad"):
         PerSampleGradientNorms(module)(lambda: module(torch.randn(4, 3)).sum(1).detach())
 
 

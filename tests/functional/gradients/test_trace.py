@@ -383,7 +383,7 @@ def test_the_error_has_its_parts_and_survives_pickling() -> None:
     [
         (None, "got NoneType"),
         ({"logits": torch.ones(2)}, "got dict"),
-        (torch.ones(()), r"got a tensor \(\) that requires no gradient"),
+        (torch.ones(()), r"got a tensor \(\) that does not require grad"),
         (torch.ones(3, requires_grad=True) * 2, r"got a tensor \(3,\)"),
     ],
 )
@@ -395,7 +395,7 @@ def test_what_is_no_loss_is_refused(loss: Any, words: str) -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="samples of at least 1; got 0"):
+    with pytest.raises(ValueError, match="samples must be at least 1; got 0"):
         LossTrace(0)
     net, batch = setting()
     _, terms = traced(mse, net, batch, values=False)

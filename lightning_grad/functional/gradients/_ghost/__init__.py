@@ -1,8 +1,8 @@
-"""How :mod:`lightning_grad.functional.gradients.per_sample_gradients` gets per-sample norms out of one backward pass.
+"""The parts of :mod:`lightning_grad.functional.gradients.per_sample_gradients`: norms from one backward pass.
 
-``tracer.py`` sees every use of a parameter in a forward pass. ``rules.py`` knows the operations that have a rule;
-``layers.py`` and ``convolutions.py`` hold those of layers. What a use contributes to the gradient of each sample is in
-``contributions.py``, their sum and its norm in ``sums.py``. ``layouts.py`` describes which rows belong to which sample.
-``graph.py`` finds out, and measures the parameters that no rule covers one sample at a time.
-``docs/data_pruning/per_sample_gradients.md`` shows how all this hangs together.
+``tracer.py`` intercepts every use of a parameter in a forward pass. ``rules.py`` maps operations to rules; rules of
+layers are in ``layers.py`` and ``convolutions.py``. ``contributions.py`` has the contributions of a use to each
+sample's gradient, and ``sums.py`` their sum and its norm. ``layouts.py`` describes which rows belong to which sample.
+``graph.py`` finds the layouts, and measures parameters without a rule one sample at a time.
+``docs/data_pruning/per_sample_gradients.md`` explains how the parts work together.
 """

@@ -1,7 +1,8 @@
-"""What one use of a parameter adds to each sample's gradient of it, in the form in which its norm is cheapest.
+"""Contributions of one use of a parameter to each sample's gradient, in the form whose norm is cheapest.
 
-All stand for a tensor (B, *shape of the parameter) that is rarely written out: :meth:`squared` gives the squared norms of its
-rows, :meth:`dense` writes some of them out. A :class:`Binding` tells how one call of an operation contributes.
+Each contribution represents a tensor (B, *shape of the parameter) that is rarely materialized: :meth:`squared` returns
+the squared norms of its rows, :meth:`dense` materializes some of them. A :class:`Binding` describes the contributions
+of one call of an operation.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,36 +12,36 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # entries that a temporary may have on a CPU: larger ones leave the cache and cost page faults
+CHUNK = 1 << 20  # entries of a temporary on a CPU: larger ones do not fit the cache and cause page faults
 CHUNK_ON_DEVICE = 1 << 25
 
 
 class Contribution(Protocol):
-    """What one use of a parameter adds to each sample's gradient."""
+    """The contribution of one use of a parameter to each sample's gradient."""
 
     def squared(self) -> Tensor:
         """Return the squared norm of each sample's gradient, (B,)."""
 
     def dense(self, start: int, stop: int) -> Tensor:
-        """Return the gradients of some samples, (stop - start, ...), in the order of the parameter's entries."""
+        """Return the gradients of a range of samples, (stop - start, ...), in the order of the parameter's entries."""
 
 
 def chunks(of: Tensor, entries: int) -> Iterator[tuple[int, int]]:
-    """Cut the samples of a tensor into ranges, so that a temporary of so many entries a sample stays small."""
+    """Split the samples of a tensor into ranges, to limit a temporary with this many entries per sample."""
     samples = len(of)
     step = max(1, (CHUNK if of.device.type == "cpu" else CHUNK_ON_DEVICE) // max(1, entries))
     return ((start, min(start + step, samples)) for start in range(0, samples, step))
 
 
 def sum_squares(tensor: Tensor) -> Tensor:
-    # One pass over memory; a product followed by a sum, as in vecdot, takes three.
+    # Reads the memory once; a product followed by a sum, as in vecdot, accesses it three times.
     norms: Tensor = torch.linalg.vector_norm(tensor.reshape(tensor.shape[0], -1), dim=1)
     return norms.square()
 
 
 @dataclass
 class Dense:
-    """Gradients that are small enough to be written out.
+    """Gradients that are small enough to be materialized.
 
     Args:
         gradients: (B, ...).
@@ -59,8 +60,8 @@ class Dense:
 class Outer:
     r"""Sums of outer products, :math:`G_b = \sum_r l_{br} r_{br}^T`, as for the weight of a Linear.
 
-    Their squared norm is :math:`\sum_{rs} (l_{br} \cdot l_{bs}) (r_{br} \cdot r_{bs})`, which is cheaper than the product
-    when there are few rows.
+    Their squared norm is :math:`\sum_{rs} (l_{br} \cdot l_{bs}) (r_{br} \cdot r_{bs})`, which is cheaper than the
+    product if there are few rows.
 
     Args:
         left: l, (B, R, P).
@@ -89,14 +90,14 @@ class Outer:
 
 @dataclass
 class Scattered:
-    """Rows added to a table at given places, as for the weight of an Embedding.
+    """Rows added to a table at given indices, as for the weight of an Embedding.
 
     Args:
-        sample: To which sample each row belongs, (N,).
-        index: Which row of the table it is added to, (N,).
+        sample: The sample of each row, (N,).
+        index: The row of the table that it is added to, (N,).
         rows: (N, D).
         samples: B.
-        table: Rows of the table.
+        table: Number of rows of the table.
     """
 
     sample: Tensor
@@ -108,7 +109,8 @@ class Scattered:
     def squared(self) -> Tensor:
         place = self.sample * self.table + self.index
         ordered = place.sort().values
-        # All rows of one place of one sample meet at the first position that the place has in the order.
+        # Rows with the same place (sample and index) are summed at the first position of that place in the sorted
+        # order.
         sums = torch.zeros_like(self.rows).index_add_(0, torch.searchsorted(ordered, place), self.rows)
         squares = self.rows.new_zeros(self.samples)
         return squares.index_add_(0, ordered // self.table, sum_squares(sums))
@@ -120,8 +122,8 @@ class Scattered:
         return sums.index_add_(0, place, self.rows[chosen]).view(stop - start, self.table, -1)
 
     def times(self, outer: Outer) -> Tensor:
-        """Return the inner product with the gradients of a Linear that has the same weight, (B,)."""
-        # <e_i x^T, l r^T> = l_i (x . r): one number for each row here and each row there.
+        """Return the inner products with the gradients of a Linear that shares the weight, (B,)."""
+        # <e_i x^T, l r^T> = l_i (x . r): one number for each pair of rows.
         values = (outer.left[self.sample, :, self.index] * self._products(outer.right)).sum(1)
         return values.new_zeros(self.samples).index_add_(0, self.sample, values)
 
@@ -136,7 +138,7 @@ class Scattered:
 
 
 def combine(contributions: Sequence[Contribution], like: Tensor) -> Tensor:
-    """Return the squared norms of the *sums* of what all uses of a parameter contribute, (B,), as ``like`` is."""
+    """Return the squared norms of the *sums* of all contributions to a parameter, (B,), in chunks over ``like``."""
     if len(contributions) == 1:
         return contributions[0].squared()
     outers = [each for each in contributions if isinstance(each, Outer)]
@@ -151,7 +153,7 @@ def combine(contributions: Sequence[Contribution], like: Tensor) -> Tensor:
 
 
 def add_up(contributions: Sequence[Contribution], start: int, stop: int) -> Tensor:
-    """Return the gradients of some samples, (stop - start, entries)."""
+    """Sum the gradients of a range of samples over all contributions, (stop - start, entries)."""
     total = contributions[0].dense(start, stop).flatten(1)
     for contribution in contributions[1:]:
         total = total + contribution.dense(start, stop).flatten(1)
@@ -171,20 +173,20 @@ def _scattered(tables: list[Scattered]) -> Scattered | None:
     return Scattered(sample, index, rows, tables[0].samples, tables[0].table)
 
 
-Rows = Callable[[Tensor], Tensor]  # returns a tensor with the samples first, in the type that norms are computed in
-Term = Callable[[Tensor, Rows], Contribution]  # takes the gradient of the output
+Rows = Callable[[Tensor], Tensor]  # moves the samples to the first dimension, and converts to the dtype of norms
+Term = Callable[[Tensor, Rows], Contribution]  # maps the gradient of the output to a contribution
 
 
 @dataclass(frozen=True)
 class Binding:
-    """How one call of an operation depends on what may be parameters.
+    """How one call of an operation depends on arguments that may be parameters.
 
     Args:
-        terms: Each such argument with what gives its contribution.
-        dims: Takes the shape of the output; returns the dimensions in which samples may lie.
-        kept: The other tensors that the contributions are computed from; they must not change until then.
+        terms: Each such argument, with the function that computes its contribution.
+        dims: Function from the shape of the output to the dimensions that may contain the samples.
+        kept: Other tensors that the contributions need; they must not change before.
         aliases: Whether the output shares memory with the argument.
-        call: What to call in place of the operation, where that is faster with constant parameters.
+        call: Faster replacement of the operation for constant parameters, if any.
     """
 
     terms: Sequence[tuple[Tensor, Term]]
@@ -207,7 +209,7 @@ def given(*terms: tuple[Tensor | None, Term]) -> list[tuple[Tensor, Term]]:
 
 
 def flat(tensor: Tensor, rows: Rows) -> Tensor:
-    """Return (B, R, features)."""
+    """Reshape a tensor to (B, R, features)."""
     split = rows(tensor)
     return split.reshape(split.shape[0], -1, split.shape[-1])
 

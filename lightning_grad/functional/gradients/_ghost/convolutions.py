@@ -1,4 +1,4 @@
-"""Convolutions: what they contribute to per-sample gradients, and the rules for them."""
+"""Convolutions: their contributions to per-sample gradients, and their rule."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from lightning_grad.functional.gradients._ghost import contributions
 
 @dataclass(frozen=True)
 class ConvolutionSettings:
-    """How a convolution goes over its input; numbers for each spatial dimension."""
+    """The geometry of a convolution, with one number per spatial dimension."""
 
     weight: tuple[int, ...]
     stride: tuple[int, ...]
@@ -32,18 +32,18 @@ class ConvolutionSettings:
 
     @property
     def is_pointwise(self) -> bool:
-        """Whether each output sees one pixel."""
+        """Whether each output depends on a single pixel."""
         return math.prod(self.kernel) == 1 and not any(self.padding)
 
 
 @dataclass
 class Convolution:
-    """Gradients of the weight of a convolution, also a transposed one, of any number of groups.
+    """Gradients of the weight of a convolution, transposed or not, with any number of groups.
 
     Args:
-        inputs: (B, M, C, ...): M images of each sample.
-        gradients: Those of the outputs, (B, M, O, ...).
-        settings: How the convolution goes over its input.
+        inputs: (B, M, C, ...): M images per sample.
+        gradients: Gradients of the outputs, (B, M, O, ...).
+        settings: Geometry of the convolution.
     """
 
     inputs: Tensor
@@ -52,11 +52,11 @@ class Convolution:
 
     def __post_init__(self) -> None:
         s = self.settings
-        # What the kernel goes over, and what each of its positions is multiplied with.
+        # The tensor that the kernel slides over, and the one that each of its positions is multiplied by.
         self._scanned, self._met = (self.gradients, self.inputs) if s.transposed else (self.inputs, self.gradients)
         self._positions = self._met.shape[1] * math.prod(self._met.shape[3:])
         rows, columns = s.weight[0] // s.groups, math.prod(s.weight[1:])
-        # Whether there are so few positions that Gram matrices are cheaper than the gradient.
+        # With few positions, Gram matrices are cheaper than the gradient.
         self._is_short = self._positions * (rows + columns) <= rows * columns
 
     def squared(self) -> Tensor:
@@ -72,7 +72,7 @@ class Convolution:
     def _backward(self, images: Tensor, gradients: Tensor) -> Tensor:
         """Return the gradient of one sample as autograd computes it."""
         s = self.settings
-        weight = images.new_empty(1).expand(s.weight)  # only its shape is read
+        weight = images.new_empty(1).expand(s.weight)  # only its shape is used
         padding = list(s.output_padding) or [0] * len(s.kernel)
         arguments = (list(s.stride), list(s.padding), list(s.dilation), s.transposed, padding, s.groups)
         mask = [False, True, False]
@@ -81,13 +81,13 @@ class Convolution:
 
     @property
     def _is_odd(self) -> bool:
-        """Whether a transposed convolution leaves pixels at the border that no kernel ends at."""
+        """Whether the output of a transposed convolution has pixels at the border that no kernel position reaches."""
         pairs = zip(self.settings.output_padding, self.settings.stride, strict=False)
         return any(padding >= stride for padding, stride in pairs)
 
     @property
     def _entries(self) -> int:
-        """Entries of a sample's temporaries."""
+        """Number of entries in a sample's temporaries."""
         s, few = self.settings, self._is_short
         unfolded = self._scanned[0].numel() * (math.prod(s.kernel) if few else s.kernel[-1]) // s.stride[-1]
         return max(unfolded, math.prod(s.weight), 2 * s.groups * self._positions**2 if few else 0)
@@ -100,7 +100,7 @@ class Convolution:
         columns = _columns(self._scanned[start:stop], s, tuple(self._met.shape[3:]))
         if self._is_short:
             squares = contributions.Outer(left, torch.cat(list(columns), 2)).squared()
-        else:  # each position within the kernel is a part of the weight of its own, so that squares may be added
+        else:  # each line of the kernel is a separate part of the weight, so their squares can be added
             squares = sum(
                 (contributions.sum_squares(torch.bmm(left.mT, part)) for part in columns), left.new_zeros(len(met))
             )
@@ -108,13 +108,13 @@ class Convolution:
 
 
 def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ...]) -> Iterator[Tensor]:
-    """Yield what the kernel sees, (b * groups, M * positions, columns), the part of each of its lines by itself.
+    """Yield the unfolded input, (b * groups, M * positions, columns), separately for each line of the kernel.
 
-    Unfolding along the last dimension only, with channels last, moves far less memory than ``F.unfold``.
+    Unfolding along the last dimension only, with channels last, copies far less memory than ``F.unfold``.
 
     Args:
         scanned: (b, M, C, ...).
-        settings: Those of the convolution.
+        settings: Geometry of the convolution.
         size: Number of positions in each dimension.
     """
     s = settings
@@ -134,7 +134,7 @@ def _columns(scanned: Tensor, settings: ConvolutionSettings, size: tuple[int, ..
 
 
 def _padded_channels_last(images: Tensor, padding: Sequence[int]) -> Tensor:
-    """Return (N, M, ..., C) of (N, M, C, ...), with zeros around, in one copy."""
+    """Convert (N, M, C, ...) to (N, M, ..., C) with zero padding, in one copy."""
     last = images.movedim(2, -1)
     if not any(padding):
         return last.contiguous()
@@ -148,7 +148,7 @@ def _padded_channels_last(images: Tensor, padding: Sequence[int]) -> Tensor:
 
 
 def _unfold_lines(last: Tensor, settings: ConvolutionSettings, positions: int) -> Tensor:
-    """Return what each line of the kernel sees, (N, M, ..., positions, kernel * C), of (N, M, ..., pixels, C)."""
+    """Unfold (N, M, ..., pixels, C) along the last spatial dimension to (N, M, ..., positions, kernel * C)."""
     step, spread, channels = settings.stride[-1], settings.dilation[-1], last.shape[-1]
     shape = (*last.shape[:-2], positions, settings.kernel[-1], channels)
     strides = (*last.stride()[:-2], step * channels, spread * channels, 1)
@@ -160,7 +160,7 @@ def _numbers(value: Any, dims: int) -> tuple[int, ...]:
 
 
 def _same_padding(weight: Tensor, dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """Return what torch pads before and after each dimension for ``padding="same"``."""
+    """Return torch's padding before and after each dimension for ``padding="same"``."""
     totals = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     return [(total // 2, total - total // 2) for total in totals]
 
@@ -173,11 +173,11 @@ def convolution(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-    output_padding: Any = None,  # of a transposed one
+    output_padding: Any = None,  # given for a transposed convolution only
 ) -> contributions.Binding | None:
     dims = weight.dim() - 2
     if input.dim() != weight.dim():
-        return None  # an image without a batch
+        return None  # a single image without a batch dimension
     transposed = output_padding is not None
     steps, spread, more = (_numbers(value, dims) for value in (stride, dilation, output_padding or 0))
     pads = _same_padding(weight, spread) if padding == "same" else []

@@ -1,4 +1,4 @@
-"""Questions to autograd's graph: the gradients of losses sample by sample, and where the samples lie."""
+"""Backward passes of single losses: gradients sample by sample, and the layouts of the samples."""
 
 import warnings
 from collections.abc import Sequence
@@ -12,21 +12,21 @@ from lightning_grad.functional.gradients._ghost.tracer import Tracer, Use
 
 
 def rows_of_jacobian(outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor) -> list[Tensor | None]:
-    """Return the gradients of the inputs for each row of output gradients, (rows, *input), all at once where that works.
+    """Return the gradients of the inputs for each row of output gradients, (rows, *input), batched if possible.
 
     Args:
         outputs: Any tensor with a graph.
-        inputs: Leaf tensors; one that is not reached yields None.
+        inputs: Leaf tensors; the result is None for inputs that are not reached.
         rows: Gradients of the outputs, (rows, *outputs).
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # operations without a batching rule are slow, and say so
+        warnings.simplefilter("ignore")  # operations without a batching rule warn that they are slow
         try:
             found = torch.autograd.grad(
                 outputs, inputs, rows, retain_graph=True, allow_unused=True, is_grads_batched=True
             )
             return [None if gradient is None else _dense(gradient) for gradient in found]
-        except RuntimeError:  # a kernel, or a custom function, that cannot be batched
+        except RuntimeError:  # a kernel or custom function cannot be batched
             pass
     return _one_by_one(outputs, inputs, rows)
 
@@ -44,12 +44,12 @@ def _one_by_one(outputs: Tensor, inputs: Sequence[Tensor], rows: Tensor) -> list
 
 
 def squared_norms_by_backward(losses: Tensor, parameters: Sequence[Tensor], entries: int) -> Tensor:
-    """Return the squared norms of the gradients of each loss by one backward each, (B,); exact for whatever autograd takes.
+    """Return the squared norms of the gradients of each loss by one backward pass each, (B,), for all operations.
 
     Args:
         losses: (B,).
         parameters: The leaf tensors.
-        entries: How many entries of memory one such backward needs.
+        entries: Number of entries in memory that one such backward pass needs.
     """
     squares = torch.zeros_like(losses, requires_grad=False)
     for start, stop in chunks(losses, entries):
@@ -61,44 +61,44 @@ def squared_norms_by_backward(losses: Tensor, parameters: Sequence[Tensor], entr
     return squares
 
 
-# Backward passes of single losses show where the samples lie.
+# Backward passes of single losses show the layouts of the samples.
 
 
 def probe_layouts(uses: Sequence[Use], tracer: Tracer, most: int) -> list[tuple[Layout | None, bool]]:
-    """Return the layout of each use, or None where none fits, and whether the gradients left no doubt.
+    """Return the layout of each use, or None if no layout matches, and whether the gradients determine it uniquely.
 
     Args:
-        uses: Those to find out about.
-        tracer: What saw them.
-        most: How many samples to ask at most. An undecided use gets its likeliest layout: if all gradients were zero, it
-            contributes nothing anyway.
+        uses: The uses to probe.
+        tracer: The tracer that recorded them.
+        most: Maximum number of samples to probe.
+            An undecided use gets its most likely layout; if all its gradients were zero, it contributes nothing anyway.
     """
     samples = len(tracer.losses)
     fitting = {id(use): candidates(use.shape, use.dims, samples) for use in uses}
-    told: set[int] = set()
+    reached: set[int] = set()
     for sample in _probed_samples(samples)[:most]:
 
         def receive(use: Use, gradient: Tensor, sample: int = sample) -> None:
             layouts = fitting.get(id(use))
             if layouts and has_mass(gradient):
-                told.add(id(use))
+                reached.add(id(use))
                 fitting[id(use)] = [each for each in layouts if belongs_to(each, gradient, sample, samples)]
 
         tracer.backward(tracer.losses[sample], receive)
-        if all(not layouts or (len(layouts) == 1 and use in told) for use, layouts in fitting.items()):
+        if all(not layouts or (len(layouts) == 1 and use in reached) for use, layouts in fitting.items()):
             break
     found = [(id(use), fitting[id(use)]) for use in uses]
-    return [(next(iter(layouts), None), len(layouts) == 1 and use in told) for use, layouts in found]
+    return [(next(iter(layouts), None), len(layouts) == 1 and use in reached) for use, layouts in found]
 
 
 def _probed_samples(samples: int) -> list[int]:
-    """Return which samples to ask: one from the middle first, where B-major and T-major differ most."""
+    """Return the samples to probe, starting in the middle, where B-major and T-major layouts differ most."""
     spread = [samples // 2, samples - 1, 0, samples // 4, 3 * samples // 4, 1, samples // 3, 2 * samples // 3]
     return list(dict.fromkeys(min(sample, samples - 1) for sample in spread))
 
 
 def where_samples_meet(uses: Sequence[Use], tracer: Tracer) -> set[int]:
-    """Return the identities of those uses in which the losses of two samples depend on one entry of the output."""
+    """Return the ids of the uses in which the losses of two samples depend on the same entry of the output."""
     touched: dict[int, Tensor] = {}
     meeting: set[int] = set()
     chosen = {id(use) for use in uses}

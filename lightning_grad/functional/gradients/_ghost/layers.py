@@ -1,6 +1,6 @@
 """Rules for products, normalization layers and lookups in tables.
 
-A rule of :data:`BY_NAME` takes the arguments of a call as attributes, by torch's own names, with torch's own defaults.
+Rules in :data:`BY_NAME` get the arguments of a call as attributes, with torch's names and defaults.
 """
 
 import math
@@ -40,7 +40,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Binding
 
 
 def _folded_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # torch multiplies a strided input matrix by matrix when the weight requires no gradient, at twice the time.
+    # If the weight does not require grad, torch multiplies a strided input one matrix at a time, which takes twice as
+    # long.
     if input.dim() < 3 or input.is_contiguous():
         return F.linear(input, weight, bias)
     return F.linear(input.reshape(-1, input.shape[-1]), weight, bias).view(*input.shape[:-1], len(weight))
@@ -64,7 +65,7 @@ def addmm(input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: 
     return product and Binding([*product.terms, (input, sum_of_rows)], all_but(1), product.kept)
 
 
-# Normalization: the gradient of the scale is that of the output times the normalized input, summed over positions.
+# Normalization: the gradient of the scale is the output's gradient times the normalized input, summed over positions.
 
 
 def _normalization(
@@ -87,7 +88,7 @@ def _normalization(
 
 def batch_norm(call: Any) -> Binding | None:
     if call.running_mean is None or call.running_var is None or call.training:
-        return None  # mixes samples; told before
+        return None  # it mixes samples, for which the tracer has raised an error
     mean = call.running_mean.detach().clone().view(-1, *(1,) * (call.input.dim() - 2))
     scale = (call.running_var.detach() + call.eps).rsqrt()
     return _normalization(call, first, per_channel, lambda x: x - mean, scale)
@@ -124,7 +125,7 @@ def rms_norm(call: Any) -> Binding | None:
 
 
 def embedding(call: Any) -> Binding | None:
-    if call.max_norm is not None or call.scale_grad_by_freq:  # a sparse gradient is the same gradient
+    if call.max_norm is not None or call.scale_grad_by_freq:  # sparse=True is fine: it has the same gradient
         return None
     input, table, padding = call.input, len(call.weight), call.padding_idx
 
@@ -138,13 +139,13 @@ def embedding(call: Any) -> Binding | None:
 
 
 def _scattered(index: Tensor, added: Tensor, table: int) -> Scattered:
-    """Return the contribution of rows (B, R, D) to the places (B, R)."""
+    """Return the contribution of rows (B, R, D) at the indices (B, R)."""
     sample = torch.arange(len(index), device=index.device).unsqueeze(1).expand_as(index)
     return Scattered(sample.flatten(), index.flatten() % table, added.flatten(0, 1), len(index), table)
 
 
 def getitem(table: Tensor, index: Any) -> Binding | None:
-    """Cover ``table[index]`` for a tensor of row numbers; anything else is a view."""
+    """Cover ``table[index]`` for a tensor of row indices; other indices are not covered."""
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         return None
     features = table.dim() - 1
@@ -168,7 +169,7 @@ def embedding_bag(call: Any) -> Binding | None:
         sample[order] = torch.arange(len(order), device=index.device).unsqueeze(1)
         by_bag = torch.empty_like(flat(gradient, rows).flatten(0, 1))
         by_bag[order] = flat(gradient, rows)
-        # Rounded as torch rounds: to the type of the gradient first.
+        # Round like torch: to the dtype of the gradient first.
         share = _shares(call, index, bag, bags).to(gradient.dtype).to(by_bag.dtype)
         return Scattered(sample[bag], index, by_bag[bag] * share.unsqueeze(1), len(order), table)
 
@@ -184,7 +185,7 @@ def _bag_of_each(input: Tensor, offsets: Tensor | None, bags: int) -> Tensor:
 
 
 def _shares(call: Any, index: Tensor, bag: Tensor, bags: int) -> Tensor:
-    """Return by how much each entry of a bag counts."""
+    """Return the weight of each entry in its bag."""
     counted = torch.ones_like(index, dtype=torch.float64)
     if call.padding_idx is not None:
         counted = (index != call.padding_idx % len(call.weight)).to(torch.float64)

@@ -1,4 +1,4 @@
-"""Which entries of a tensor belong to which sample of a batch."""
+"""Layouts: which entries of a tensor belong to which sample of a batch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LEAK = 1e-6  # share of the largest entry below which a gradient that reaches another sample is rounding
+_LEAK = 1e-6  # gradients of other samples below this fraction of the largest entry are rounding errors
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the samples lie: in one dimension, alone or folded together with others.
+    """The dimension of the samples, possibly merged with another dimension.
 
     Args:
-        dim: The dimension; None where the whole tensor belongs to the only sample.
-        outer: For a dimension that holds several entries of each sample: whether those of one sample are neighbours, as
-            in ``x.flatten(0, 1)`` of (B, T, D), or lie B apart, as in that of (T, B, D).
+        dim: The dimension of the samples; None if the batch has only one sample.
+        outer: For a merged dimension, whether the entries of a sample are adjacent.
+            They are adjacent in ``x.flatten(0, 1)`` of (B, T, D), and B apart in that of (T, B, D).
     """
 
     dim: int | None
     outer: bool = True
 
     def fits(self, shape: Sequence[int], samples: int) -> bool:
-        """Whether a tensor of this shape can hold so many samples in this way."""
+        """Return True if a tensor of this shape can have this layout."""
         if self.dim is None:
             return samples == 1
         return self.dim < len(shape) and shape[self.dim] > 0 and shape[self.dim] % samples == 0
 
     def is_ambiguous(self, shape: Sequence[int], samples: int) -> bool:
-        """Whether the dimension holds several entries of each sample, so that their order matters."""
+        """Return True if the dimension has several entries per sample, so that their order matters."""
         return self.dim is not None and shape[self.dim] != samples
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
-        """Return a tensor, samples first: (B, ...), with B times fewer entries in the dimension that held them."""
+        """Move the samples to the first dimension: (B, ...), with their old dimension divided by B."""
         if self.dim is None:
             return tensor.unsqueeze(0)
         each = tensor.shape[self.dim] // samples
@@ -45,11 +45,11 @@ class Layout:
 
 
 def candidates(shape: Sequence[int], dims: Iterable[int], samples: int) -> list[Layout]:
-    """Return the layouts that a shape allows, the likeliest first: a dimension of B entries, then one of a multiple of B.
+    """Return the possible layouts of a shape, most likely first: dimensions of size B, then multiples of B.
 
     Args:
-        shape: That of the tensor.
-        dims: The dimensions in which samples may lie.
+        shape: Shape of the tensor.
+        dims: Dimensions that may contain the samples.
         samples: B.
 
     Example:
@@ -64,12 +64,12 @@ def candidates(shape: Sequence[int], dims: Iterable[int], samples: int) -> list[
 
 
 def has_mass(gradient: Tensor) -> bool:
-    """Whether a gradient says anything about where its sample lies."""
+    """Return True if a gradient is nonzero and finite, so that it can show the place of its sample."""
     return bool(gradient.count_nonzero() > 0) and bool(gradient.isfinite().all())
 
 
 def belongs_to(layout: Layout, gradient: Tensor, sample: int, samples: int) -> bool:
-    """Whether the gradient of one sample's loss lies where a layout puts that sample, and nowhere else."""
+    """Return True if the gradient of one sample's loss is zero outside the place of that sample in a layout."""
     largest = layout.split(gradient, samples).reshape(samples, -1).abs().amax(1)
     others = torch.cat([largest[:sample], largest[sample + 1 :]])
     return others.numel() == 0 or bool(others.max() <= _LEAK * largest[sample])

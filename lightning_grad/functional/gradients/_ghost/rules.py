@@ -1,8 +1,8 @@
-"""What each operation of torch contributes to the per-sample gradients of its parameters.
+"""Rules: the contributions of torch operations to the per-sample gradients of their parameters.
 
-A rule takes the arguments of an operation, exactly as the operation does, and returns a :class:`Binding`: which of them may be
-parameters, and how, once the gradient of the output is known, each one's contribution follows. It returns None for options
-that it does not cover. :data:`RULES` maps operations to rules.
+A rule has the signature of its operation and returns a :class:`Binding`: the arguments that may be parameters, and a
+function for each that computes its contribution from the output's gradient. It returns None for options that it does
+not cover. :data:`RULES` maps operations to rules.
 """
 
 import inspect
@@ -34,7 +34,7 @@ Rule = Callable[..., Binding | None]
 
 
 def _broadcast(source: Tensor) -> Callable[[Sequence[int]], Sequence[int]]:
-    """Return what names the dimensions of an output over which a tensor was broadcast."""
+    """Return a function that returns the dimensions of an output along which a tensor was broadcast."""
 
     def dims(shape: Sequence[int]) -> Sequence[int]:
         missing = len(shape) - source.dim()
@@ -73,7 +73,7 @@ def subtract(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -
 
 
 def add_(is_source: IsSource, input: Any, other: Any, *, alpha: float = 1) -> Binding | None:
-    # The gradient of a view also arrives through its base, where no hook sees it.
+    # The gradient of a view also arrives through its base, where no hook receives it.
     if is_source(input) or not input.requires_grad or input._is_view():
         return None
     return add(is_source, input, other, alpha=alpha)
@@ -124,7 +124,7 @@ def repeat(input: Tensor, *repeats: Any) -> Binding | None:
 
 
 def _by_name(rule: Callable[[Any], Binding | None]) -> Rule:
-    """Return a rule that is called like torch's function of its name, for one that takes the arguments by name."""
+    """Wrap a rule that takes arguments as attributes, to have the signature of the torch function of its name."""
     signature = inspect.signature(getattr(F, rule.__name__))
 
     def called(*args: Any, **kwargs: Any) -> Binding | None:
@@ -170,13 +170,13 @@ TWO_SIDED_RULES: dict[Any, Rule] = {
 
 
 def find_binding(function: Any, is_source: IsSource, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Binding | None:
-    """Return how a call depends on its parameters, or None where no rule covers it.
+    """Return how a call depends on its parameters, or None if no rule covers it.
 
     Args:
         function: The operation.
-        is_source: Tells which arguments are parameters, or derived from parameters alone.
-        args: The positional arguments of the call.
-        kwargs: The named ones.
+        is_source: Returns True for parameters, and tensors computed from parameters only.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments of the call.
     """
     if function in TWO_SIDED_RULES:
         rule: Rule = partial(TWO_SIDED_RULES[function], is_source)
@@ -186,5 +186,5 @@ def find_binding(function: Any, is_source: IsSource, args: Sequence[Any], kwargs
         return None
     try:
         return rule(*args, **kwargs)
-    except TypeError:  # a spelling or an option that the rule does not know, such as out=
+    except TypeError:  # the rule does not know this way of calling, or an option such as out=
         return None

@@ -1,4 +1,4 @@
-"""Adds up what the uses of parameters contribute: as gradients within a parameter, as squared norms between parameters."""
+"""Sum the contributions of all uses: as gradients within a parameter, as squared norms between parameters."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -11,17 +11,17 @@ from lightning_grad.functional.gradients._ghost.contributions import Contributio
 from lightning_grad.functional.gradients._ghost.graph import rows_of_jacobian
 from lightning_grad.functional.gradients._ghost.tracer import Source, Use
 
-Place = tuple[int, ...]  # what part of a parameter's memory a tensor is, and in which order
+Place = tuple[int, ...]  # the part of a parameter's memory that a tensor covers, and its order
 
 
 @dataclass
 class _Group:
-    """What contributes to the same entries of the same parameters, and so must be added as gradients.
+    """Contributions to the same entries of the same parameters, which must be added as gradients.
 
     Args:
-        uses: How many contributions will come.
-        is_derived: Whether gradients must be carried on from computed tensors to the parameters.
-        parts: What has come, by the identity of the tensor.
+        uses: Number of contributions to expect.
+        is_derived: Whether gradients must be propagated from computed tensors to the parameters.
+        parts: Contributions received so far, by the id of the tensor.
     """
 
     uses: int = 0
@@ -35,7 +35,7 @@ class SquaredNorms:
     Args:
         uses: All uses of the forward pass.
         parameters: The parameters by name.
-        like: A tensor (B,) of the type and on the device to add up in.
+        like: A tensor (B,) with the dtype and device of the sum.
     """
 
     def __init__(self, uses: Iterable[Use], parameters: Mapping[str, Tensor], like: Tensor) -> None:
@@ -47,7 +47,7 @@ class SquaredNorms:
             self._open(connected)
 
     def _open(self, sources: list[Source]) -> None:
-        """Put sources that share parameters into groups: one for each part of a parameter where that is all there is."""
+        """Group sources that share parameters: by disjoint parts of a parameter if possible, else all in one group."""
         places = [self._place(source) for source in sources]
         if None in places or not _are_disjoint({place for place in places if place is not None}):
             group = _Group(len(sources), True)
@@ -60,7 +60,7 @@ class SquaredNorms:
             self._group_of[id(source.tensor)] = group
 
     def _place(self, source: Source) -> Place | None:
-        """Return which entries of its parameter a tensor is, or None where it is not merely a dense part of one."""
+        """Return the part of its parameter that a tensor is, or None if it is not a dense part of a single one."""
         tensor, parameter = source.tensor, self._parameters[next(iter(source.roots))]
         if tensor is not parameter and (len(source.roots) > 1 or tensor._base is not parameter):
             return None
@@ -74,7 +74,7 @@ class SquaredNorms:
         return (int(tensor.storage_offset()), tensor.numel(), *order)
 
     def add(self, source: Source, contribution: Contribution) -> None:
-        """Take in one contribution."""
+        """Add one contribution."""
         group = self._group_of[id(source.tensor)]
         if group.uses == 1 and not group.is_derived:
             self.total += contribution.squared().to(self.total)
@@ -92,7 +92,7 @@ class SquaredNorms:
         return self.total
 
     def _carry_on(self, group: _Group) -> None:
-        """Add the squared norms for parameters from which other tensors were computed, a few samples at a time."""
+        """Propagate gradients of computed tensors to their parameters and add the squared norms, in small chunks."""
         parts = list(group.parts.values())
         names = sorted(frozenset().union(*(source.roots for source, _ in parts)))
         leaves = [self._parameters[name] for name in names]
@@ -109,13 +109,13 @@ class SquaredNorms:
 
 
 def _carried(tensor: Tensor, leaves: list[Tensor], rows: Tensor) -> list[Tensor | None]:
-    if tensor.grad_fn is None:  # a parameter itself
+    if tensor.grad_fn is None:  # the tensor is a parameter
         return [rows if leaf is tensor else None for leaf in leaves]
     return rows_of_jacobian(tensor, leaves, rows.to(tensor.dtype))
 
 
 def _connected(sources: list[Source]) -> list[list[Source]]:
-    """Put together what shares parameters, directly or through others."""
+    """Group sources that share parameters, directly or through other sources."""
     groups: list[tuple[set[str], list[Source]]] = []
     for source in sources:
         roots, members = set(source.roots), [source]

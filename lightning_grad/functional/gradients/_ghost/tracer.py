@@ -1,4 +1,4 @@
-"""Sees every use of a parameter during a forward pass, and cuts those uses off the graph whose rule is known."""
+"""Intercept every use of a parameter in a forward pass, and detach the parameters of uses that have a rule."""
 
 import inspect
 import types
@@ -17,17 +17,17 @@ from lightning_grad.functional.gradients._ghost.layouts import Layout
 from lightning_grad.functional.gradients._ghost.rules import find_binding
 from lightning_grad.functional.plain_tensors import tensors_in
 
-Key = tuple[str, tuple[str, ...], int]  # operation, parameters, how many such calls came before
+Key = tuple[str, tuple[str, ...], int]  # operation, parameters, number of earlier calls of these
 
 
 @dataclass
 class Source:
-    """A parameter, or a tensor that was computed from parameters alone and thus knows no samples.
+    """A parameter, or a tensor computed from parameters only, which therefore does not depend on samples.
 
     Args:
-        tensor: It, with its graph.
+        tensor: The tensor, with its graph.
         roots: The names of the parameters.
-        version: Of the tensor when it was found; a changed one is no longer what it was.
+        version: Version of the tensor when it was found; after an in-place change it is no source any more.
     """
 
     tensor: Tensor
@@ -37,16 +37,16 @@ class Source:
 
 @dataclass
 class Use:
-    """One call of an operation with a rule, cut off the graph at its parameters.
+    """One call of an operation with a rule, whose parameters are detached.
 
     Args:
-        key: What the call is known by from batch to batch.
-        terms: For each parameter its contribution as a function of the gradient of the output.
-        shape: That of the output.
-        dims: The dimensions of the output in which samples may lie.
-        is_batchless: Whether nothing that went in but parameters requires a gradient, so that the call may know no samples.
-        kept: The tensors that the contributions need, with their versions.
-        layout: Where the samples lie, once known.
+        key: Identifies the call in all batches.
+        terms: The contribution of each parameter, as a function of the output's gradient.
+        shape: Shape of the output.
+        dims: Dimensions of the output that may contain the samples.
+        is_batchless: Whether only parameters among the inputs require grad, so the call may not depend on samples.
+        kept: Tensors that the contributions need, with their versions.
+        layout: The layout of the samples, once known.
     """
 
     key: Key
@@ -59,38 +59,38 @@ class Use:
 
     @property
     def roots(self) -> frozenset[str]:
-        """The names of the parameters whose gradient the use contributes to."""
+        """The names of the parameters to whose gradients the use contributes."""
         return frozenset().union(*(source.roots for source, _ in self.terms))
 
     def check_unchanged(self) -> None:
-        """Raise where autograd would: a tensor that the gradient needs was overwritten."""
+        """Raise if a tensor that the gradient needs was changed in place, as autograd does."""
         if any(tensor._version != version for tensor, version in self.kept):
             raise RuntimeError(
-                f"Per-sample gradient norms need the input of {self.key[0]} with {', '.join(sorted(self.roots))}, but it was "
-                "changed in place after the call. Do that operation out of place."
+                f"Per-sample gradient norms need the input of {self.key[0]} with {', '.join(sorted(self.roots))}, but "
+                "it was changed in place after the call. Do that operation out of place."
             )
 
     def release(self) -> None:
-        """Let go of what was kept."""
+        """Release all tensors that were kept."""
         self.terms, self.kept = [], []
 
 
 OnGradient = Callable[[Use, Tensor], None]
 
 
-_REENTRANT = "CheckpointFunctionBackward"  # hides what happens inside from the graph
+_REENTRANT = "CheckpointFunctionBackward"  # the graph does not contain the operations inside
 
 
 @dataclass
 class Leaf:
-    """A tensor at which the graph ends, and the names of the operations that use it."""
+    """A leaf of the graph, and the names of the operations that use it."""
 
     tensor: Tensor
     users: set[str] = field(default_factory=set)
 
 
 def leaves(outputs: Tensor) -> dict[int, Leaf]:
-    """Return the leaf tensors that a gradient of the outputs would reach, by identity."""
+    """Return the leaf tensors of the graph of some outputs, by id."""
     found: dict[int, Leaf] = {}
     start = outputs.grad_fn
     if start is None:
@@ -116,13 +116,13 @@ def leaves(outputs: Tensor) -> dict[int, Leaf]:
 
 
 class _Root(torch.autograd.Function):
-    """Makes a tensor that requires no gradient one that does, so that its gradient is computed."""
+    """Make a tensor require grad, so that the backward pass computes its gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor, aliases: bool) -> Tensor:
         if aliases:
             return tensor.view_as(tensor)
-        ctx.mark_dirty(tensor)  # as if computed here, not a view, so that the module may work on it in place
+        ctx.mark_dirty(tensor)  # the output is then no view, so the module may change it in place
         return tensor
 
     @staticmethod
@@ -131,7 +131,7 @@ class _Root(torch.autograd.Function):
 
 
 def _transparent(function: Any) -> Any:
-    """Return a copy of a function of torch that passes modes on to the operations inside instead of itself."""
+    """Return a copy of a torch function that exposes the operations inside it to modes, instead of itself."""
     if not isinstance(function, types.FunctionType):
         return None
     inside = {**function.__globals__, "has_torch_function": lambda _: False}
@@ -146,22 +146,25 @@ _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, tor
 
 
 def _is_transformed() -> bool:
-    """Whether the call stands inside ``torch.func.vmap`` or its like, where tensors are not what they seem."""
+    """Return True inside a transform such as ``torch.func.vmap``, where tensors hide their batch dimension."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 @dataclass(eq=False)
 class Tracer(TorchFunctionMode):
-    """Active around a forward pass; notes each use of a parameter and replaces what a rule covers by a constant.
+    """Context around a forward pass that records each use of a parameter.
+
+    If a rule covers a use, the operation runs with its parameters detached, so the backward pass computes no gradients
+    of weights, and a hook on the output receives the output's gradient. Parameters of all other uses stay in the graph.
 
     Args:
         parameters: The trainable parameters by name.
-        excluded: Names of those that are left to autograd.
-        batchless: Calls that take part in all samples alike, such as the lookup of learned positions.
+        excluded: Names of parameters that are left to autograd.
+        batchless: Calls that are equal for all samples, such as the lookup of learned positions.
 
     Attributes:
-        losses: What the forward pass returned, (B,).
-        ends: The leaves of its graph, among them one for the uses without another input.
+        losses: The losses that the forward pass returned, (B,).
+        ends: The leaves of their graph, including the anchor of uses without other inputs that require grad.
     """
 
     parameters: Mapping[str, Tensor]
@@ -182,7 +185,7 @@ class Tracer(TorchFunctionMode):
         self.anchor = torch.zeros((), device=device, requires_grad=True)
 
     def source(self, value: Any) -> Source | None:
-        """Return what is known of a tensor that was computed from parameters alone."""
+        """Return the source for a tensor computed from parameters only, or None for other values."""
         found = self._sources.get(id(value)) if isinstance(value, Tensor) else None
         return found if found is not None and found.version in (-1, found.tensor._version) else None
 
@@ -268,7 +271,7 @@ class Tracer(TorchFunctionMode):
             self._on_gradient(use, gradient)
 
     def _derive(self, result: Any, found: list[Source]) -> bool:
-        """Note what was computed from parameters alone; say whether all of the result was."""
+        """Record the tensors of a result computed from parameters only; return False if it has no tensors."""
         roots = frozenset().union(*(source.roots for source in found))
         tensors = tensors_in(result)
         for tensor in tensors:
@@ -277,11 +280,11 @@ class Tracer(TorchFunctionMode):
         return bool(tensors)
 
     def finish(self, losses: Tensor) -> None:
-        """Take in what the forward pass returned."""
+        """Store the losses that the forward pass returned, and the leaves of their graph."""
         self.losses, self.ends = losses, leaves(losses)
 
     def backward(self, outputs: Tensor, on_gradient: OnGradient, retain_graph: bool = True) -> None:
-        """Run a backward pass that hands the gradients of all uses to a function, and touches no ``.grad``."""
+        """Run a backward pass that passes the gradients of all uses to a function, and changes no ``.grad``."""
         inputs = [leaf.tensor for leaf in self.ends.values()]
         self._on_gradient = on_gradient
         try:
@@ -293,7 +296,7 @@ class Tracer(TorchFunctionMode):
             self._on_gradient = None
 
     def close(self) -> None:
-        """Remove the hooks and let go of all tensors."""
+        """Remove the hooks and release all tensors."""
         for handle in self._handles:
             handle.remove()
         for use in self.uses:
@@ -304,6 +307,6 @@ class Tracer(TorchFunctionMode):
 def _refuse_batch_statistics(*args: Any, **kwargs: Any) -> None:
     if _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
         raise RuntimeError(
-            "Per-sample gradient norms are undefined where batch_norm normalizes by the statistics of the batch, because each "
-            "loss then depends on all samples. Call module.eval(), with BatchNorm layers that track running statistics."
+            "Per-sample gradient norms are undefined if batch_norm uses the statistics of the batch, because each loss "
+            "then depends on all samples. Call module.eval(), and use BatchNorm layers that track running statistics."
         )
