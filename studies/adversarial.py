@@ -53,9 +53,9 @@ from studies.adversarial_trainings import (
 from studies.common import hush, mean_and_spread, print_rows, progress, write_results
 
 IN_THE_DEMO = """\
-Attacked inputs (half a minute). A small network learns handwritten digits, first
-without attacks, then with inputs that an attack (FGSM, PGD) changes in each step.
-The learning rate is cut when the accuracy under attack stops rising. Three seeds:
+Attacked inputs (half a minute). A small network learns handwritten digits: on
+clean inputs, then on inputs that an attack (FGSM, PGD) changes in each step. The
+learning rate is cut when the accuracy under attack stops rising. Three seeds:
 
     Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
                        AccuracyGradientLR("adversarial/val_acc")])

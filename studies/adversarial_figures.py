@@ -60,15 +60,15 @@ def draw_robustness(study: Study, chosen: Chosen) -> Figure:
     robust.axvline(study.radius, color="0.5", linewidth=1, linestyle=":")
     robust.annotate("epsilon of the training", (study.radius, 102), (4, 0), textcoords="offset points", fontsize=8)
     robust.set(ylim=(0, 107), xlim=(0, None))
-    robust.set_ylabel("% of the test images answered right", fontsize=9)
-    robust.set_xlabel("epsilon: largest change of a pixel, which is between 0 and 1", fontsize=9)
+    robust.set_ylabel("test accuracy in %", fontsize=9)
+    robust.set_xlabel("epsilon: largest change of a pixel, on a scale from 0 to 1", fontsize=9)
     robust.set_title("Accuracy by the strength of the attack", fontsize=10, loc="left")
     robust.legend(loc="lower left", frameon=False, fontsize=9)
     draw_costs(cost, study, chosen)
     for axis in (robust, cost):
         tidy(axis)
     seeds = f"mean of {study.seeds} seeds, band: lowest to highest" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"What training on attacked images gives, and what it costs ({seeds})", fontsize=11)
+    figure.suptitle(f"Gain and cost of training on attacked images ({seeds})", fontsize=11)
     return figure
 
 
@@ -118,7 +118,7 @@ def draw_comparison(study: Study, chosen: Chosen) -> Figure:
     for label, schedule in zip(axes[1, 0].get_yticklabels(), study.schedules, strict=True):
         label.set_color(COLOURS[schedule])
     seeds = f"{study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"Learning-rate schedules, each from the peak rate that ends best with it: {seeds}", fontsize=11)
+    figure.suptitle(f"Learning-rate schedules, each with its best peak rate: {seeds}", fontsize=11)
     return figure
 
 
@@ -260,7 +260,7 @@ def draw_digits(study: Study, chosen: Chosen, columns: int = 10) -> Figure:
     what = (
         f"{len(labels)} test images: an attack changes each pixel, from 0 to 1, by at most {study.radius:.3g} ({signs})"
     )
-    figure.suptitle(f"{what}\nBelow: the answer before → after the attack, blue right, orange wrong", fontsize=10)
+    figure.suptitle(f"{what}\nBelow: prediction before → after the attack (blue: right, orange: wrong)", fontsize=10)
     draw_row(axes[0], "test image", images, [(f"{label}", "0.2") for label in labels.tolist()], space)
     for place, attack in enumerate(study.attacks):
         module = read_module(study, chosen[attack, study.schedules[-1]][0])

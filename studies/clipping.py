@@ -7,7 +7,7 @@
     python studies/clipping.py --optimizer adamw --factor 1e5 --variants none norm spike
 
 Three linear layers learn handwritten digits. In the middle of the training, one image of a batch is multiplied by 1000 and
-carries a wrong label, as a corrupt record would. What clips is one line in :data:`RULES`; everything else here measures
+carries a wrong label, as a corrupt record would. Each rule is one line in :data:`RULES`; everything else here measures
 and draws. ``studies/clipping_spikes.py`` compares the rules in a training whose loss spikes by itself.
 """
 

@@ -358,8 +358,8 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     by_epoch.set_ylabel("validation accuracy in %", fontsize=9)
     by_bytes.sharey(by_epoch)
-    by_bytes.set_title("Accuracy by what was sent until then", fontsize=10, loc="left")
-    by_bytes.set_xlabel("MB that each rank has sent", fontsize=9)
+    by_bytes.set_title("Accuracy by megabytes sent", fontsize=10, loc="left")
+    by_bytes.set_xlabel("MB sent by each rank", fontsize=9)
     by_bytes.set_xscale("log")
     by_bytes.xaxis.set_major_formatter("{x:g}")
     draw_test_accuracies(at_end, study, results)
@@ -396,8 +396,8 @@ def draw_test_accuracies(axis: Axes, study: Study, results: Sequence[Result]) ->
         if gradients == REFERENCE and len(shown) > 1:
             axis.axvspan(min(shown), max(shown), color="0.93", zorder=0)
             style: dict[str, Any] = {"fontsize": 8, "color": "0.4", "ha": "right", "va": "bottom"}
-            axis.text(min(shown) - 0.05, len(study.gradients) - 0.55, f"grey: seeds of {REFERENCE}", **style)
-    axis.set_title("Test accuracy at the end, and what was sent", fontsize=10, loc="left")
+            axis.text(min(shown) - 0.05, len(study.gradients) - 0.55, f"gray: seeds of {REFERENCE}", **style)
+    axis.set_title("Final test accuracy, and megabytes sent", fontsize=10, loc="left")
     axis.set_yticks(range(len(names)), names)
     for label, gradients in zip(axis.get_yticklabels(), study.gradients, strict=True):
         label.set_color(COLOURS[gradients])

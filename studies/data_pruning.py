@@ -449,7 +449,7 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     if once:
         print(f"{', '.join(once)}: select once, after {study.score_epoch} of {study.epochs} epochs")
     if "rs2-equal" in each_epoch:
-        print("rs2-equal: drops fewer samples than rs2, to see as many as those")
+        print("rs2-equal: drops fewer samples than rs2, so it sees as many as the others")
 
 
 def summarise(variant: str, prune: float, results: Sequence[Result], full: float | None) -> tuple[str, ...]:
@@ -584,7 +584,7 @@ def draw_found(axis: Axes, findings: Sequence[Finding]) -> None:
     axis.text(0.95 * wrong, 1.01 * wrong, "best possible", fontsize=8.5, color="0.3", ha="right", va="bottom")
     axis.axvline(wrong, color="0.8", linewidth=1, zorder=0)
     axis.set(xlim=(0, sizes[-1]), ylim=(0, 1.1 * wrong))
-    axis.set_xlabel(f"samples looked at, of {findings[0].total}", fontsize=9)
+    axis.set_xlabel(f"samples inspected, of {findings[0].total}", fontsize=9)
     axis.set_ylabel("wrong labels found", fontsize=9)
     axis.set_title(f"Wrong labels found ({wrong} in all), a line for each seed", fontsize=10, loc="left")
     tidy(axis)
@@ -600,7 +600,7 @@ def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> No
     order = values.argsort(descending=True, stable=True).tolist()
     honest = [index for index in order if index not in wrong]
     rows = [order[:columns], order[columns : 2 * columns], honest[:columns], honest[columns : 2 * columns]]
-    figure.suptitle("Samples by score. Framed: the label is wrong (label → what it is)", fontsize=10)
+    figure.suptitle("Samples by score. Framed: wrong label (label → correct label)", fontsize=10)
     axes = figure.subplots(5, columns)
     for row, words in ((0, "hardest"), (2, "hardest with\na right label"), (4, "easiest")):
         axes[row, 0].set_ylabel(words, fontsize=9, rotation=0, ha="right", va="center")
@@ -628,7 +628,7 @@ def draw_scores(study: Study, flip: float) -> Figure:
     grand = study.output / f"scores/grand_flip{flip:g}_seed0"
     start, later = (read_scores(grand, epoch).values for epoch in (0, k))
     errors = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", k).values
-    norm, names = "norm of the input", ("GraNd at initialisation", f"GraNd after {k} epochs")
+    norm, names = "norm of the input", ("GraNd at initialization", f"GraNd after {k} epochs")
     draw_scatter(axes[0, 0], (lengths, norm), (start, names[0]), wrong)
     draw_scatter(axes[0, 1], (lengths, norm), (later, names[1]), wrong)
     draw_scatter(axes[0, 2], (start, names[0]), (later, names[1]), wrong)

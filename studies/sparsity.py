@@ -268,7 +268,7 @@ def draw_comparison(study: Study) -> Figure:
     panels = [["accuracy", "density"], ["accuracy", "flips"]]
     axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.25, 1], sharex=True)
     data = "CIFAR-10" if study.data_folder else "handwritten digits"
-    figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}", fontsize=12)
+    figure.suptitle(f"Training with {study.pattern} sparsity: {study.model} on {data}", fontsize=12)
     for recipe in ("dense", *study.recipes):
         draw_curves(axes["accuracy"], study, recipe, "val_acc", label=recipe)
         if recipe != "dense":
@@ -294,7 +294,7 @@ def style_axes(axes: dict[str, Axes], study: Study) -> None:
     seeds = f", {study.seeds} seeds (thin) and their mean" if study.seeds > 1 else ", one seed"
     titles = {
         "accuracy": f"Validation accuracy{seeds}",
-        "density": "Weights that are not zero",
+        "density": "Nonzero weights",
         "flips": "Mask entries that changed since the last log",
     }
     axes["flips"].set_yscale("log", nonpositive="mask")
