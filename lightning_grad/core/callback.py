@@ -282,7 +282,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         sync_dist: bool = False,
         layers: bool = False,
     ) -> None:
-        """Log scalars under their log keys. Set ``sync_dist`` in validation, where Lightning wants it."""
+        """Log scalars under their log keys. Lightning asks for ``sync_dist`` in validation."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn about every value
             return
         for shown in (False, True):

@@ -196,6 +196,7 @@ class GradientConditioner(GradCallback):
     def _choose(
         self, index: int, optimizer: Optimizer, pl_module: pl.LightningModule, restarted: list[str] | None = None
     ) -> None:
+        """Sort an optimizer's parameters into buckets, and move a resumed state to them if the choice changed."""
         buckets, self._not_chosen[index] = choose_buckets(
             optimizer, pl_module, self._threshold, self.threshold_name, self.include, self.excluded(pl_module)
         )
@@ -286,6 +287,7 @@ class GradientConditioner(GradCallback):
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
+        """Replace the value ``clipped`` by the share of clipped steps; the count stays on the device."""
         if values is None:
             raise TypeError(
                 f"{self.display_name}.condition must return a mapping of the values to log; got None. Return {{}} to "

@@ -61,7 +61,7 @@ class OptimizerCallback(GradCallback):
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        """Return True to act on an optimizer. Called when a fit begins and for each replaced optimizer."""
+        """Return True to act on an optimizer. Called when a fit begins, and when an optimizer is replaced."""
         return True
 
     def before_step(self, index: int, optimizer: Optimizer) -> None:
@@ -223,6 +223,7 @@ class OptimizerCallback(GradCallback):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """Wrap the strategy's ``optimizer_step``, the only place where the closure of a step can be replaced."""
         self._follow(trainer)
         index = self._number_of(optimizer)
         if index is not None and index in self._ends:

@@ -53,8 +53,8 @@ class ProbeCallback(GradCallback):
 
     Args:
         samples: Number of samples to inspect, spread evenly over the set, or their indices.
-        every_n_epochs: Inspect at the end of every this many epochs. Default: 1.
-        every_n_steps: Inspect after every this many optimizer steps instead.
+        every_n_epochs: Inspect at the end of every n-th epoch. Default: 1.
+        every_n_steps: Inspect after every n-th optimizer step instead.
         split: Set that the samples are from, "train" or "val".
         dataset: Callable (trainer) -> data set to read from, for example one without augmentation.
         loader_key: Loader to use if there are several: its key or position in a list.
@@ -179,6 +179,7 @@ class ProbeCallback(GradCallback):
     # A look.
 
     def _look_if_due(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_validating: bool = False) -> None:
+        """Take a look that is due, record its reading and log it at the step at which it was due."""
         due = self._due
         if due is None:
             return

@@ -66,8 +66,8 @@ def quiet(
     _refuse_lazy(pl_module, display_name)
     parameters = list(pl_module.parameters())
     frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-    # Frozen parameters are copied if they are no larger than the trained ones, as of a teacher that
-    # the step updates. A copy of a large frozen base model would cost too much memory.
+    # Frozen parameters are copied if they are no larger than the trained ones: they may be a teacher
+    # that the step updates. A copy of a large frozen base model would cost too much memory.
     copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
     with ExitStack() as stack:
         stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, display_name))

@@ -59,8 +59,8 @@ class WeightCallback(GradCallback, Generic[W]):
     - ``column``: heading of the column of the table of weights that describes each one.
 
     Args:
-        include: Names or wildcards of parameters or modules. Default: all layers but the first and
-            last. That is every Linear, Conv1d/2d/3d, attention projection and other layer that
+        include: Names or wildcards of layers or weights. Default: all but the first and last layer.
+            These are every Linear, Conv1d/2d/3d, attention projection and other layer that
             multiplies by a matrix named weight, except the first and the last that the first batch
             reaches. Parameters of other modules need their full name.
         exclude: Names or wildcards of parameters or modules to skip.

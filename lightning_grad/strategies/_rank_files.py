@@ -24,11 +24,11 @@ MANIFEST_KEY = "lightning_grad_ranks"
 _GRACE_SECONDS = 5.0  # time for other ranks to write their files after an exception, when there is no barrier
 
 _MISSING, _OTHER_RANKS, _UNUSABLE = "missing", "other ranks", "unusable"
-_RESET = "set residual_policy='reset' to continue without the rank files (the gradient that was not sent is lost)."
+_RESET = "set residual_policy='reset' to continue without the rank files (unsent gradients are lost)."
 _WAYS_OUT = {
     _MISSING: f"Copy {{folder}} along with the checkpoint, or {_RESET}",
-    _OTHER_RANKS: "Each rank holds gradient that it has not sent: set residual_policy='mean' to spread it over the new ranks, "
-    "or 'reset' to drop it.",
+    _OTHER_RANKS: "Each rank has unsent gradients: set residual_policy='mean' to spread them over the new ranks, "
+    "or 'reset' to drop them.",
     _UNUSABLE: f"Put the right file back, resume from another checkpoint, or {_RESET}",
 }
 

@@ -211,7 +211,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         self.memory = {n: {key: v.to(to) for key, v in kept.items()} for n, kept in saved.items() if n in self._chosen}
         if len(self.memory) < len(saved):
             lost = ", ".join(sorted(saved.keys() - self._chosen))
-            rank_zero_warn(f"{self.display_name} no longer compresses {lost}: what was not sent of them is lost.")
+            rank_zero_warn(f"{self.display_name} no longer compresses {lost}: their unsent gradients are lost.")
         self._is_accumulated = own["is_accumulated"]
         message = shared["in_flight"]
         if message is not None and changed:
@@ -245,17 +245,17 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             self._restore(manifest)
         elif manifest is not None:
             rank_zero_warn(
-                f"{self.display_name} sends everything now; what {manifest['strategy']} had not sent is lost."
+                f"{self.display_name} compresses nothing now: the unsent gradients of {manifest['strategy']} are lost."
             )
 
     def _restore(self, manifest: Mapping[str, Any] | None) -> None:
         """Load the rank files of a checkpoint, or start without unsent gradients and report why."""
         if manifest is None:
-            rank_zero_info(f"{self.display_name} begins with nothing unsent.")
+            rank_zero_info(f"{self.display_name} starts without unsent gradients.")
             return
         if manifest["strategy"] != self.display_name:
             rank_zero_warn(
-                f"{self.display_name} begins with nothing unsent: the checkpoint is of {manifest['strategy']}, whose "
+                f"{self.display_name} starts without unsent gradients: the checkpoint is of {manifest['strategy']}, whose "
                 "residuals mean something else and are lost."
             )
             return
@@ -264,7 +264,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         io, policy, parameters = self.checkpoint_io, self.residual_policy, self.parameters
         state, why = self._files.read(io, self._loaded_from, manifest, policy, parameters, _first_problem)
         if state is None:
-            lost = "begins with nothing unsent: what the saved run had not sent is lost"
+            lost = "starts without unsent gradients: the unsent gradients of the saved run are lost"
             rank_zero_warn(f"{self.display_name} {lost}, because {why}.")
         else:
             self.load_rank_state(*state, set(changed_settings(saved, self.message_settings)))

@@ -80,7 +80,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     Args:
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
-        residual_policy: If the rank files do not fit on resume: 'strict', 'mean' or 'reset'.
+        residual_policy: What to do if rank files do not fit on resume: 'strict', 'mean' or 'reset'.
             'strict' raises if the number of ranks differs or files are missing; 'mean' gives every rank the mean over
             the old ranks; 'reset' starts without unsent gradients.
         log_noise_scale: Log comm/noise_scale at log steps; costs one more small all-reduce in each.
@@ -218,13 +218,13 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
             raise ValueError(
-                f"{self.display_name} works with one optimizer, and "
+                f"{self.display_name} works with one optimizer, but "
                 f"{type(trainer.lightning_module).__name__}.configure_optimizers returned {len(self.optimizers)}. Put "
                 "their parameters into groups of one optimizer, or use strategy='ddp'."
             )
         if isinstance(self.optimizers[0], LBFGS):
             raise ValueError(
-                f"{self.display_name} needs one backward pass a step, and LBFGS makes several. Use another optimizer, or "
+                f"{self.display_name} needs one backward pass per step, but LBFGS makes several. Use another optimizer, or "
                 "strategy='ddp'."
             )
         self.connect_optimizer(self.optimizers[0])
@@ -267,9 +267,9 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     @property
     def _words(self) -> str:
         if not self.wants_to_compress:
-            return "compresses nothing at this setting: it is DDP"
+            return "compresses nothing at this setting: it is plain DDP"
         if self.is_neutral:
-            return "has nothing to compress, and is DDP"
+            return "has nothing to compress and is plain DDP"
         total = sum(shape.numel() for shape, _ in self._shapes.values())
         inside = sum(self._shapes[name][0].numel() for name in self._chosen)
         return (
@@ -297,7 +297,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _exchange(self, gradients: list[Gradient]) -> None:
         if self._in_flight is not None:
             raise RuntimeError(
-                f"{self.display_name} needs one backward pass a step, and this step has made a second. Use an optimizer "
+                f"{self.display_name} needs one backward pass per step, but this step made a second. Use an optimizer "
                 "that makes one, or strategy='ddp'."
             )
         with interrupts_deferred():

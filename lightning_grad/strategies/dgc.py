@@ -79,7 +79,7 @@ class DGCStrategy(CompressedDDPStrategy):
             The first match applies.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
-        residual_policy: If the rank files do not fit on resume: 'strict', 'mean' or 'reset'.
+        residual_policy: What to do if rank files do not fit on resume: 'strict', 'mean' or 'reset'.
             'strict' raises if the number of ranks differs or files are missing; 'mean' gives every rank the mean over
             the old ranks; 'reset' starts without unsent gradients.
         log_noise_scale: Log comm/noise_scale at log steps; costs one more small all-reduce in each.
@@ -98,7 +98,7 @@ class DGCStrategy(CompressedDDPStrategy):
             dampening (with ``correction='momentum'``), several optimizers, manual optimization, an fp16 GradScaler,
             sparse or complex gradients; on resume for rank files that do not fit.
 
-    Hooks: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass; a
+    **Hooks**: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass; a
     pre-hook and a post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
@@ -252,7 +252,7 @@ class DGCStrategy(CompressedDDPStrategy):
         why = why_not_moved(optimizer)
         if why and self.correction == "momentum":
             raise ValueError(
-                f"{self.display_name}(correction='momentum') moves the momentum of torch.optim.SGD, and {why}. Set "
+                f"{self.display_name}(correction='momentum') moves the momentum of torch.optim.SGD, but {why}. Set "
                 "correction='error_feedback', which leaves the optimizer as it is and gives it the sparse mean gradient, or "
                 "train with torch.optim.SGD without dampening."
             )
@@ -284,7 +284,7 @@ class DGCStrategy(CompressedDDPStrategy):
         if [name for name, kept in self.memory.items() if kept.pop(_VELOCITY, None) is not None]:
             rank_zero_warn(
                 f"{self.display_name} no longer moves the momentum into the compressor: the momentum of compressed "
-                "gradients begins at zero, in the optimizer."
+                "gradients starts at zero in the optimizer."
             )
 
     # One step.

@@ -45,7 +45,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
             The default is that of torch's hook.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
-        residual_policy: If the rank files do not fit on resume: 'strict', 'mean' or 'reset'.
+        residual_policy: What to do if rank files do not fit on resume: 'strict', 'mean' or 'reset'.
             'strict' raises if the number of ranks differs or files are missing; 'mean' gives every rank the mean over
             the old ranks; 'reset' starts without unsent gradients.
         log_noise_scale: Log comm/noise_scale at log steps; costs one more small all-reduce in each.
@@ -64,7 +64,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
             ``setup`` for several optimizers, manual optimization, an fp16 GradScaler, sparse or complex gradients; on
             resume for rank files that do not fit.
 
-    Hooks: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass: one
+    **Hooks**: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass: one
     all-reduce for all left factors, one for all right factors, and one for the dense gradients.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,

@@ -149,7 +149,7 @@ def test_export_of_semi_structured_weights(device):
 
 @pytest.mark.parametrize("scheme", STRATEGIES, ids=str)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("gpu", marks=on_gpu(2))])
-@pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")  # at its neutral setting
+@pytest.mark.filterwarnings("ignore:.*has nothing to compress and is plain DDP")  # at its neutral setting
 def test_strategies_on_two_devices(scheme, device):
     if device == "cpu":
         on_ranks(2, gpu_ranks.check, scheme.name, "cpu")

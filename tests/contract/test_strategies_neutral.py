@@ -15,7 +15,7 @@ from lightning_grad.testing import assert_identical, on_ranks, state_of
 from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
 from tests.strategies.fits import outcome, train_on_ranks
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress, and is DDP")
+pytestmark = pytest.mark.filterwarnings("ignore:.*has nothing to compress and is plain DDP")
 
 
 def test_every_exported_strategy_has_an_entry():

@@ -21,8 +21,8 @@ from tests.strategies.fits import outcome, train_on_ranks
 
 
 class _FailingSetup:
-    def setup(self, *arguments: Any) -> None:
-        super().setup(*arguments)  # type: ignore[misc]
+    def setup(self, *arguments: Any, **keywords: Any) -> None:
+        super().setup(*arguments, **keywords)  # type: ignore[misc]
         raise AssertionError("not off")
 
 

@@ -304,7 +304,7 @@ CLIPPING = [
     Row(
         "a limit for nothing",
         lambda _: fit(lg.NormClipping({})),
-        r"got an empty mapping. Write one, such as \{'\*': 1.0\}",
+        r"got an empty mapping. Add an entry, such as \{'\*': 1.0\}",
         lambda _: fit(lg.NormClipping({"*": 1.0})),
     ),
     Row(
@@ -408,7 +408,7 @@ ATTACKS = [
     Row(
         "manual optimization",
         lambda _: fit(attack(), module=odd.Manual()),
-        r"^AdversarialTraining does not work with manual.*Train with automatic optimization, or measure by",
+        r"^AdversarialTraining does not work with manual.*Train with automatic optimization, or measure with",
         lambda _: fit(evaluation(), module=odd.Manual()),
     ),
     Row(
@@ -417,7 +417,7 @@ ATTACKS = [
         r"Use attack='pgd'",
         lambda _: fit(attack(steps=2, attack="pgd")),
     ),
-    Row("two attacks", lambda _: fit(attack(), attack(name="b")), r"Keep one of them", lambda _: fit(attack())),
+    Row("two attacks", lambda _: fit(attack(), attack(name="b")), r"Use only one of them", lambda _: fit(attack())),
     Row(
         "a key that leads nowhere",
         lambda _: fit(attack(input_key="image")),
@@ -427,19 +427,19 @@ ATTACKS = [
     Row(
         "a key of the targets",
         lambda _: fit(attack(input_key=1)),
-        r"leads to a tensor of torch.int64. Set input_key=0",
+        r"names a tensor of torch.int64. Set input_key=0",
         lambda _: fit(attack(input_key=0)),
     ),
     Row(
         "an embedding that is not there",
         lambda _: fit(attack(input_key="embedding")),
-        r"Classifier has none. Leave input_key out",
+        r"Classifier has none. Leave input_key at None",
         lambda _: fit(attack()),
     ),
     Row(
         "an embedding that is not called",
         lambda _: fit(attack(), module=odd.words_module(as_module=False), train=odd.tokens(), validation=None),
-        r"calls none of the module's. Call the embedding as a module",
+        r"the step calls none. Call the embedding as a module",
         lambda _: fit(attack(), module=odd.words_module(), train=odd.tokens(), validation=None),
     ),
     Row(
@@ -451,25 +451,25 @@ ATTACKS = [
     Row(
         "other bounds",
         lambda _: fit(attack(bounds=[0.0, 1.0])),
-        r"else give the bounds they have",
+        r"Otherwise set bounds to their range",
         lambda _: fit(attack(bounds=[-9.0, 9.0])),
     ),
     Row(
         "channels",
         lambda _: fit(attack(mean=[0.0] * 3, std=[1.0] * 3)),
-        r"for each of 4 channels.*Give mean as a list of 4 numbers, or as one",
+        r"for each of 4 channels.*Set mean to a list of 4 numbers, or to one",
         lambda _: fit(attack(mean=[0.0] * 4, std=[1.0] * 4)),
     ),
     Row(
         "half of a normalisation",
         lambda _: fit(attack(mean=0.5)),
-        r"mean and std belong together",
+        r"mean and std must be set together",
         lambda _: fit(attack(mean=0.5, std=1.0)),
     ),
     Row(
         "an input that is detached",
         lambda _: fit(attack(), module=odd.Detached(True)),
-        r"compute the loss from it with gradients, without detach\(\)",
+        r"compute the loss from the input with gradients, without detach\(\)",
         lambda _: fit(attack(), module=odd.Detached(False)),
     ),
     Row(
@@ -481,7 +481,7 @@ ATTACKS = [
     Row(
         "restarts of one start",
         lambda _: fit(evaluation(restarts=2, random_start=False)),
-        r"Keep random_start=True",
+        r"Set random_start=True",
         lambda _: fit(evaluation(restarts=2)),
     ),
     Row(
@@ -493,7 +493,7 @@ ATTACKS = [
     Row(
         "no loss to raise",
         lambda _: fit(evaluation(), module=odd.Unseen(False)),
-        r"^AdversarialEvaluation needs a loss to raise.*or return it",
+        r"^AdversarialEvaluation needs a loss to maximize.*or return it",
         lambda _: fit(evaluation(), module=odd.Unseen(True)),
     ),
 ]
@@ -573,7 +573,7 @@ LOADERS = [
     Row(
         "a step of several loaders",
         lambda _: fit(pruning(loader_key="a"), module=odd.Two(), train=both()),
-        r"^DataPruning cannot run training_step.*set score_fn= instead of a score",
+        r"^DataPruning cannot run training_step.*set score_fn= to a function",
         lambda _: fit(pruning(loader_key="a", score_fn=norms), module=odd.Two(), train=both()),
     ),
     Row(
@@ -594,7 +594,7 @@ LOSSES = [
     Row(
         "a loss that is not seen",
         lambda _: fit(pruning(), module=odd.HandWritten()),
-        r"^DataPruning must capture the loss of each sample. No loss .*set score_fn= instead of a score",
+        r"^DataPruning must capture the loss of each sample. No loss .*set score_fn= to a function",
         lambda _: fit(pruning(score_fn=norms), module=odd.HandWritten()),
     ),
     Row(
@@ -630,7 +630,7 @@ LOSSES = [
     Row(
         "regression for UniformLearning",
         lambda _: fit(lg.UniformLearning(1), module=odd.Tiny(target="number")),
-        r"^UniformLearning clusters .*use DataPruning\(score='loss'\)",
+        r"^UniformLearning needs logits .*use DataPruning\(score='loss'\)",
         lambda _: fit(pruning(score="loss"), module=odd.Tiny(target="number")),
     ),
     Row(
@@ -654,7 +654,7 @@ LOSSES = [
     Row(
         "one score for a batch",
         lambda _: fit(pruning(score_fn=scalar)),
-        r"^DataPruning: score_fn must return one score for each of the 8 samples.*average over all dimensions but the first",
+        r"^DataPruning: score_fn must return one score for each of the 8 samples.*all dimensions except the first",
         lambda _: fit(pruning(score_fn=norms)),
     ),
     Row(
@@ -705,7 +705,7 @@ SCORES = [
     Row(
         "a floor in strata",
         lambda _: fit(pruning(select="ccs", class_floor=0.2)),
-        r"Leave class_floor out",
+        r"Set class_floor to 0",
         lambda _: fit(pruning(select="ccs")),
     ),
     Row(
@@ -741,7 +741,7 @@ SCORES = [
     Row(
         "no such kind of scores",
         lambda at: fit(pruning(score_files=[scores_of(at / "a.npz"), scores_of(at / "b.npz", score="loss")])),
-        r"got 'el2n' and 'loss'. Name files of the same score only",
+        r"got 'el2n' and 'loss'. Name files of one score",
         lambda at: fit(pruning(score_files=[str(at / "a.npz")])),
     ),
     Row(

@@ -45,9 +45,9 @@ class WeightNoise(WeightCallback[NoisyWeight]):
     Args:
         std: Standard deviation of the noise, relative to the weight; 0 changes nothing.
         seed: Seed of the noise.
-        include: Names or wildcards of what gets noise.
-        exclude: Names or wildcards of what gets none.
-        name: Name of this instance, needed when two are used.
+        include: Names or wildcards of parameters or modules that get noise.
+        exclude: Names or wildcards of parameters or modules to skip.
+        name: Name of this instance, needed if two are used.
     """
 
     namespace: ClassVar[str] = "noise"

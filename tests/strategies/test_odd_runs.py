@@ -439,7 +439,7 @@ def _resume_with_exclude(folder: Path) -> tuple[Any, Any, str]:
 
 def test_what_is_excluded_on_resuming_is_forgotten_by_name(tmp_path):
     found = on_ranks(2, _resume_with_exclude, tmp_path)
-    assert "no longer compresses net.0.weight: what was not sent of them is lost" in found[0][2]
+    assert "no longer compresses net.0.weight: their unsent gradients are lost" in found[0][2]
     for look, left, _ in found:
         assert set(look.memory) == set(left["memory"]) == {"net.2.weight"}
 
@@ -468,7 +468,7 @@ def test_reset_drops_nothing_while_all_files_are_there(case, together):
 @pytest.mark.parametrize("case", RESETS[1::2])
 def test_reset_begins_empty_without_the_files_and_says_so(case, together):
     found, _ = together(_resume_with_reset, RESETS, case)
-    assert "begins with nothing unsent: what the saved run had not sent is lost" in found[0][3]
+    assert "starts without unsent gradients: the unsent gradients of the saved run are lost" in found[0][3]
     for _, left, look, _ in found:
         assert (look.memory, look.steps) == ({}, 0)
         assert left["steps"] == 2 * BATCHES
@@ -666,7 +666,7 @@ class TrainsTwice(Task):
 
 def _train_twice() -> None:
     for strategy in (dgc(correction="error_feedback"), power()):
-        stop("needs one backward pass a step", strategy, (), TrainsTwice())
+        stop("needs one backward pass per step", strategy, (), TrainsTwice())
 
 
 def test_two_backward_passes_in_a_step_are_refused():

@@ -24,7 +24,7 @@ from tests.strategies.ranks import said
 DGC, POWER = CANONICAL
 pytestmark = [
     pytest.mark.filterwarnings(
-        "ignore:DGCStrategy begins with nothing unsent. what the saved run had not sent is lost"
+        "ignore:DGCStrategy starts without unsent gradients. the unsent gradients of the saved run are lost"
     ),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
@@ -314,7 +314,7 @@ def test_another_number_of_ranks(place, ranks, on_others):
     (before, after), (folder, saved, started) = ranks, on_others
     assert_complete(folder / f"{before}-{CANONICAL[place]}.ckpt", before)
     for message, _ in started[ranks]:
-        assert f"on {after} rank(s) what was saved on {before}" in message
+        assert f"it was saved on {before} rank(s), and this run has {after}" in message
         assert "residual_policy='mean'" in message
     old, new = ([of[place] for of in each] for each in (saved[before], [memories for _, memories in started[ranks]]))
     kinds = {"residual", "velocity"} if CANONICAL[place] is DGC else {"error", "right"}

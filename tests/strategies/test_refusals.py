@@ -261,7 +261,7 @@ EACH = [(scheme,) for scheme in CANONICAL]
 
 
 def _warned(scheme: Scheme, folder: Path) -> None:
-    with pytest.warns(UserWarning, match="has nothing to compress, and is DDP.*min_numel=1000000"):
+    with pytest.warns(UserWarning, match="has nothing to compress and is plain DDP.*min_numel=1000000"):
         trainer, _ = train_on_ranks(scheme.build(min_numel=1_000_000), module=scheme.module(), max_epochs=1)
     assert trainer.global_step == 6
 

@@ -192,7 +192,7 @@ def test_a_file_that_does_not_fit_is_named_on_every_rank_and_reset_begins_empty(
         assert start == ({}, 0)
         assert left["steps"] == EPOCHS * 6
     lines = results[0][1][2]
-    (line,) = (line for line in lines if "begins with nothing unsent" in line)
+    (line,) = (line for line in lines if "starts without unsent gradients" in line)
     assert f"is lost, because the rank file {saved.file(rank)} {words}" in line
     assert_same(results[0][1][1]["module"], results[1][1][1]["module"])
 
@@ -250,11 +250,11 @@ def test_other_ranks_are_refused_or_begin_empty(elsewhere: tuple[Saved, Saved, l
     saved, _, results = elsewhere
     words = f"it was saved on 2 rank(s), and this run has {len(results)}"
     for message, (start, left, _), _ in results:
-        assert f"DGCStrategy cannot resume from {saved.path}: {words}. Each rank holds gradient" in message
-        assert "set residual_policy='mean' to spread it over the new ranks, or 'reset' to drop it" in message
+        assert f"DGCStrategy cannot resume from {saved.path}: {words}. Each rank has unsent gradients" in message
+        assert "set residual_policy='mean' to spread them over the new ranks, or 'reset' to drop them" in message
         assert start == ({}, 0)
         assert_same(left["module"], results[0][1][1]["module"])
-    (line,) = (line for line in results[0][1][2] if "begins with nothing unsent" in line)
+    (line,) = (line for line in results[0][1][2] if "starts without unsent gradients" in line)
     assert f"is lost, because {words}." in line
 
 
@@ -398,7 +398,7 @@ def test_what_a_changed_setting_loses_or_cannot_change_is_said(changed: Any) -> 
     words = {number: " ".join(changed[0][number][0]) for number in range(len(CHANGES))}
     for number, (_, changes, _) in enumerate(CHANGES):
         stops_moving = changes.get("correction") == "error_feedback"
-        assert ("momentum of compressed gradients begins at zero" in words[number]) == stops_moving
+        assert ("momentum of compressed gradients starts at zero" in words[number]) == stops_moving
         assert ("the new seed applies only to gradients that have no factors yet" in words[number]) == (
             "seed" in changes
         )

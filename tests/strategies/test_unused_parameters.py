@@ -26,7 +26,7 @@ from tests.strategies.test_odd_runs import stop
 from tests.strategies.test_powersgd import gram_schmidt
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:PowerSGDStrategy has nothing to compress, and is DDP"),
+    pytest.mark.filterwarnings("ignore:PowerSGDStrategy has nothing to compress and is plain DDP"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called without a model"),

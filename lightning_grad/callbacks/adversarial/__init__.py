@@ -1,9 +1,9 @@
-"""Training and evaluation on attacked inputs.
+"""Callbacks that train and evaluate on attacked inputs.
 
-One callback a file. How inputs are attacked is in ``_attack.py``, what is attacked (a tensor of the batch, the output of an
-embedding) in ``_places.py``. Of the evaluation, ``_worst_inputs.py`` finds the attacked inputs and ``_second_state.py`` lets
-the module run a second time beside itself. That its own step serves for an attack without a trace is the work of
-``core/quiet.py``.
+One callback per file. ``_attack.py`` runs the attack; ``_places.py`` finds what to attack, a tensor of the
+batch or the output of an embedding. For the evaluation, ``_worst_inputs.py`` computes the attacked inputs, and
+``_second_state.py`` gives the module a second state for its second run. ``core/quiet.py`` lets an attack run
+the module's own step without side effects.
 """
 
 from lightning_grad.callbacks.adversarial.adversarial_evaluation import AdversarialEvaluation

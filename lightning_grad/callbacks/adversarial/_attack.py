@@ -1,4 +1,4 @@
-"""How inputs are attacked: the settings that training and evaluation share, their checks, and the run of an attack."""
+"""The attack of both callbacks: its settings, their checks, and its run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,28 +17,28 @@ from lightning_grad.utilities.checks import check_above, check_at_least, check_c
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted
 
-_LARGEST = 1e30  # what is computed from it still fits into float32
-_ROUNDING = 1e-3  # of the bounds' distance: half precision, and means that were rounded
+_LARGEST = 1e30  # results computed from it still fit into float32
+_ROUNDING = 1e-3  # tolerance as a share of the range of the bounds, for half precision and rounded means
 
 Loss = Callable[[Tensor], Tensor]  # of the inputs
 
 
 @dataclass
 class Attack:
-    """An attack with all its settings; a callable, so that it can be handed on.
+    """An attack with all its settings, as a callable.
 
     Args:
         epsilon: Radius of the ball.
-        steps: Steps of the ascent.
-        step_size: Its step size; ``None`` for that of :func:`fgsm` with one step, of :func:`pgd` with more.
+        steps: Number of steps.
+        step_size: Step size; ``None`` for the default of :func:`fgsm` (one step) or :func:`pgd` (several).
         norm: Norm of the ball.
-        random_start: Whether it begins at a random point.
-        bounds: Least and largest value of an input.
-        mean: Mean by which inputs were normalised.
+        random_start: Whether to start at a random point.
+        bounds: Minimum and maximum of an input.
+        mean: Mean with which inputs were normalized.
         std: Standard deviation by which they were divided.
 
     Raises:
-        ValueError: If one of them is out of its range.
+        ValueError: If a setting is out of its range.
     """
 
     epsilon: float
@@ -53,45 +53,47 @@ class Attack:
     def __post_init__(self) -> None:
         self.bounds, self.mean, self.std = _space_of(self.bounds, self.mean, self.std)
         check_at_least(self.epsilon, 0.0, "epsilon")
-        _check_magnitude(self.epsilon, "epsilon", "Choose the largest change that must not matter")
+        _check_magnitude(self.epsilon, "epsilon", "Set it to the largest change of an input that should not matter")
         check_count(self.steps, 1, "steps")
         if self.step_size is not None:
             check_above(self.step_size, 0.0, "step_size")
-            _check_magnitude(self.step_size, "step_size", "Leave it out for the usual one")
+            _check_magnitude(self.step_size, "step_size", "Use None for the default")
 
     @property
     def described(self) -> str:
-        """What a line about it says in brackets."""
+        """Short description for messages."""
         return f"{counted(self.steps, 'step')}, epsilon {self.epsilon:g} in {self.norm}"
 
     def __call__(
         self, loss_of: Loss, inputs: Tensor, generator: torch.Generator, support: Tensor | None, share: float = 1.0
     ) -> Tensor:
-        """Attack inputs, with this share of epsilon and step size, where the support is 1."""
+        """Return attacked inputs; ``share`` scales epsilon and step size, ``support`` masks the change."""
         settings = {**vars(self), "epsilon": share * self.epsilon, "generator": generator, "support": support}
         settings["step_size"] = None if self.step_size is None else share * self.step_size
         attack: Callable[..., Tensor] = pgd
         if self.steps == 1:
             attack = fgsm
             del settings["steps"]
-        # What autocast has cast without a graph must not serve here, nor what is cast here afterwards.
+        # Autocast caches the weights that it casts. The attack needs a graph, so it must not use those cached without
+        # one, and later code must not use those cached in the attack.
         torch.clear_autocast_cache()
         attacked = attack(loss_of, inputs, **settings)
         torch.clear_autocast_cache()
         return attacked
 
     def refuse_inputs(self, inputs: Tensor, needed_by: str) -> None:
-        """Raise if inputs are not what the settings say. It waits for the device, so ask once.
+        """Raise if inputs do not match the settings. This synchronizes with the device, so call it only once.
 
         Raises:
-            ValueError: If they lie outside the bounds, or mean and std are not one for each channel.
+            ValueError: If inputs lie outside the bounds, or the lengths of mean and std do not match the channels.
         """
         channels = inputs.shape[1] if inputs.dim() > 1 else 1
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) not in (1, channels):
                 raise ValueError(
-                    f"{needed_by} needs {name} for each of {channels} channels (dimension 1 of {tuple(inputs.shape)}), or one "
-                    f"number; got {len(values)}. Give {name} as a list of {channels} numbers, or as one."
+                    f"{needed_by}: {name} must have one number for each of {channels} channels (dimension 1 of "
+                    f"{tuple(inputs.shape)}), or one for all; got {len(values)}. Set {name} to a list of {channels} "
+                    "numbers, or to one number."
                 )
         if self.bounds is None:
             return
@@ -99,8 +101,9 @@ class Attack:
         slack = _ROUNDING * (high - low)
         if least < low - slack or most > high + slack:
             raise ValueError(
-                f"{needed_by}: the inputs reach from {least:.3g} to {most:.3g}, outside bounds=({low:g}, {high:g}). If they "
-                "are normalised, give mean and std, and epsilon and bounds in pixels; else give the bounds they have."
+                f"{needed_by}: the inputs range from {least:.3g} to {most:.3g}, outside bounds=({low:g}, {high:g}). If "
+                "they are normalized, set mean and std, and give epsilon and bounds in pixels. Otherwise set bounds to "
+                "their range."
             )
 
     def _range_in_pixels(self, inputs: Tensor) -> tuple[float, float]:
@@ -112,23 +115,24 @@ class Attack:
 
 
 def generator_for(device: torch.device, seed: int, purpose: str) -> torch.Generator:
-    """Return a generator for one attack: the same numbers for the same purpose, also in a run that resumes."""
+    """Return a generator for one attack: the same numbers for the same purpose, also after a resume."""
     return torch.Generator(device).manual_seed(hashed_seed(seed, purpose))
 
 
 def attack_losses(
     trainer: pl.Trainer, place: Place, batch: Any, run: Run, note: Callable[[Tensor], None] | None = None
 ) -> Loss:
-    """Return the loss that an attack raises, as a function of the inputs.
+    """Return the loss that an attack maximizes, as a function of the inputs.
 
-    Under a GradScaler it is multiplied by the scale: small gradients with respect to inputs would vanish in half precision.
+    With a GradScaler the loss is multiplied by the scale, because small gradients of inputs would underflow in half
+    precision.
 
     Args:
         trainer: The trainer.
-        place: Where the inputs go.
+        place: Location of the inputs.
         batch: The batch whose inputs are replaced.
-        run: Runs the step on a batch.
-        note: Called with every loss, before it is scaled.
+        run: Function that runs the step on a batch.
+        note: Function called with every loss before scaling.
     """
     scaler = grad_scaler(trainer)
 
@@ -149,33 +153,31 @@ class NoLossError(RuntimeError):
 
 
 def refused(error: IndependentLossError, needed_by: str) -> RuntimeError:
-    """Return what to raise for a loss that no attack can raise."""
+    """Return the error for a loss that does not depend on the inputs."""
     return RuntimeError(
-        f"{needed_by}: {error} If another part of the batch is the input, name it by input_key; else compute "
-        "the loss from it with gradients, without detach() and torch.no_grad()."
+        f"{needed_by}: {error} If another part of the batch is the input, set input_key to it. Otherwise compute "
+        "the loss from the input with gradients, without detach() and torch.no_grad()."
     )
 
 
 def _space_of(bounds: Any, mean: Any, std: Any) -> tuple[Any, Any, Any]:
-    """Check the settings of the space in which inputs lie, and return them as tuples."""
+    """Check bounds, mean and std, and return them as tuples."""
     if (mean is None) != (std is None):
-        raise ValueError(f"mean and std belong together; got mean={mean} and std={std}.")
+        raise ValueError(f"mean and std must be set together; got mean={mean} and std={std}.")
     means, stds = _numbers(mean, "mean"), _numbers(std, "std")
     for value in stds or ():
         check_above(value, 0.0, "std")
     if means and stds and len(means) != len(stds) and 1 not in (len(means), len(stds)):
         raise ValueError(
-            f"mean and std must have a number for each channel, or one for all; got {len(means)} and {len(stds)}."
+            f"mean and std must have one number per channel, or one for all; got {len(means)} and {len(stds)}."
         )
     if bounds is None:
         return None, means, stds
     pair = tuple(float(bound) for bound in bounds)
     if len(pair) != 2 or not pair[0] < pair[1]:
-        raise ValueError(
-            f"bounds must be the least and the largest value of an input, such as [0, 1]; got {list(pair)}."
-        )
+        raise ValueError(f"bounds must be the minimum and the maximum of an input, such as [0, 1]; got {list(pair)}.")
     for bound in pair:
-        _check_magnitude(bound, "bounds", "Where inputs have a limit on one side only, give a number that none reaches")
+        _check_magnitude(bound, "bounds", "If inputs have only one limit, set the other bound to a number out of reach")
     return pair, means, stds
 
 
@@ -184,12 +186,12 @@ def _numbers(values: Sequence[float] | float | None, parameter: str) -> tuple[fl
         return None
     numbers = (float(values),) if isinstance(values, (int, float)) else tuple(float(value) for value in values)
     if not numbers:
-        raise ValueError(f"{parameter} must be a number, or one for each channel; got {list(numbers)}.")
+        raise ValueError(f"{parameter} must be a number, or one per channel; got {list(numbers)}.")
     for number in numbers:
-        _check_magnitude(number, parameter, "Give the one by which the inputs were normalised")
+        _check_magnitude(number, parameter, "Use the value with which the inputs were normalized")
     return numbers
 
 
 def _check_magnitude(value: float, parameter: str, hint: str) -> None:
     if not abs(value) <= _LARGEST:
-        raise ValueError(f"{parameter} must be finite, and at most {_LARGEST:g}; got {value}. {hint}.")
+        raise ValueError(f"{parameter} must be finite and at most {_LARGEST:g}; got {value}. {hint}.")

@@ -1,4 +1,4 @@
-"""How a module classifies one batch under several attacks: shows when training has overfitted to the attack it uses."""
+"""Accuracy of a module on one batch under two attacks, to detect overfitting to the attack of the training."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -19,13 +19,13 @@ from lightning_grad.functional.data_pruning.scores import is_correct
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.reporting import first_sentence
 
-_STEPS = 10  # of the stronger attack
-_COLLAPSE = 0.5  # of the accuracy under the attack of the training
-_GAP = 0.3  # between the two; on small batches they differ by less
+_STEPS = 10  # steps of the stronger attack
+_COLLAPSE = 0.5  # warn if the stronger attack leaves less than this share of the accuracy under the training attack,
+_GAP = 0.3  # and the accuracies differ by more than this, which small batches do not by chance
 
 
 class _UnknownAccuracyError(RuntimeError):
-    """A step does not show how it classifies its batch."""
+    """The step does not show how it classifies its batch."""
 
 
 @dataclass
@@ -35,28 +35,28 @@ class OverfittingCheck:
     Args:
         attack: The attack of the training.
         seed: Seed of the random starts.
-        display_name: Who asks, for messages.
+        display_name: Name of the callback in messages.
     """
 
     attack: Attack
     seed: int
     display_name: str
     _kept: tuple[Place, Any, Any, Any] | None = field(default=None, init=False)
-    _has_told: bool = field(default=False, init=False)
+    _has_reported: bool = field(default=False, init=False)
 
     def keep(self, place: Place, batch: Any, args: Any, kwargs: Any) -> None:
-        """Keep the arguments of the first step of an epoch, and where its input is."""
+        """Store the arguments of the first step of an epoch and the place of its input."""
         if self._kept is None:
             self._kept = (place, copy_of(batch), args, kwargs)
 
     def forget(self) -> None:
-        """Let go of what is kept: another epoch begins."""
+        """Drop the stored step at the end of an epoch."""
         self._kept = None
 
     def run(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return the accuracies by name, those that are known on some rank, and warn if the stronger one is much lower.
+        """Return the known accuracies by name, and warn if the one under the stronger attack is much lower.
 
-        To be called on every rank, also by one that has kept nothing.
+        Call it on every rank, including ranks that have stored no step.
         """
         names, found = ("attack_accuracy", "pgd_accuracy"), [math.nan, math.nan]
         if self._kept is not None:
@@ -66,7 +66,7 @@ class OverfittingCheck:
                 with quiet(trainer, trainer.lightning_module, check=False, display_name=self.display_name):
                     found = self._accuracies(trainer, dict(zip(purposes, attacks, strict=True)), *self._kept)
             except _UnknownAccuracyError as error:
-                self._tell_unknown(error)
+                self._report_unknown(error)
         easy, robust = mean_over_ranks(trainer, torch.tensor(found)).tolist()
         if robust < _COLLAPSE * easy and easy - robust > _GAP:
             rank_zero_warn(
@@ -79,7 +79,7 @@ class OverfittingCheck:
     def _accuracies(
         self, trainer: pl.Trainer, attacks: dict[str, Attack], place: Place, batch: Any, args: Any, kwargs: Any
     ) -> list[float]:
-        """Return the accuracy under each attack; their names are what the random numbers are for."""
+        """Return the accuracy under each attack; the keys of ``attacks`` seed the random numbers."""
 
         def run(shown: Any) -> Any:
             with trainer.precision_plugin.train_step_context():
@@ -94,7 +94,7 @@ class OverfittingCheck:
                 attacked = attack(loss_of, clean, generator, place.support(batch))
             except (NoLossError, IndependentLossError) as error:
                 raise _UnknownAccuracyError(str(error)) from None
-            # With gradients: a step may take some itself, as a gradient penalty does.
+            # With gradients, because a step may compute some itself, such as a gradient penalty.
             with place.shown(copy_of(batch), attacked) as shown, torch.enable_grad(), LossCapture() as capture:
                 run(shown)
             try:
@@ -103,10 +103,10 @@ class OverfittingCheck:
                 raise _UnknownAccuracyError(f"{first_sentence(error)}.") from None
         return [float(accuracy) for accuracy in found]
 
-    def _tell_unknown(self, error: _UnknownAccuracyError) -> None:
-        if not self._has_told:
+    def _report_unknown(self, error: _UnknownAccuracyError) -> None:
+        if not self._has_reported:
             rank_zero_info(
-                f"{self.display_name} leaves out the accuracies of check_every_n_epochs: {error} AdversarialEvaluation "
-                "measures what the module itself logs; check_every_n_epochs=None turns the check off."
+                f"{self.display_name} skips the accuracies of check_every_n_epochs: {error} Use AdversarialEvaluation "
+                "to measure the metrics that the module logs, or set check_every_n_epochs=None to turn the check off."
             )
-        self._has_told = True
+        self._has_reported = True

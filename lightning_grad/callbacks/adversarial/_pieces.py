@@ -1,4 +1,4 @@
-"""Several tensors as one, (B, ...), so that they can be attacked together, and back."""
+"""Join several tensors into one of shape (B, ...), so that they can be attacked together, and split it again."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def joined(pieces: Sequence[Tensor], are_samples: bool) -> Tensor:
-    """Return one tensor of all, those that are smaller filled up with values from their edge.
+    """Return all pieces as one tensor; smaller ones are padded by repeating their last values.
 
     Args:
-        pieces: Tensors of as many dimensions each.
-        are_samples: Whether each is a sample, rather than a batch.
+        pieces: Tensors with the same number of dimensions.
+        are_samples: Whether each piece is a sample rather than a batch.
 
     Example:
         >>> joined([torch.ones(1, 2), torch.full((1, 1), 2.0)], True).tolist()
@@ -23,7 +23,7 @@ def joined(pieces: Sequence[Tensor], are_samples: bool) -> Tensor:
 
 
 def parted(whole: Tensor, pieces: Sequence[Tensor], are_samples: bool) -> list[Tensor]:
-    """Return what of a joined tensor belongs to each piece, as views.
+    """Split a joined tensor into views with the shapes of the pieces.
 
     Example:
         >>> pieces = [torch.ones(1, 2), torch.full((1, 1), 2.0)]
@@ -40,7 +40,7 @@ def parted(whole: Tensor, pieces: Sequence[Tensor], are_samples: bool) -> list[T
 
 
 def support_of(pieces: Sequence[Tensor], are_samples: bool) -> Tensor | None:
-    """Return where a joined tensor belongs to a piece, 1 there and 0 elsewhere; ``None`` if everywhere.
+    """Return a mask of a joined tensor, 1 for values and 0 for padding; ``None`` if there is no padding.
 
     Example:
         >>> support_of([torch.ones(1, 2), torch.ones(1, 1)], True).tolist()
@@ -57,7 +57,7 @@ def support_of(pieces: Sequence[Tensor], are_samples: bool) -> Tensor | None:
 def _filled_up(row: Tensor, size: tuple[int, ...]) -> Tensor:
     if not row.numel():
         return row.new_zeros((len(row), *size))
-    # With values from its edge, in its own channels: others might lie outside the bounds.
+    # Pad with values of the same channel: any other value might lie outside the bounds.
     for dim, length in enumerate(size, 1):
         if row.shape[dim] < length:
             row = row.index_select(dim, torch.arange(length, device=row.device).clamp(max=row.shape[dim] - 1))

@@ -1,7 +1,7 @@
-"""What a module keeps from step to step, held a second time, so that it can be run on other inputs beside the real ones.
+"""A second copy of a module's state, so that the module can also run on other inputs without affecting its real run.
 
-Metrics, buffers and plain attributes (numbers, tensors, lists of outputs) are exchanged; parameters and submodules are the
-same. Unlike in ``quiet``, what has happened in the second state stays there until it is used again.
+Metrics, buffers and plain attributes (numbers, tensors, lists of outputs) are swapped; parameters and submodules are
+shared. ``quiet`` discards changes; here the second state keeps them for its next use.
 """
 
 import copy
@@ -22,11 +22,14 @@ from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 _METRICS = (Metric, MetricCollection)
 _COPIED = (np.ndarray, np.random.Generator, np.random.RandomState, random.Random)
 _HYPERPARAMETERS = ("_hparams", "_hparams_initial", "_hparams_name")
-_OURS = "_lightning_grad"  # what techniques keep on a module, such as views of its weights
+_OURS = "_lightning_grad"  # prefix of attributes that techniques set on a module, such as views of its weights
 
 
 class SecondState:
-    """A copy of the state that a module has now, to be used beside its own.
+    """A copy of the current state of a module.
+
+    Swapping all state in and out is the only way to run the module's own code twice per batch with separate
+    metrics and output lists: the code reads them by attribute name from the module itself.
 
     Args:
         pl_module: The module.
@@ -35,7 +38,8 @@ class SecondState:
     def __init__(self, pl_module: pl.LightningModule) -> None:
         internal = {*vars(pl.LightningModule()), *_HYPERPARAMETERS}
         modules = list(_outside_metrics(pl_module, set()))
-        # An LSTM has its weights in a list too. They are the same, and so is a buffer: its contents are exchanged.
+        # Attributes may also refer to weights and buffers, such as the list of weights of an LSTM. Do not copy these:
+        # weights are shared, and buffers swap their contents.
         same = [*pl_module.parameters(), *(b for module in modules for b in module._buffers.values() if b is not None)]
         memo: dict[int, Any] = {id(tensor): tensor for tensor in same}
         with torch.inference_mode(False), torch.no_grad():
@@ -43,23 +47,23 @@ class SecondState:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Let the module have this state, and afterwards its own again."""
+        """Return a context in which the module has this state; afterwards it has its own again."""
         for part in self._parts:
             part.enter()
         try:
             yield
         finally:
-            for part in reversed(self._parts):  # a buffer that two modules share is exchanged twice
+            for part in reversed(self._parts):  # in reverse, because a buffer shared by two modules is swapped twice
                 part.leave()
 
     def take_buffers(self) -> None:
-        """Copy the buffers anew, from those that the module has by now."""
+        """Replace the copied buffers by copies of the module's current ones."""
         for part in self._parts:
             part.take_buffers()
 
 
 class _Part:
-    """The state of one module, without its submodules'."""
+    """The state of one module without its submodules."""
 
     def __init__(self, module: nn.Module, internal: set[str], memo: dict[int, Any]) -> None:
         self._module = module
@@ -76,7 +80,7 @@ class _Part:
         return {name: None if b is None else _clone(b) for name, b in self._module._buffers.items()}
 
     def _own(self) -> dict[str, Any]:
-        # Methods that are wrapped on the instance stay.
+        # Keep code: methods may be wrapped on the instance.
         attributes, internal = vars(self._module).items(), self._internal
         return {k: v for k, v in attributes if k not in internal and not k.startswith(_OURS) and not is_code(v)}
 
@@ -84,13 +88,14 @@ class _Part:
         return {name: child for name, child in self._module._modules.items() if isinstance(child, _METRICS)}
 
     def enter(self) -> None:
-        """Give the module this state, and keep its own."""
+        """Swap this state into the module and store the module's own."""
         self._exchange()
         buffers = self._module._buffers
         self._lent, self._contents = dict(buffers), self._copied_buffers()
         for name, other in self._buffers.items():
             own = buffers.get(name)
-            if own is not None and other is not None and _alike(own, other):  # compiled code looks at the object
+            # Copy into the same tensor where possible: compiled code holds a reference to it.
+            if own is not None and other is not None and _alike(own, other):
                 put_back([(own, other)])
             else:
                 buffers[name] = other
@@ -98,7 +103,7 @@ class _Part:
             del buffers[name]
 
     def leave(self) -> None:
-        """Give the module its own state back, and keep this one."""
+        """Swap the module's own state back in and store this one."""
         self._exchange()
         self.take_buffers()
         self._module._buffers.clear()
@@ -127,7 +132,7 @@ def _outside_metrics(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Mod
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # with an inference tensor nothing could be attacked
+    with torch.inference_mode(False), torch.no_grad():  # an attack cannot differentiate through inference tensors
         return dressed(plain_tensor(tensor).detach().clone(), tensor)
 
 
@@ -137,18 +142,20 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _twin(value: Any, memo: dict[int, Any]) -> Any:
-    """Return a copy of what a step may change; what is known twice stays one thing, all else is shared.
+    """Return a copy of everything in a value that a step may change; the rest is shared.
+
+    References to the same object stay references to one copy.
 
     Args:
         value: The value.
-        memo: What stands for an object in the copy, by the object's identity; it is filled.
+        memo: Copies by the id of their original, as in ``copy.deepcopy``; new ones are added.
     """
     _decide(value, memo, set())
     return copy.deepcopy(value, memo)
 
 
 def _decide(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
-    """Note for all that a value leads to what stands for it, where that is not what ``deepcopy`` would make of it."""
+    """Add to ``memo`` what replaces each object in a value for which the default of ``deepcopy`` is wrong."""
     if id(value) in memo or id(value) in seen:
         return
     seen.add(id(value))
@@ -156,7 +163,7 @@ def _decide(value: Any, memo: dict[int, Any], seen: set[int]) -> None:
         memo[id(value)] = value if isinstance(value, nn.Parameter) else _clone(value)
     elif isinstance(value, torch.Generator):
         memo[id(value)] = torch.Generator(value.device).set_state(value.get_state())
-    elif isinstance(value, _METRICS):  # networks in it share their weights
+    elif isinstance(value, _METRICS):  # copy the metric, but share the weights of networks inside it
         seen.update(map(id, value.modules()))
         for part in (part for module in value.modules() for part in vars(module).values()):
             _decide(part, memo, seen)

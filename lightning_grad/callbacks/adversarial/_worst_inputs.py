@@ -1,6 +1,6 @@
-"""Finding the inputs, near those of an evaluation batch, for which the loss is highest.
+"""Find the inputs with the highest loss near those of an evaluation batch.
 
-An evaluation step need not return a loss: what it returns counts or, if nothing, what it computes.
+An evaluation step need not return a loss. If it does not, the loss that it computes is used.
 """
 
 from collections import OrderedDict
@@ -29,15 +29,15 @@ Step = Callable[[Any], Any]
 
 @dataclass
 class WorstInputs:
-    """Attacks batches, and remembers of each loader where its batches are attacked, and which step shows the loss.
+    """Attacks batches, and stores per loader where its input is and which step shows its loss.
 
     Args:
         attack: The attack.
-        restarts: How often each batch is attacked; of each sample the input with the highest loss counts.
-        input_key: Where the input is.
-        loss_index: Index of the loss call to raise.
+        restarts: Number of attacks per batch; for each sample the input with the highest loss is used.
+        input_key: Key of the input in the batch.
+        loss_index: Index of the loss call to maximize.
         seed: Seed of the random starts.
-        needed_by: Who asks, for errors.
+        needed_by: Name of the callback in errors.
     """
 
     attack: Attack
@@ -50,24 +50,24 @@ class WorstInputs:
 
     @property
     def names(self) -> list[str]:
-        """What was attacked so far."""
+        """Names of the inputs attacked so far."""
         return list(dict.fromkeys(name for place, _ in self._places.values() for name in place.names))
 
     def run(self, trainer: pl.Trainer, step: Step, batch: Any, batch_idx: int, loader: Any) -> tuple[Place, Tensor]:
-        """Attack a batch; inside of ``quiet``, with gradients.
+        """Attack a batch. Call it inside ``quiet`` and with gradients enabled.
 
         Args:
             trainer: The trainer.
-            step: Runs the evaluation step on a batch.
+            step: Function that runs the evaluation step on a batch.
             batch: The batch.
-            batch_idx: Its number.
-            loader: Which loader it is from.
+            batch_idx: Its index.
+            loader: Index of its loader.
 
         Returns:
-            tuple: Where its input is, and the attacked input.
+            tuple: The place of its input, and the attacked input.
         """
         batch = map_tensors(batch, lambda tensor: clone_of(tensor) if tensor.is_inference() else tensor)
-        torch.clear_autocast_cache()  # older versions of torch would take what they have cast in inference mode
+        torch.clear_autocast_cache()  # older versions of torch would reuse weights cast in inference mode
         steps = _steps(trainer, step, batch_idx)
         if loader not in self._places:
             self._places[loader] = self._place_of(trainer.lightning_module, batch, steps)
@@ -76,13 +76,13 @@ class WorstInputs:
         try:
             return place, self._worst(trainer, place, batch, steps[name], purpose)
         except Exception as error:
-            # A step may fail on an input that has a gradient, for one batch only: where it draws a picture, say.
+            # A step may fail for some batches on an input with a gradient, for example where it draws a picture.
             for other in (other for own, other in steps.items() if own != name):
                 with suppress(Exception):
                     return place, self._worst(trainer, place, batch, other, purpose)
             error.add_note(
-                f"{self.needed_by} ran {name} on an input that has a gradient, to attack it. If that fails because a tensor "
-                "was made in inference mode, use Trainer(inference_mode=False)."
+                f"{self.needed_by} ran {name} on an input that requires a gradient, to attack it. If this fails because "
+                "a tensor was created in inference mode, use Trainer(inference_mode=False)."
             )
             raise
 
@@ -94,30 +94,31 @@ class WorstInputs:
             return place, self._find_step(steps, shown, len(clean))
 
     def _find_step(self, steps: Mapping[str, Step], batch: Any, samples: int) -> str:
-        """Return the name of the first step that has a loss; for several restarts, that of each sample.
+        """Return the name of the first step that shows its loss, with several restarts the loss of each sample.
 
         Raises:
-            RuntimeError: If none has.
+            RuntimeError: If no step does.
         """
         reasons, several = [], self.restarts > 1
         for name, step in steps.items():
             try:
-                total, each, reason = run_for_loss(
-                    step, copy_of(batch), samples, self.loss_index
-                )  # it may write into it
-            except Exception as error:  # a training_step need not know what a validation loader yields
+                # A copy, because a step may write into its batch.
+                total, each, reason = run_for_loss(step, copy_of(batch), samples, self.loss_index)
+            except Exception as error:  # training_step may not support batches of a validation loader
                 reasons.append(f"{name} fails on its batch ({type(error).__name__}: {error})")
                 continue
             if (each if several else total) is not None:
                 return name
             reasons.append(f"{name} shows none{f' ({reason})' if reason else ''}")
-        kind = "the loss of each sample, for several restarts" if several else "a loss to raise"
+        kind = "the loss of each sample for several restarts" if several else "a loss to maximize"
         raise RuntimeError(
-            f"{self.needed_by} needs {kind}: {'; '.join(reasons)}. Compute it in {next(iter(steps))} by a loss of "
-            f"torch.nn.functional{'' if several else ', or return it'}; of several, set loss_index=0 for the first."
+            f"{self.needed_by} needs {kind}, but {'; '.join(reasons)}. Compute it in {next(iter(steps))} with a loss "
+            f"of torch.nn.functional{'' if several else ', or return it'}. If there are several losses, set "
+            "loss_index=0 to use the first."
         )
 
     def _worst(self, trainer: pl.Trainer, place: Place, batch: Any, step: Step, purpose: str) -> Tensor:
+        """Attack the batch ``restarts`` times and return, for each sample, the input with the highest loss."""
         clean = place.inputs(batch, step)
 
         def losses(shown: Any) -> tuple[Tensor | None, Tensor | None, str]:
@@ -146,13 +147,13 @@ class WorstInputs:
 
     def _without_loss(self) -> RuntimeError:
         return RuntimeError(
-            f"{self.needed_by}: the step that showed a loss for the first batch of a loader shows none for a later one. "
-            "Compute it for every batch."
+            f"{self.needed_by}: the step showed a loss for the first batch of a loader, but none for a later one. "
+            "Compute the loss for every batch."
         )
 
 
 def _steps(trainer: pl.Trainer, step: Step, batch_idx: int) -> dict[str, Step]:
-    """Return the steps whose loss may be raised, in the order in which they are asked."""
+    """Return the steps whose loss an attack may use, in the order in which they are tried."""
     pl_module = trainer.lightning_module
 
     def train(shown: Any) -> Any:
@@ -173,16 +174,18 @@ def run_for_loss(
         step: The step.
         batch: The batch.
         samples: Number of samples in it.
-        loss_index: Index of the loss call to return; ``None`` for what it returns, or for the only one.
+        loss_index: Index of the loss call to return.
+            ``None`` for the loss that the step returns, or its only loss call.
 
     Returns:
-        tuple: The loss of the batch, a scalar, and that of each sample, (B,), each ``None`` if there is none; and why the
-        latter is not seen, where the step computes something that may be meant.
+        tuple: The scalar loss of the batch and the losses of its samples, (B,), each ``None`` if there is none.
+            Third, why
+        the losses of the samples cannot be read, if the step computes losses that may be meant.
     """
     with LossCapture(samples, keep_graph=True) as capture:
         returned = loss_of_output(step(batch))
     each, reason = _each(capture, loss_index)
-    # Logits that are returned are no loss.
+    # A step may return logits, which are not a loss.
     returned = returned if returned is not None and returned.requires_grad and returned.numel() == 1 else None
     if (loss_index is not None or returned is None) and each is not None:
         return each.sum(), each, ""

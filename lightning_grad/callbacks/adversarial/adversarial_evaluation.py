@@ -1,4 +1,4 @@
-"""Measuring how a module does on attacked inputs, beside its own validation and by the same code."""
+"""Evaluate a module on attacked inputs, by the code of its own validation."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -29,18 +29,19 @@ from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _BY_HAND = yes(
-    "`validation_step` must return a loss, or call one of `torch.nn.functional`. The loss of `training_step` is not available."
+    "`validation_step` must return a loss, or call one of `torch.nn.functional`. The loss of `training_step` cannot be "
+    "used."
 )
-_SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that run on attacked inputs just now
+_SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that are currently in their second run
 
 
 @dataclass
 class Evaluation:
-    """What one validation or test has.
+    """The state of one validation or test.
 
     Args:
-        second: What the module holds in its second run.
-        fresh: The same when the epoch began.
+        second: State of the module in its second run.
+        fresh: The same at the start of the epoch.
         attacked: Output of the step on the attacked batch, and that batch.
     """
 
@@ -57,49 +58,57 @@ class AdversarialEvaluation(GradCallback):
             \mathbb 1\bigl[f_\theta(x_i + \delta_i) = y_i\bigr], \qquad
         \delta_i \approx \operatorname*{arg\,max}_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x_i + \delta), y_i)
 
-    for a module that logs its accuracy as ``val_acc``; whatever else it logs is treated the same. After each batch, PGD
-    attacks it through the module's own loss, and the module's own ``validation_step`` and hooks run on the result, with
-    metrics and lists of outputs of their own. It takes part in ``trainer.validate`` and ``trainer.test`` too.
+    for a module that logs its accuracy as ``val_acc``; everything else that it logs is treated the same. After
+    each batch, PGD attacks the batch through the module's own loss. Then the module's own ``validation_step``
+    and hooks run on the result, with separate metrics and lists of outputs. ``trainer.validate`` and
+    ``trainer.test`` are repeated too.
 
     Args:
-        epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
+        epsilon: Radius of the ball in units of the input, or of pixels if mean and std are set.
+            The default is 8/255, as on CIFAR-10.
         steps: Steps of PGD (20 in arXiv 1706.06083, section 5).
-        restarts: Attacks on each batch; of each sample the one with the highest loss counts. Above 1, the loss of each
-            sample must be seen.
+        restarts: Attacks per batch; for each sample the one with the highest loss counts.
+            With more than one, the loss of each sample must be readable.
         every_n_validations: Attack every this many validations of a fit, beginning with the first.
             Trainer.validate and Trainer.test always attack.
-        step_size: Step size; by default 2.5 epsilon / steps, as in the released code of arXiv 1706.06083.
+        step_size: Step size of PGD. Default: 2.5 epsilon / steps.
+            The default is that of the released code of arXiv 1706.06083.
         norm: Norm of the ball, "linf" or "l2".
-        random_start: Begin at a random point of the ball.
-        bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
-        mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
-        std: Standard deviation by which inputs were divided.
-        input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
-            or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
-            mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
-            before it, the output of the first nn.Embedding.
-        loss_index: Index, from 0, of the loss call to raise; by default what the step returns, or the only one.
+        random_start: Whether to start at a random point of the ball.
+        bounds: Minimum and maximum of an input, such as [0, 1]; None for no limit.
+        mean: Mean with which inputs were normalized, one number or one per channel.
+            With mean and std, epsilon and bounds are in pixels.
+        std: Standard deviation by which inputs were divided, one number or one per channel.
+        input_key: Key or position of the input in the batch, or "embedding".
+            Join nested keys by dots; "*" stands for every item of a list. Default: the first floating-point
+            tensor with at least two dimensions whose name is not that of a target, mask or weight; if the batch
+            is a list of samples, that tensor of every sample. If there is none, or an integer tensor comes
+            first: the output of the first nn.Embedding.
+        loss_index: Index, from 0, of the loss call to maximize.
+            Default: the loss that the step returns, or its only loss call.
         seed: Seed of random starts, which are the same in every validation.
         name: Name of this instance, part of its keys: ``adversarial/<name>/val_acc``.
 
     Raises:
-        ValueError: In the constructor for a number out of its range. In setup for sharded strategies, and a module without
-            ``validation_step`` (``test_step`` in a test), or one that takes ``dataloader_iter``. At the first batch for inputs
-            outside the bounds.
-        TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
-            embedding; or if the input is sparse or nested.
-        RuntimeError: At the first batch, if neither the step nor ``training_step`` shows a loss that depends on the input.
+        ValueError: In the constructor for a number out of its range. In setup for sharded strategies, and a
+            module without ``validation_step`` (``test_step`` in a test), or one that takes ``dataloader_iter``.
+            At the first batch for inputs outside the bounds.
+        TypeError: At the first batch, if it has no floating-point tensor, or an integer tensor comes first, and
+            the module has no embedding; or if the input is sparse or nested.
+        RuntimeError: At the first batch, if neither the step nor ``training_step`` shows a loss that depends on
+            the input.
 
-    **Hooks.** ``validation_step`` and the module's own hooks around it are wrapped on the instance. The loss is what the step
-    returns, or computes by a loss of ``torch.nn.functional``, or else that of ``training_step`` on the same batch.
+    **Hooks.** ``validation_step`` and the module's own hooks around it are wrapped on the instance. The
+    attacked loss is the one that the step returns, or computes with a loss of ``torch.nn.functional``.
+    Otherwise it is the loss of ``training_step`` on the same batch.
 
-    **Logs** ``adversarial/<key>`` for every key that the module logs in validation, when it does. Loggers are mute while it
-    runs on attacked inputs, so that figures come once.
+    **Logs** ``adversarial/<key>`` for every key that the module logs in validation, at the same time. Loggers
+    are muted in the second run, so that figures are logged once.
 
     **State.** The number of validations.
 
-    **Cost.** A forward and a backward pass to the input for each step: with 20 steps some 50 validations, and as many more
-    for each restart; see docs/benchmarks.md.
+    **Cost.** A forward pass and a backward pass to the input per step: with 20 steps about 50 validations, and
+    as many for each restart; see docs/benchmarks.md.
 
     Example:
         .. code-block:: yaml
@@ -151,7 +160,7 @@ class AdversarialEvaluation(GradCallback):
         self._attack = Attack(epsilon, steps, step_size, norm, random_start, bounds, mean, std)
         if restarts > 1 and not random_start:
             raise ValueError(
-                f"restarts={restarts} without random_start would repeat one attack. Keep random_start=True."
+                f"restarts={restarts} with random_start=False would repeat the same attack. Set random_start=True."
             )
         self.epsilon = epsilon
         self.steps = steps
@@ -176,15 +185,16 @@ class AdversarialEvaluation(GradCallback):
         self.works_with().refuse(self.display_name, trainer, pl_module)
         if not overrides(pl_module, step):
             raise ValueError(
-                f"{self.display_name} runs {step} on attacked inputs, and {type(pl_module).__name__} has none. Write a "
-                f"{step} that returns or logs a metric, or drop the callback."
+                f"{self.display_name} runs {step} on attacked inputs, but {type(pl_module).__name__} has none. Write a "
+                f"{step} that returns a loss or logs a metric, or remove the callback."
             )
         refuse_dataloader_iter(getattr(pl_module, step), self.display_name)
         if self.fitting and not trainer.enable_validation:
             self._warn_of_no_validation()
         if getattr(trainer, "barebones", False):
             rank_zero_warn(
-                f"{self.display_name} logs once more what the module logs, and Trainer(barebones=True) logs nothing. Drop one."
+                f"{self.display_name} repeats what the module logs, but Trainer(barebones=True) logs nothing. Remove "
+                "one of the two."
             )
         for hook in (template.format(_STAGES[stage]) for template in _HOOKS):
             around = partial(self._twice, trainer, hook)
@@ -193,9 +203,9 @@ class AdversarialEvaluation(GradCallback):
     def _warn_of_no_validation(self) -> None:
         if not self._has_warned:
             rank_zero_warn(
-                f"{self.display_name} attacks the batches of validations, and this fit has no validation. Give fit() a "
-                "validation loader, limit_val_batches above 0, and check_val_every_n_epoch of at most max_epochs; or "
-                "measure after the fit, by trainer.validate() or trainer.test()."
+                f"{self.display_name} attacks validation batches, but this fit has no validation. Pass a validation "
+                "loader to fit(), and set limit_val_batches above 0 and check_val_every_n_epoch to at most max_epochs. "
+                "Or measure after the fit with trainer.validate() or trainer.test()."
             )
         self._has_warned = True
 
@@ -206,16 +216,16 @@ class AdversarialEvaluation(GradCallback):
             if self.every_n_validations == 1
             else f"one of every {self.every_n_validations} validations"
         )
-        self.announce(f"runs {often} once more on inputs attacked by PGD ({self._attack.described})", "inputs")
+        self.announce(f"runs {often} a second time on inputs attacked by PGD ({self._attack.described})", "inputs")
 
     @override
     def chosen(self) -> Chosen:
-        """Return the inputs that were attacked so far; before the first validation, none."""
+        """Return the inputs attacked so far; none before the first validation."""
         return replace(super().chosen(), names=self._search.names)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # The sanity check or Lightning itself has asked for the loaders by now, if the first epoch is validated.
+        # The loaders exist by now if the first epoch is validated.
         is_empty = trainer.val_dataloaders is not None and not sum(trainer.num_val_batches)
         epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
         comes_too_late = epochs is not None and every is not None and 0 <= epochs < every
@@ -248,24 +258,25 @@ class AdversarialEvaluation(GradCallback):
     # Around the module's hooks.
 
     def _twice(self, trainer: pl.Trainer, hook: str, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a hook of the module as usual, then a second time in the second state, on the attacked batch."""
         evaluation, pl_module = self._evaluation, trainer.lightning_module
         if evaluation is None or pl_module in _SECOND or is_quiet(pl_module):
             return inner(*args, **kwargs)
         if hook.endswith("_step"):
             batch, *rest = args
-            kept = copy_of(batch)  # the step may change what it gets
+            kept = copy_of(batch)  # the step may write into its batch
             output = inner(*args, **kwargs)
             evaluation.attacked = self._step(trainer, evaluation, inner, kept, *rest, **kwargs)
             return output
         if hook.endswith("_epoch_start"):
-            evaluation.second.take_buffers()  # averaged weights have come since, with buffers of their own
+            evaluation.second.take_buffers()  # weight averaging may have swapped the buffers since
         again = copy_of(args) if hook.endswith("_batch_start") and overrides(pl_module, hook) else args
         output = inner(*args, **kwargs)
         if hook.endswith("_batch_end") and evaluation.attacked is not None:
             again = (*evaluation.attacked, *args[2:])
         with self._as_second(trainer, evaluation.second):
             inner(*again, **kwargs)
-        if hook.endswith("_epoch_start"):  # which may make the lists that a step needs
+        if hook.endswith("_epoch_start"):  # it may create the lists that a step appends to
             with evaluation.second.used():
                 evaluation.fresh = SecondState(pl_module)
         return output
@@ -273,12 +284,12 @@ class AdversarialEvaluation(GradCallback):
     def _step(
         self, trainer: pl.Trainer, now: Evaluation, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Attack the batch, run the step on it, and return what it returns and what it got."""
+        """Attack the batch, run the step on it, and return the output and the attacked batch."""
 
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
-        if batch is None:  # which a collate function may give for samples that it rejects
+        if batch is None:  # a collate_fn may return None if it rejects all samples
             with self._as_second(trainer, now.second):
                 return run(None), None
         batch_idx, loader = (*args, 0, 0)[:2]
@@ -289,13 +300,14 @@ class AdversarialEvaluation(GradCallback):
 
     @contextmanager
     def _looking(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
-        """Let the module run with gradients, in a copy of its second state, and without a trace."""
+        """Return a context for running the module with gradients, in a scratch copy of its second state."""
         pl_module, state = trainer.lightning_module, evaluation.second
-        # What has gathered since the start is not copied for each batch, unless something is set before each batch.
+        # Copy the state from the start of the epoch rather than the outputs gathered since, which would cost more with
+        # each batch, unless a hook before each batch may have set something that the step needs.
         stage = "test" if trainer.testing else "validation"
         if evaluation.fresh is not None and not overrides(pl_module, f"on_{stage}_batch_start"):
             state = evaluation.fresh
-        # Inference tensors have no gradient, and what was counted in inference mode cannot be counted further outside of it.
+        # Inference tensors have no gradient, and metric states created in inference mode cannot be updated outside of it.
         with torch.inference_mode(False), torch.enable_grad():
             with state.used():
                 scratch = SecondState(pl_module)
@@ -304,7 +316,7 @@ class AdversarialEvaluation(GradCallback):
 
     @contextmanager
     def _as_second(self, trainer: pl.Trainer, second: SecondState) -> Iterator[None]:
-        """Let the module run in its second state; it logs under our keys, and loggers and ``print`` are mute."""
+        """Return a context for the second run: second state, keys ``adversarial/...``, loggers and ``print`` muted."""
         pl_module = trainer.lightning_module
         with ExitStack() as stack:
             stack.callback(wrap_method(pl_module, "log", self._log_again, order=WrapOrder.METHOD))
@@ -316,5 +328,5 @@ class AdversarialEvaluation(GradCallback):
 
     def _log_again(self, inner: Callable[..., Any], name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(value, Metric):
-            kwargs.setdefault("metric_attribute", name)  # the metric of the second state is no attribute of the module
+            kwargs.setdefault("metric_attribute", name)  # Lightning does not find it in the module
         inner(self.log_key(name), value, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""Training on inputs that are attacked again in each step. The attacks are functions, in ``functional/adversarial``."""
+"""Adversarial training: attack the inputs of each step. ``functional/adversarial`` has the attacks as functions."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -28,7 +28,7 @@ from lightning_grad.utilities.reporting import is_log_step, log_many
 _PGD_STEPS = 7
 _NO_MANUAL = no(
     "does not work with {}: its training_step also steps, so an attack through it would train",
-    "Train with automatic optimization, or measure by AdversarialEvaluation, which works with both",
+    "Train with automatic optimization, or measure with AdversarialEvaluation, which works with both",
 )
 
 
@@ -38,57 +38,62 @@ class AdversarialTraining(GradCallback):
     .. math::
         \min_\theta \; \mathbb E_{(x, y)} \max_{\lVert \delta \rVert \le \epsilon} L(f_\theta(x + \delta), y)
 
-    The inner maximum is found by one step (FGSM) or several (PGD) along the gradient of the module's own loss, which its own
-    ``training_step`` returns. The real step then sees a new batch in which only the input differs. What the step does in the
-    attack (logs, metrics, BatchNorm, random numbers, gradients) leaves no trace.
+    The inner maximum is approximated by one step (FGSM) or several (PGD) along the gradient of the loss that
+    the module's own ``training_step`` returns. The real step then gets a new batch in which only the input
+    differs. Side effects of the step during the attack (logs, metrics, BatchNorm, random numbers, gradients)
+    are undone.
 
     Args:
-        epsilon: Radius of the ball, in units of the input, or in pixels if mean and std are given (8/255 on CIFAR-10).
-        attack: "fgsm", one step (as good as PGD by the claim of arXiv 2001.03994), or "pgd", several.
+        epsilon: Radius of the ball in units of the input, or of pixels if mean and std are set.
+            The default is 8/255, as on CIFAR-10.
+        attack: "fgsm" for one step (as good as PGD by the claim of arXiv 2001.03994), "pgd" for several.
         steps: Steps of PGD (7 by default, as in the paper's CIFAR-10 training).
-        step_size: Step size; by default 1.25 epsilon for FGSM (epsilon without random start), 2.5 epsilon / steps for PGD.
-        norm: Norm of the ball, "linf" or "l2", the latter over all of a sample.
-        random_start: Begin at a random point of the ball; FGSM without it overfits to itself soon.
-        bounds: Least and largest value that an input can have, such as [0, 1]; None for no limit.
-        mean: Mean by which inputs were normalised, one number or one a channel; epsilon and bounds then count in pixels.
-        std: Standard deviation by which inputs were divided.
-        clean_fraction: Share of the samples of each batch that stay as they are, at least 0 and below 1.
+        step_size: Step size of the attack. Default: 1.25 epsilon for FGSM, 2.5 epsilon / steps for PGD.
+            FGSM without random start uses epsilon.
+        norm: Norm of the ball over each sample, "linf" or "l2".
+        random_start: Whether to start at a random point of the ball; without, FGSM soon overfits.
+        bounds: Minimum and maximum of an input, such as [0, 1]; None for no limit.
+        mean: Mean with which inputs were normalized, one number or one per channel.
+            With mean and std, epsilon and bounds are in pixels.
+        std: Standard deviation by which inputs were divided, one number or one per channel.
+        clean_fraction: Share of the samples of each batch that are not attacked, at least 0 and below 1.
             (arXiv 1412.6572 weights the losses of both by one half.)
-        input_key: Key or position of the input in the batch, joined by dots where nested, "*" for every item of a list,
-            or "embedding". By default the first floating tensor with two dimensions or more that is not named as a target,
-            mask or weight, with those of the other samples where a batch is a list of them; without one, or with integers
-            before it, the output of the first nn.Embedding.
-        warmup_fraction: Share of the run in which epsilon grows from 0, linearly.
-        check_every_n_epochs: Check for overfitting to the attack every this many epochs; None never does.
-            It logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training. FGSM may lose
-            all robustness within an epoch, and only this shows it.
+        input_key: Key or position of the input in the batch, or "embedding".
+            Join nested keys by dots; "*" stands for every item of a list. Default: the first floating-point
+            tensor with at least two dimensions whose name is not that of a target, mask or weight; if the batch
+            is a list of samples, that tensor of every sample. If there is none, or an integer tensor comes
+            first: the output of the first nn.Embedding.
+        warmup_fraction: Share of the run in which epsilon grows linearly from 0.
+        check_every_n_epochs: Check for overfitting to the attack every this many epochs; None disables it.
+            It logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training.
+            FGSM may lose all robustness within an epoch, and only this check shows it.
         seed: Seed of random starts and of the choice of clean samples.
-        total_steps: Length of the run in optimizer steps, where it has no known end; for warmup_fraction. Default: the
-            Trainer's.
+        total_steps: Length of the run in optimizer steps, for warmup_fraction. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
-        ValueError: In the constructor for a number out of its range, steps other than 1 with FGSM, or mean without std. In
-            setup for manual optimization, sharded strategies and ``training_step(dataloader_iter)``. At the start for a
-            warmup in a run whose length is not known. At the first batch for inputs outside the bounds, and an input_key
-            that leads nowhere.
-        TypeError: At the first batch, if the batch holds no floating tensor, or integers before it, and the module no
-            embedding; or if the input is sparse or nested.
-        RuntimeError: At the first batch, if the loss does not depend on the input, the step changes trained parameters, or
-            lazy layers have no size yet.
+        ValueError: In the constructor for a number out of its range, steps other than 1 with FGSM, or mean
+            without std. In setup for manual optimization, sharded strategies and
+            ``training_step(dataloader_iter)``. At the start for warmup_fraction in a run of unknown length. At
+            the first batch for inputs outside the bounds, or an input_key that the batch does not have.
+        TypeError: At the first batch, if it has no floating-point tensor, or an integer tensor comes first, and
+            the module has no embedding; or if the input is sparse or nested.
+        RuntimeError: At the first batch, if the loss does not depend on the input, the step changes trained
+            parameters, or lazy layers have no size yet.
 
-    **Hooks.** ``training_step`` is wrapped on the instance: outside of what reads or weighs the loss, inside of what scores
-    samples, so that these see clean inputs.
+    **Hooks.** ``training_step`` is wrapped on the instance. Techniques that read or weight the loss see
+    attacked inputs; techniques that score samples see clean inputs.
 
-    **Logs** under ``adversarial/``: at log steps ``epsilon`` and ``loss_gain`` (loss of the step less that at the start of
-    the attack); every check_every_n_epochs epochs ``attack_accuracy`` and ``pgd_accuracy`` of one batch, in eval mode. What
-    the module logs in its step is measured under attack.
+    **Logs** under ``adversarial/``: at log steps ``epsilon`` and ``loss_gain`` (the loss of the step minus the
+    loss at the start of the attack); every check_every_n_epochs epochs ``attack_accuracy`` and ``pgd_accuracy``
+    of one batch, in eval mode. Values that the module logs in its step are measured on attacked inputs.
 
-    **State.** None but its settings. Random numbers are those of seed, epoch, batch and rank, so resuming is bit-exact.
+    **State.** None except its settings. Random numbers depend on seed, epoch, batch and rank, so resuming is
+    bit-exact.
 
-    **Cost.** A forward and the input's part of a backward pass for each step of the attack, see docs/benchmarks.md.
+    **Cost.** A forward pass and a backward pass to the input per step of the attack; see docs/benchmarks.md.
 
-    Closures that are evaluated again (LBFGS, SAM) see the same attack each time.
+    Closures that are evaluated several times per step (LBFGS, SAM) see the same attack each time.
 
     Example:
         .. code-block:: yaml
@@ -106,7 +111,7 @@ class AdversarialTraining(GradCallback):
         Goodfellow et al., "Explaining and Harnessing Adversarial Examples", 2015, arXiv 1412.6572 (FGSM, clean_fraction).
         Wong et al., "Fast is better than free: Revisiting adversarial training", 2020, arXiv 2001.03994 (random start).
         Embeddings: Miyato et al., "Adversarial Training Methods for Semi-Supervised Text Classification", 2017, arXiv
-        1605.07725. The ramp of epsilon and check_every_n_epochs are ours.
+        1605.07725. The warm-up of epsilon and check_every_n_epochs are our additions.
     """
 
     namespace: ClassVar[str] = "adversarial"
@@ -146,7 +151,7 @@ class AdversarialTraining(GradCallback):
     ) -> None:
         super().__init__(name)
         if attack == "fgsm" and steps not in (None, 1):
-            raise ValueError(f"attack='fgsm' makes one step; got steps={steps}. Use attack='pgd'.")
+            raise ValueError(f"steps must be None or 1 with attack='fgsm'; got {steps}. Use attack='pgd' for more.")
         number = 1 if attack == "fgsm" else _PGD_STEPS if steps is None else steps
         self._attack = Attack(epsilon, number, step_size, norm, random_start, bounds, mean, std)
         self.epsilon = epsilon
@@ -179,18 +184,18 @@ class AdversarialTraining(GradCallback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError(
-                f"{' and '.join(other.display_name for other in others)} would attack each other's inputs. Keep one of "
-                "them in the list of callbacks."
+                f"{' and '.join(other.display_name for other in others)} would attack each other's inputs. Use only one of "
+                "them per Trainer."
             )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         words = f"trains on inputs attacked by {self.attack.upper()} ({self._attack.described})"
-        self.announce(words if self.epsilon else "trains on the inputs as they are, for epsilon is 0", "inputs")
+        self.announce(words if self.epsilon else "trains on unchanged inputs, because epsilon is 0", "inputs")
 
     @override
     def chosen(self) -> Chosen:
-        """Return the inputs that are attacked; before the first batch, none."""
+        """Return the inputs that are attacked; none before the first batch."""
         return replace(super().chosen(), names=[] if self._place is None else self._place.names)
 
     @override
@@ -215,16 +220,18 @@ class AdversarialTraining(GradCallback):
     # Inside the step.
 
     def _around(self, trainer: pl.Trainer, inner: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run ``training_step`` on attacked inputs; on clean ones outside of training and inside ``quiet``."""
+
         def run(shown: Any) -> Any:
             return inner(shown, *args, **kwargs)
 
         share = self._share(trainer)
-        # A validation_step may call training_step too.
+        # A validation_step may call training_step too, which must see clean inputs.
         if share == 0.0 or not trainer.training or is_quiet(trainer.lightning_module):
             return run(batch)
         try:
             place, inputs = self._attacked_inputs(trainer, batch, run, share)
-        except NoLossError:  # the module passes this batch over
+        except NoLossError:  # the module skips this batch
             return run(batch)
         if self.check_every_n_epochs is not None:
             self._overfitting.keep(place, batch, args, kwargs)
@@ -234,17 +241,17 @@ class AdversarialTraining(GradCallback):
         return output
 
     def _share(self, trainer: pl.Trainer) -> float:
-        """Return the share of epsilon that is reached."""
+        """Return the share of epsilon at this point of the warm-up."""
         if self.epsilon == 0.0 or self.warmup_fraction == 0.0:
             return float(self.epsilon > 0.0)
         return min(1.0, run_progress(trainer, stated=self.total_steps) / self.warmup_fraction)
 
     def _attacked_inputs(self, trainer: pl.Trainer, batch: Any, run: Run, share: float) -> tuple[Place, Tensor]:
-        """Return where the inputs go, and the attacked ones; the same again when the step is evaluated again."""
+        """Return the place of the inputs and the attacked inputs, which are the same if the step is evaluated again."""
         position = (trainer.current_epoch, trainer.fit_loop.batch_idx)
-        # DDP on a GPU gives the tensors in new containers.
+        # Compare tensors, because DDP on a GPU passes them in new containers.
         if self._attacked is not None and self._attacked[0] == position and same_tensors(self._attacked[1], batch):
-            return self._attacked[2]  # an optimizer evaluates its closure again: the problem must stay the same
+            return self._attacked[2]  # LBFGS or SAM evaluates its closure again: the objective must not change
         pl_module, is_first = trainer.lightning_module, self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.display_name)
         way_out = f", or train without {self.display_name}"
@@ -262,14 +269,14 @@ class AdversarialTraining(GradCallback):
             except Exception as error:
                 if not isinstance(error, NoLossError):
                     error.add_note(
-                        f"{self.display_name} ran training_step on an input that has a gradient, to attack it."
+                        f"{self.display_name} ran training_step on an input that requires a gradient, to attack it."
                     )
                 raise
             inputs = _with_clean_samples(attacked, clean, self.clean_fraction, generator)
         self._attacked = (position, batch, (place, inputs))
         return place, inputs
 
-    # What is told.
+    # What is logged.
 
     def _note_start(self, loss: Tensor) -> None:
         if self._start_loss is None:
@@ -282,7 +289,7 @@ class AdversarialTraining(GradCallback):
 
 
 def _with_clean_samples(attacked: Tensor, clean: Tensor, fraction: float, generator: torch.Generator) -> Tensor:
-    """Return attacked inputs of which a share of the samples, chosen at random and rounded down, is clean."""
+    """Return attacked inputs with a random share of clean samples; their number is rounded down."""
     count = int(fraction * len(clean) * (1 + 1e-12))  # 0.29 * 100 is 28.999999999999996
     if count == 0:
         return attacked

@@ -147,22 +147,23 @@ class SkipNonFinite(GradientConditioner):
         where = self._where(step, bad)
         if self.max_in_row is not None and in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.display_name}: {in_row} steps in a row had non-finite gradients, the last in {where}. The likely "
+                f"{self.display_name}: {in_row} steps in a row had non-finite gradients; in the last, {where}. The likely "
                 "cause is the weights, not a batch. Lower the learning rate, or resume from an earlier checkpoint. To "
                 "continue anyway, set max_in_row=None."
             )
         self._warned += 1
         if self._warned <= self.max_warnings:
             last = " Later ones are only counted." if self._warned == self.max_warnings else ""
-            rank_zero_warn(f"{self.display_name} skips a step: not finite in {where}.{last}")
+            rank_zero_warn(f"{self.display_name} skips a step: {where}.{last}")
 
     def _where(self, step: GradientStep, bad: Tensor) -> str:
         names = [name for name, is_bad in zip(step.names, bad.tolist(), strict=True) if is_bad]
         loss = "unknown" if self._loss is None else f"{self._loss.float().mean().item():g}"
         if not names:
-            return f"a gradient of another rank, batch {self._batch_idx} (loss here {loss})"
+            return f"a gradient on another rank is not finite, batch {self._batch_idx} (loss here {loss})"
         first = self._order.sort(names)[0]
-        return f"{first}, first of {len(names)} of {len(bad)} gradients, batch {self._batch_idx} (loss {loss})"
+        count = f"{len(names)} of {len(bad)} gradients are not finite"
+        return f"{count}, starting with {first}, batch {self._batch_idx} (loss {loss})"
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

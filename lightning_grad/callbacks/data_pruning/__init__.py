@@ -1,9 +1,10 @@
-"""Choosing, repeating and weighing training samples.
+"""Callbacks that select, repeat or weight training samples.
 
-One callback a file. ``DataPruning`` has its settings, sources of scores and passes in files of their own; what the two
-that weight losses share is in ``_weighting.py``. The base of those that choose (``core/subset.py``), passes over the training
-set that leave no trace (``core/losses/scoring.py``, ``core/quiet.py``) and losses read out of a step
-(``core/losses/loss_tap.py``) serve all families.
+One callback per file. ``DataPruning`` keeps its settings, sources of scores and passes in separate files; the
+two callbacks that weight losses share ``_weighting.py``. All families can use the base of the callbacks that
+select samples (``core/subset.py``), passes over the training set without side effects
+(``core/losses/scoring.py``, ``core/quiet.py``) and the reading of losses from a step
+(``core/losses/loss_tap.py``).
 """
 
 from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning

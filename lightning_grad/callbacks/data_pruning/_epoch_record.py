@@ -1,4 +1,4 @@
-"""One value of each sample, as the batches of an epoch bring them."""
+"""One value per sample, recorded over the batches of an epoch."""
 
 import lightning.pytorch as pl
 import torch
@@ -8,34 +8,34 @@ from lightning_grad.core.ranks import mean_over_ranks
 
 
 class EpochRecord:
-    """Values of the samples of this epoch, on the device where they arise; nan for samples that have not come yet."""
+    """Values of the samples of this epoch, on the device of the first batch; nan for samples not drawn yet."""
 
     def __init__(self) -> None:
         self.values: Tensor | None = None
 
     def put(self, indices: list[int], values: Tensor, total: int) -> None:
-        """Keep the values of a batch.
+        """Record the values of a batch.
 
         Args:
-            indices: Of its samples in the data set.
-            values: (B,).
+            indices: Indices of its samples in the data set.
+            values: Values of its samples, of shape (B,).
             total: Length of the data set.
 
         Raises:
-            RuntimeError: If the loss was not one of the batch's own samples.
+            RuntimeError: If the numbers of values and indices differ.
         """
         if len(values) != len(indices):
             raise RuntimeError(
-                f"The loss has {len(values)} rows, and the batch {len(indices)} samples: which row belongs to which sample "
-                "cannot be told."
+                f"The loss has {len(values)} rows and the batch has {len(indices)} samples, so rows cannot be matched with "
+                "samples. Return one loss row per sample of the batch."
             )
         if self.values is None:
             self.values = torch.full((total,), float("nan"), device=values.device)
-        self.values = self.values.to(values.device)  # which a resumed run may have elsewhere
+        self.values = self.values.to(values.device)  # a resumed run loads them on the CPU
         self.values[torch.tensor(indices, device=values.device)] = values.detach().to(self.values.dtype)
 
     def take(self, trainer: pl.Trainer) -> Tensor | None:
-        """Return what all ranks have recorded, (n,) on the CPU, and begin anew; ``None`` if nothing was."""
+        """Return the values of all ranks, (n,) on the CPU, and clear the record; ``None`` if it was empty."""
         if self.values is None:
             return None
         merged = mean_over_ranks(trainer, self.values).cpu()

@@ -1,6 +1,6 @@
-"""What is measured of a batch in a scoring pass, for each score by its name.
+"""Measurements of a batch in a scoring pass, by the name of the score.
 
-Scores of a pass look at the module as it is now; those of a history (``HISTORIES``) were recorded while it trained.
+Most scores come from a pass over the module as it is now; those in ``HISTORIES`` are recorded while it trains.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -20,15 +20,15 @@ Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgett
 HISTORIES = ("aum", "forgetting")
 OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")  # need logits and labels
 OF_LOSSES = ("loss", "grand", "vog")
-ONE_BY_ONE = ("loss", "grand")  # of which only the loss of each sample has to be known
-BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance")  # only logits and classes
+ONE_BY_ONE = ("loss", "grand")  # need only the loss of each sample, so samples can be run one at a time
+BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance")  # need only logits and classes
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
 
 @contextmanager
 def errors_of(display_name: str) -> Iterator[None]:
-    """Raise what a score refuses in the name of who asks."""
+    """Prefix errors of a score function with the display name of the callback."""
     try:
         yield
     except ValueError as error:
@@ -36,30 +36,32 @@ def errors_of(display_name: str) -> Iterator[None]:
 
 
 def scores_of(score_fn: ScoreFunction, look: Look) -> Mapping[str, Tensor]:
-    """Return the scores that a function of the user gives."""
+    """Return the scores that the user's ``score_fn`` computes, after a check of their type and shape."""
     found = score_fn(look.pl_module, look.batch)
-    must = (
-        f"{look.asked.display_name}: score_fn must return one score for each of the {len(look.indices)} samples of a batch, "
-        f"({len(look.indices)},); got"
+    requirement = (
+        f"{look.asked.display_name}: score_fn must return one score for each of the {len(look.indices)} samples of a "
+        f"batch, ({len(look.indices)},); got"
     )
     try:
         scores = torch.as_tensor(found)
-    except (RuntimeError, TypeError, ValueError):  # no number, or lists of different lengths
-        raise ValueError(f"{must} {type(found).__name__}. Return a tensor of real numbers.") from None
+    except (RuntimeError, TypeError, ValueError):  # not a number, or lists of different lengths
+        raise ValueError(f"{requirement} {type(found).__name__}. Return a tensor of real numbers.") from None
     if scores.is_complex():
-        raise ValueError(f"{must} {scores.dtype}. Return a tensor of real numbers.")
+        raise ValueError(f"{requirement} {scores.dtype}. Return a tensor of real numbers.")
     if scores.shape != (len(look.indices),):
-        raise ValueError(f"{must} {tuple(scores.shape)}. Flatten, or average over all dimensions but the first.")
+        raise ValueError(
+            f"{requirement} {tuple(scores.shape)}. Flatten them, or average over all dimensions except the first."
+        )
     return {"score": scores}
 
 
 def _loss_alone(look: Look) -> Mapping[str, Tensor]:
-    """Return the loss of a batch of one sample, whatever it consists of."""
+    """Return the loss of a batch of one sample."""
     return {"score": _alone(look).detach().reshape(1)}
 
 
 def _grand_alone(look: Look) -> Mapping[str, Tensor]:
-    """Return the norm of the gradient of the loss of a batch of one sample, and the loss."""
+    """Return the gradient norm of the loss of a batch of one sample, and the loss."""
     with torch.enable_grad():
         loss = _alone(look)
         parameters = [p for p in look.pl_module.parameters() if p.requires_grad]
@@ -74,12 +76,12 @@ def _alone(look: Look) -> Tensor:
         raise SkippedBatchError
     loss = loss_of_output(output)
     if loss is None or loss.numel() != 1:
-        refuse_loss(loss, f"{look.asked.display_name} runs it on one sample at a time. {look.asked.advice}")
+        refuse_loss(loss, f"{look.asked.display_name} runs the step on one sample at a time. {look.asked.advice}")
     return loss
 
 
 def _classes_of(call: LossCall) -> dict[str, Tensor]:
-    """Return the classes of the samples and those that the module answers, where each has one."""
+    """Return labels and predicted classes, or nothing if samples do not have one class each."""
     if call.labels is None:
         return {}
     return {"label": call.labels, "prediction": predictions(call)}
@@ -98,7 +100,7 @@ def _loss(look: Look) -> Mapping[str, Tensor]:
 
 def _grand(look: Look) -> Mapping[str, Tensor]:
     norms, found = look.gradient_norms()
-    # Where all positions are ignored there is no gradient, which would count as the easiest sample.
+    # A sample whose positions are all ignored has gradient zero: without nan it would rank as the easiest.
     return {"score": norms.masked_fill(found.losses.isnan(), float("nan")), **_classes_of_losses(found)}
 
 
@@ -120,7 +122,7 @@ def _embedding(look: Look) -> Mapping[str, Tensor]:
 
 
 def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the gradient of each sample's true logit by its input, and the classes; with ``loss_fn`` that of the loss."""
+    """Return the gradient of each sample's true logit (or ``loss_fn``) with respect to its input, and the classes."""
     inputs = _inputs_of(look.batch, len(look.indices), look.asked.display_name)
     inputs.requires_grad_(True)
     try:
@@ -131,9 +133,9 @@ def gradient_by_input(look: Look) -> tuple[Tensor, dict[str, Tensor]]:
         call = look.loss(keep_graph=True)
         if call.labels is None or call.name != "cross_entropy" or call.output is None:
             raise ValueError(
-                f"{look.asked.display_name}(score='vog') needs cross_entropy with one true class a sample, and the loss is "
+                f"{look.asked.display_name}(score='vog') needs cross_entropy with one class per sample; got "
                 f"{call.name} with targets {tuple(call.target.shape)} of {call.target.dtype}. Use another score, or "
-                "give score_fn=, which takes the module and a batch and returns the scores."
+                "set score_fn to a function that takes the module and a batch and returns the scores."
             )
         is_valid = call.valid.reshape(call.samples)
         with torch.enable_grad():
@@ -150,8 +152,9 @@ def _inputs_of(batch: Any, samples: int, display_name: str) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1 and len(leaf) == samples:
             return leaf
     raise ValueError(
-        f"{display_name}(score='vog') needs a gradient by the input, and the batch holds no tensor of real numbers with a row "
-        "for each sample. Use another score, or give score_fn=, which takes the module and a batch and returns the scores."
+        f"{display_name}(score='vog') needs the gradient of the input, but the batch has no floating-point tensor with "
+        "one row per sample. Use another score, or set score_fn to a function that takes the module and a batch and "
+        "returns the scores."
     )
 
 

@@ -1,4 +1,4 @@
-"""The passes of ``DataPruning`` over its training set, and the check that the rows of a batch follow its samples."""
+"""Scoring passes of ``DataPruning``, and the check that the rows of a batch follow its samples."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Passes:
-    """Looks at the samples of one fit through the module's own step.
+    """Runs the module's own step over the samples of one fit to measure them.
 
     Args:
-        callback: The technique, whose settings say what is looked at.
+        callback: The technique; its settings select what is measured.
         trainer: The trainer.
         pl_module: The module.
     """
@@ -39,12 +39,12 @@ class Passes:
     _unaugmented: Any = field(default=None, init=False)
     _sample_loss: SampleLoss = field(default=None, init=False)
     _has_checked: bool = field(default=False, init=False)
-    # What a refusal says of scores_by="sample", once that is measured.
+    # What errors say about scores_by="sample": None until its cost is measured, "" if it does not help.
     _by_sample: str | None = field(default=None, init=False)
 
     @property
     def training_set(self) -> TrainingSet:
-        """The samples that training may see."""
+        """The training set of the callback."""
         return self.callback.training_set
 
     @property
@@ -58,12 +58,12 @@ class Passes:
 
     @property
     def items(self) -> Any:
-        """The samples of that data set, one by one."""
+        """The samples of the scored data set, by index."""
         return self.training_set.items(self.dataset)
 
     @property
     def way_out(self) -> str:
-        """What to do about a loss that cannot be seen."""
+        """Advice for a loss that cannot be read."""
         if self.callback.score in OF_CLASSES:
             return f"{SCORE_FN}, or {OUTPUTS_FN}"
         first = "leave scores_by at 'batch', and " if self._runs_single_samples else ""
@@ -81,7 +81,7 @@ class Passes:
         return found
 
     def rehearse(self, measure: Measure) -> Mapping[str, Tensor]:
-        """Measure one batch, to raise what a pass would raise."""
+        """Measure one batch, to raise early what a pass would raise."""
         return self._offering_samples(lambda: self._look(measure, "", rehearsal=True))
 
     def _look(self, measure: Measure, title: str, rehearsal: bool = False) -> Mapping[str, Tensor]:
@@ -91,7 +91,7 @@ class Passes:
 
     @property
     def asked(self) -> LossRequest:
-        """What is asked of the losses of the step."""
+        """The request for the losses of a step."""
         callback = self.callback
         own = (callback.display_name, callback.loss_index, self.way_out, callback.loss_fn, callback.outputs_fn)
         return LossRequest(*own, by_classes=callback.source.by_classes)
@@ -103,13 +103,13 @@ class Passes:
         return Rehearsal(*own, by_terms=source.by_terms)
 
     def _checked_kind(self) -> SampleLoss:
-        """Return what the loss of a sample is, where it comes from several terms."""
-        if not self._has_checked:  # scoring comes before the first batch
+        """Return how the loss of a sample is read if the loss has several terms."""
+        if not self._has_checked:  # scoring before the first batch
             self.check_rows()
         return self._sample_loss
 
     def check_rows(self) -> None:
-        """Raise if rows do not follow their samples into another order, or if a function gives another loss."""
+        """Raise if rows do not follow their samples into another order, or ``loss_fn`` differs from the loss."""
         callback = self.callback
         if not callback.source.pairs_rows:
             return
@@ -123,7 +123,7 @@ class Passes:
         self._sample_loss, self._has_checked = rehearsal.kind, True
 
     def _offering_samples(self, look: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Look, and let a refusal also say what it would cost to score one sample at a time, where that is possible."""
+        """Run ``look``; add the cost of scoring one sample at a time to its error, if that would work."""
         callback = self.callback
         try:
             return look()
@@ -138,10 +138,10 @@ class Passes:
                 ", or set scores_by='sample', which runs the step on one sample at a time: such a pass takes "
                 f"{in_words(found[0])} here as one in batches of {found[1]}"
             )
-        return look()  # which is refused again, in these words
+        return look()  # raises again, with the cost in the message
 
     def _refuse_other_means(self, losses: Tensor) -> None:
-        """Refuse losses of single samples whose mean is not that of their batch."""
+        """Raise if the mean loss of single samples differs from the loss of their batch."""
 
         def mean(indices: list[int]) -> float:
             return float(losses[indices].nanmean())

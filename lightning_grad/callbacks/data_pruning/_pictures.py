@@ -1,4 +1,4 @@
-"""Pictures of a scored training set: the histogram of its scores, and its hardest and easiest samples."""
+"""Figures of a scored training set: the histogram of its scores, and its hardest and easiest samples."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KEPT, _PRUNED, _WRONG = "#0072b2", "#e69f00", "#b3261e"  # of Okabe and Ito, but the red, which a sign goes with
-_MOST_BARS = 30  # of classes; more are drawn as a sorted curve
-_MOST_DRAWN = 40  # samples of a group in the figure; the table shows all
-_COARSE = 100  # pixels of the longer side of a picture; those of a smaller one are to be seen
-_COLUMNS = 8  # of samples in the figure
-_LONG_TAIL = 30.0  # times the median: scores up to there are drawn on a linear axis, longer tails on a logarithmic one
-_ABOVE: dict[str, Any] = {  # the place of a legend
+# The first two are from the colorblind-safe palette of Okabe and Ito; the red always comes with a sign.
+_KEPT, _PRUNED, _WRONG = "#0072b2", "#e69f00", "#b3261e"
+_MOST_BARS = 30  # classes; more are drawn as a sorted curve
+_MOST_DRAWN = 40  # samples per group in the figure; the table shows all
+_COARSE = 100  # pixels; pictures with a shorter longest side are drawn without smoothing
+_COLUMNS = 8  # samples per row of the figure
+_LONG_TAIL = 30.0  # the axis is logarithmic if the largest score exceeds this many times the median
+_ABOVE: dict[str, Any] = {  # legend above the axes
     "frameon": False,
     "fontsize": "small",
     "loc": "lower left",
@@ -70,6 +71,7 @@ def _kept_mask(scored: ScoredSet) -> NDArray[np.bool_]:
 
 
 def _draw_histogram(axis: Axes, values: NDArray[np.float64], kept: NDArray[np.bool_]) -> None:
+    """Draw the scores as stacked bars of kept and pruned samples, with lines at the cuts."""
     finite = values[np.isfinite(values)]
     logarithmic = bool(finite.size) and finite.min() > 0 and finite.max() > _LONG_TAIL * np.median(finite)
     edges = _edges(np.log10(finite) if logarithmic else finite)
@@ -77,7 +79,7 @@ def _draw_histogram(axis: Axes, values: NDArray[np.float64], kept: NDArray[np.bo
     if logarithmic:
         axis.set_xscale("log")
         edges, ends = 10.0**edges, {end: (10.0**left, 10.0**right) for end, (left, right) in ends.items()}
-        edges[[0, -1]] = finite.min(), finite.max()  # powers of logarithms are rounded
+        edges[[0, -1]] = finite.min(), finite.max()  # exact, because 10**log10(x) is rounded
     lefts = np.concatenate([edges[:-1], [left for left, _ in ends.values()]])
     widths = np.concatenate([np.diff(edges), [right - left for left, right in ends.values()]])
     bottom, shown = np.zeros(len(lefts)), list[Any]()
@@ -103,13 +105,13 @@ def _edges(finite: NDArray[np.float64]) -> NDArray[np.float64]:
     if low == high:
         pad = 0.1 * abs(low) or 0.1
         return np.linspace(low - pad, high + pad, 12)
-    if high - low <= 60 and (finite == np.rint(finite)).all():  # counts, as of forgetting
+    if high - low <= 60 and (finite == np.rint(finite)).all():  # integer counts, such as forgetting events
         return np.arange(low - 0.5, high + 1)
     return np.linspace(low, high, 1 + min(60, max(10, math.isqrt(finite.size))))
 
 
 def _end_bins(edges: NDArray[np.float64], values: NDArray[np.float64]) -> dict[float, tuple[float, float]]:
-    """Return the bins of infinite scores, set apart from the others, where there are any."""
+    """Return the bins of infinite scores, separated from the other bins, if there are any such scores."""
     low, high, unit = edges[0], edges[-1], (edges[-1] - edges[0]) / 40
     bins = {-math.inf: (low - 4 * unit, low - 2 * unit), math.inf: (high + 2 * unit, high + 4 * unit)}
     return {end: place for end, place in bins.items() if (values == end).any()}
@@ -125,7 +127,10 @@ def _mark_ends(axis: Axes, ends: Mapping[float, tuple[float, float]], edges: NDA
 
 
 def _cuts(values: NDArray[np.float64], kept: NDArray[np.bool_]) -> list[float]:
-    """Return the lowest and the highest kept score, as far as samples are pruned beyond, if none is between."""
+    """Return the lowest and the highest kept score, each only if samples beyond it are pruned.
+
+    Empty if a pruned score lies between kept ones: then no cut describes the choice.
+    """
     inside, outside = values[kept & ~np.isnan(values)], values[~kept & ~np.isnan(values)]
     if not inside.size or not outside.size:
         return []
@@ -139,6 +144,7 @@ def _cuts(values: NDArray[np.float64], kept: NDArray[np.bool_]) -> list[float]:
 def _draw_classes(
     axis: Axes, labels: NDArray[np.int64], kept: NDArray[np.bool_], class_names: Sequence[str] | None
 ) -> None:
+    """Draw the kept share of each class, as bars or, for many classes, as a sorted curve."""
     classes, members = np.unique(labels[labels >= 0], return_inverse=True)
     shares = np.bincount(members, kept[labels >= 0], len(classes)) / np.bincount(members, minlength=len(classes))
     names = [shortened(str(named(int(number), class_names)), 18) for number in classes]
@@ -164,7 +170,7 @@ def _draw_classes(
 
 
 def draw_samples(groups: Groups, title: str) -> Figure:
-    """Draw the hardest samples above the easiest, each with its class, what the module answered, and its score."""
+    """Draw the hardest samples above the easiest, each with its label, prediction and score."""
     from matplotlib.figure import Figure
 
     drawn = groups[0][:_MOST_DRAWN], groups[1][-_MOST_DRAWN:]

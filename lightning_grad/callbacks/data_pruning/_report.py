@@ -1,6 +1,6 @@
-"""What a scoring leaves with the logs: the figure of the scores, the hardest and easiest samples, suspected label errors.
+"""Report of a scoring: a figure of the scores, the hardest and easiest samples, and suspected label errors.
 
-``_samples.py`` looks at items, ``_pictures.py`` draws; here is decided which samples are shown, and where everything goes.
+``_samples.py`` converts items, ``_pictures.py`` draws; this file selects the samples to show and writes the files.
 """
 
 from collections import Counter
@@ -36,19 +36,21 @@ def report_scores(
 ) -> None:
     """Write the figure of the scores, the hardest and easiest samples, and the samples whose label may be wrong.
 
-    To be called on every rank; rank zero writes, into the folder of the logs, and nobody does if there is none. The files
-    begin with the display name and the epoch, as in ``data_pruning_epoch5_samples.csv``. What cannot be read or drawn is
-    warned of, and training goes on. The random streams of Python, numpy and torch stay where they are.
+    Call it on every rank. Rank zero writes into the folder of the logs; without such a folder nothing is
+    written. File names begin with the display name and the epoch, as in ``data_pruning_epoch5_samples.csv``. If
+    something cannot be read or drawn, it warns and training continues. The random streams of Python, numpy and
+    torch do not change.
 
     Args:
-        trainer: Whose loggers get the figures and the table.
+        trainer: The trainer, whose loggers get the figures and tables.
         scored: The samples with their scores.
-        dataset: Whose items are shown; the first tensor, array, PIL image or text of an item is taken for its input. Its
-            ``classes``, if it has them, name the classes.
-        owner: The callback, whose name is in log keys and files.
-        num_shown: Number of hardest and of easiest samples to show; 0 shows none, and reads none.
-        figure: Whether to draw figures, which takes matplotlib; the table is written without it.
-        decode: Function of an item that returns the text or the image to show in its place.
+        dataset: The scored data set.
+            The first tensor, array, PIL image or text of an item is taken as its input. If the data set has
+            ``classes``, they name the classes.
+        owner: The callback, whose name is part of log keys and file names.
+        num_shown: Number of hardest and of easiest samples to show; 0 shows and reads none.
+        figure: Whether to draw figures, which needs matplotlib; tables do not.
+        decode: Callable (item) -> text or image to show instead of the item.
     """
     if not trainer.is_global_zero or output_folder(trainer) is None:
         return
@@ -70,7 +72,7 @@ def report_scores(
         groups = _samples(scored, ranks, indices, names, views)
         samples = [sample for group in groups for sample in group]
         if not samples:
-            rank_zero_warn(f"{display_name}: no sample is shown, for none of {len(scored.values)} has a score.")
+            rank_zero_warn(f"{display_name} shows no samples, because none of {len(scored.values)} has a score.")
             return
         pictures = [sample.picture for sample in samples]
         with tolerated(display_name, "the table of samples"):
@@ -94,7 +96,7 @@ def _report_label_errors(
     names: Sequence[str] | None,
     views: Mapping[int, View],
 ) -> None:
-    """List the samples that the module gives another class than their label, and count them by both classes."""
+    """Write the samples whose prediction differs from their label, and count them by label and prediction."""
     pairs = [
         (named(_class_of(scored.labels, i), names), named(_class_of(scored.predictions, i), names)) for i in indices
     ]
@@ -122,7 +124,7 @@ def _write(
 
 
 def _most_telling(scored: ScoredSet, num_shown: int) -> tuple[list[int], list[int]]:
-    """Return ranks and indices of the hardest and the easiest samples, hardest first, none of them in both."""
+    """Return ranks and indices of the hardest and the easiest samples, hardest first and without duplicates."""
     order = torch.argsort(scored.values, descending=True, stable=True)
     ordered = order[~scored.values[order].isnan()]
     hard = min(num_shown, (len(ordered) + 1) // 2)
@@ -138,7 +140,7 @@ def _samples(
     class_names: Sequence[str] | None,
     views: Mapping[int, View],
 ) -> tuple[list[Sample], list[Sample]]:
-    """Return the hardest and the easiest samples as they are shown."""
+    """Return the hardest and the easiest samples for the table and the figure."""
     kept = torch.ones(len(ranks)) if scored.kept is None else torch.isin(torch.tensor(indices), scored.kept.cpu())
     samples = []
     for rank, index, keeps in zip(ranks, indices, kept, strict=True):
@@ -153,6 +155,7 @@ def _samples(
 def _views(
     dataset: Any, indices: Sequence[int], display_name: str, decode: Callable[[Any], Any] | None
 ) -> dict[int, View]:
+    """Return picture and text of items by index, and warn of items that cannot be read."""
     views, faults = {}, []
     cuda = bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
     with isolate_rng(include_cuda=cuda):

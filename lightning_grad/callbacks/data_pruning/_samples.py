@@ -1,4 +1,4 @@
-"""A sample of a training set as it is shown: what an item of a data set looks like, as a picture or in words."""
+"""Representation of a sample in tables and figures: the input of a data set item as a picture and as text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,24 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import ConcatDataset
 
-_LARGEST_SIDE, _SMALLEST_SIDE = 192, 5  # pixels of a picture: beyond, it is made smaller; below, it is none
+_LARGEST_SIDE, _SMALLEST_SIDE = 192, 5  # pixels: larger pictures are scaled down, smaller arrays are not pictures
 _MOST_CHARACTERS, _MOST_IDS = 600, 40
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as it is shown.
+    """One sample in a table or figure.
 
     Args:
-        index: Its place in the data set.
-        rank: Its place by score, 0 for the hardest.
+        index: Its index in the data set.
+        rank: Its rank by score, 0 for the hardest.
         score: Its score.
-        label: Its class by name or number, ``None`` if unknown.
-        prediction: Class that the module answered, in the same form.
-        wrong: Whether both are known and differ.
-        kept: Whether training goes on with it.
-        picture: Its input as bytes (H, W) or (H, W, 3); ``None`` if that is no image.
-        text: Its input in words.
+        label: Name or number of its class, ``None`` if unknown.
+        prediction: Name or number of the predicted class, ``None`` if unknown.
+        wrong: Whether label and prediction are known and differ.
+        kept: Whether training continues with it.
+        picture: Its input as bytes (H, W) or (H, W, 3); ``None`` if it is not an image.
+        text: Its input as text.
     """
 
     index: int
@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def sign(self) -> str:
-        """What stands before the prediction: right, wrong, or neither where the class is unknown."""
+        """Sign before the prediction: right, wrong, or an arrow if the label is unknown."""
         if self.label is None:
             return "\N{RIGHTWARDS ARROW}"
         return "\N{BALLOT X}" if self.wrong else "\N{CHECK MARK}"
@@ -54,7 +54,7 @@ ORDERS = ("The hardest samples ({}), hardest first", "The easiest samples ({}), 
 
 
 def view_of(item: Any) -> tuple[NDArray[np.uint8] | None, str]:
-    """Return the input in an item of a data set as a picture, if it is one, and in words.
+    """Return the input in a data set item as a picture, or ``None`` if it is not an image, and as text.
 
     Example:
         >>> picture, text = view_of((torch.rand(3, 8, 6), 1))
@@ -66,10 +66,11 @@ def view_of(item: Any) -> tuple[NDArray[np.uint8] | None, str]:
     found = list(_inputs(item))
     if not found:
         return None, f"a {type(item).__name__}"
-    # A label in front of the input is no reason to show the label.
+    # Some data sets put the label first: prefer a text, an image or an array over a single number.
     value = next((value for value in found if isinstance(value, str) or _is_pil(value) or value.ndim), found[0])
     if isinstance(value, str):
-        return None, shortened(" ".join(value.split()).encode(errors="replace").decode())  # half a pair has no code
+        # A lone surrogate cannot be encoded as UTF-8, so replace it.
+        return None, shortened(" ".join(value.split()).encode(errors="replace").decode())
     if _is_pil(value):
         return _picture_of_pil(value), f"{value.width} x {value.height} pixels"
     array = _array(value)
@@ -105,7 +106,7 @@ def _words(array: NDArray[Any]) -> str:
 
 
 def shortened(text: str, most: int = _MOST_CHARACTERS) -> str:
-    """Return a text, its end left out if it is long."""
+    """Return the text, cut to at most ``most`` characters."""
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
@@ -117,7 +118,10 @@ def _picture_of_pil(image: Any) -> NDArray[np.uint8] | None:
 
 
 def _picture(array: NDArray[Any]) -> NDArray[np.uint8] | None:
-    """Return an array as a picture, from its smallest to its largest value, or ``None`` if its shape is that of none."""
+    """Return an array as a picture, scaled from its minimum to its maximum; ``None`` if it is not an image.
+
+    Accepts (H, W), channels first and channels last; an alpha channel is dropped. Non-finite values are clipped.
+    """
     while array.ndim > 3 and array.shape[0] == 1:
         array = array[0]
     if array.ndim == 3 and array.shape[0] in (1, 3, 4):
@@ -147,9 +151,9 @@ def _smaller(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def class_names_of(dataset: Any) -> list[str] | None:
-    """Return the names of the classes of a data set, where it has them as ``classes``, as those of torchvision do.
+    """Return the class names in the ``classes`` attribute of a data set, as in torchvision, or ``None``.
 
-    It looks behind wrappers with an attribute ``dataset``, such as ``Subset``, and a ``ConcatDataset`` whose parts agree.
+    Unwraps data sets with an attribute ``dataset``, such as ``Subset``, and a ``ConcatDataset`` whose parts agree.
 
     Example:
         >>> letters = torch.utils.data.TensorDataset(torch.zeros(2))
@@ -168,7 +172,7 @@ def class_names_of(dataset: Any) -> list[str] | None:
 
 
 def named(number: int | None, class_names: Sequence[str] | None) -> int | str | None:
-    """Return the name of a class, or its number if classes have no names."""
+    """Return the name of a class, or its number if the classes have no names."""
     if number is None or class_names is None:
         return number
     return str(class_names[number]) if number < len(class_names) else str(number)

@@ -1,4 +1,4 @@
-"""What one scoring of a training set has found, and the file in which it is kept."""
+"""The result of scoring a training set, and its score file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """The samples of a training set with their scores, and which of them are kept.
+    """The scores of a training set and the indices of the kept samples.
 
     Args:
-        name: What the score is called, ``"el2n"`` say.
-        epoch: Number of whole epochs after which it was taken.
+        name: Name of the score, such as ``"el2n"``.
+        epoch: Number of whole epochs before the scores were taken.
         values: Scores (n,) in float64 on the CPU, higher is harder; nan where a sample has none.
-        kept: Sorted indices of the samples that training goes on with; ``None`` for all.
+        kept: Sorted indices of the kept samples; ``None`` for all.
         labels: Classes (n,), -1 where unknown; ``None`` if the samples have none.
-        predictions: Classes (n,) that the module answered, -1 where unknown; ``None`` if there are none.
+        predictions: Predicted classes (n,), -1 where unknown; ``None`` if there are none.
     """
 
     name: str
@@ -42,9 +42,9 @@ class ScoredSet:
 
     @property
     def label_errors(self) -> Tensor:
-        """Indices of the samples that the module gives another class than their label, hardest first.
+        """Indices of the samples whose predicted class differs from their label, hardest first.
 
-        The class that it gives, in ``predictions``, is the suggested label.
+        The predicted class, in ``predictions``, is the suggested label.
         """
         if self.labels is None or self.predictions is None:
             return torch.empty(0, dtype=torch.int64)
@@ -54,10 +54,10 @@ class ScoredSet:
 
 
 def check_score_file(callback: DataPruning, trainer: pl.Trainer) -> None:
-    """Raise on every rank if the file that ``save_scores`` names cannot be written.
+    """Check on every rank that the file in ``save_scores`` can be written.
 
     Raises:
-        ValueError: If the folder cannot be made or written to.
+        ValueError: If the folder cannot be created or written to.
     """
     fault, path = None, _named_path(callback, callback.rounds[-1][0])
     if trainer.is_global_zero and path is not None:
@@ -65,14 +65,14 @@ def check_score_file(callback: DataPruning, trainer: pl.Trainer) -> None:
             check_writable(path)
         except (OSError, ValueError) as error:
             fault = f"{callback.display_name} cannot write save_scores={callback.save_scores!r}: {error}. "
-            fault += "Name a file that it can write."
-    fault = trainer.strategy.broadcast(fault)  # else the other ranks would wait for the first
+            fault += "Set it to a path that can be written."
+    fault = trainer.strategy.broadcast(fault)  # if only rank zero raised, the other ranks would hang
     if fault is not None:
         raise ValueError(fault)
 
 
 def write_score_file(callback: DataPruning, trainer: pl.Trainer, scored: ScoredSet, mark: Fingerprint) -> None:
-    """Write scores on rank zero, next to the logs unless ``save_scores`` names a file, and send them to the loggers."""
+    """Write scores on rank zero, to ``save_scores`` or next to the logs, and send the file to the loggers."""
     if not trainer.is_global_zero:
         return
     scores = SampleScores(scored.values, scored.name, scored.epoch, callback.seed, mark, scored.labels)
@@ -82,13 +82,13 @@ def write_score_file(callback: DataPruning, trainer: pl.Trainer, scored: ScoredS
     if path is None and folder is not None:
         path = folder / f"{stem}.npz"
     if path is not None:
-        # Named by the data, so that scores of the same data from several runs are versions of one artifact.
+        # Named after the data, so that scores of the same data from several runs become versions of one artifact.
         data = "_".join(str(part) for part in ("scores", mark.class_name, mark.length, (mark.items or "")[:8]) if part)
         log_file(trainer, save_scores(scores, path), data, "scores", [scored.name, f"epoch{scored.epoch}"])
 
 
 def _named_path(callback: DataPruning, epoch: int) -> Path | None:
-    """Return the file that ``save_scores`` names for a round: with several rounds the epoch is added."""
+    """Return the path in ``save_scores`` for a round, with the epoch added if there are several rounds."""
     if callback.save_scores is None:
         return None
     named = Path(callback.save_scores)

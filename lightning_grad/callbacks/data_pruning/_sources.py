@@ -1,7 +1,7 @@
-"""Where the scores of a training set come from: a pass, several passes, the training's own batches, files, or chance.
+"""Sources of the scores of a training set: one pass, several passes, the batches of the training, files, or chance.
 
-:func:`source_of` builds what the arguments of ``DataPruning`` ask for. What a pass measures of a batch is in
-``_measures.py``.
+:func:`source_of` builds the source that the arguments of ``DataPruning`` select. ``_measures.py`` defines the
+measurements of a batch.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
 
 CHANCE = "chance"
-_PROTOTYPES = 10  # of samples without classes
+_PROTOTYPES = 10  # number of prototypes if the samples have no classes
 
 
 class ScoreSource:
-    """Gives the scores of all samples when asked for them.
+    """Source of the scores of all samples.
 
     Args:
-        name: What the scores are called.
+        name: Name of the scores.
     """
 
-    runs_the_step = False  # in a pass of its own
-    epochs_needed = 0  # whole epochs before a round, to record what the score is made of
-    is_recording = False  # whether something of each sample is recorded by now
-    pairs_rows = True  # with the samples of a batch
-    measure: Measure | None = None  # of a batch, where it is not its loss
-    by_terms = False  # whether only the loss of each sample has to be known
-    by_classes = False  # whether only logits and classes have to be known
+    runs_the_step = False  # whether a pass runs training_step just to score
+    epochs_needed = 0  # whole epochs of recording before a round
+    is_recording = False  # whether anything has been recorded so far
+    pairs_rows = True  # whether rows of a batch are assigned to its samples
+    measure: Measure | None = None  # measurement of a batch that does not run training_step
+    by_terms = False  # whether only the loss of each sample is needed
+    by_classes = False  # whether only logits and classes are needed
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @property
     def kind(self) -> str:
-        """What a checkpoint's scores are compared by, next to the settings."""
+        """Kind of the scores; a checkpoint of another kind is not used."""
         return f"{type(self).__name__}({self.name})"
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
-        """Raise if scores could not be taken, after a look at one batch, and return what was found there."""
+        """Measure one batch, to raise early what a pass would raise, and return the measurements."""
         return None
 
     def gather(self, trainer: pl.Trainer) -> None:
-        """Bring together what the ranks have recorded."""
+        """Gather the records of all ranks."""
 
     def epoch_begins(self, passes: Passes) -> None:
-        """Collect what is due when an epoch begins."""
+        """Record what is due at the start of an epoch."""
 
     def take(self, passes: Passes) -> ScoredSet:
-        """Return the scores as they are now."""
+        """Return the current scores."""
         raise NotImplementedError
 
     def begin(self, epoch: int) -> None:
-        """Record from this epoch on, in a run that resumes without a record."""
+        """Start recording at this epoch, if there is no record from a checkpoint."""
 
     def _scored(self, passes: Passes, values: Tensor, found: Mapping[str, Tensor]) -> ScoredSet:
         labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
@@ -81,15 +81,15 @@ class ScoreSource:
         return ScoredSet(self.name, epoch, values.double(), labels=labels, predictions=predictions)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed fit needs."""
+        """Return the state for a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from the state of a checkpoint."""
 
 
 def source_of(settings: DataPruning) -> ScoreSource:
-    """Return the source for settings that are checked already."""
+    """Return the source for settings that have been checked."""
     source: ScoreSource
     if settings.score_files:
         source = FileScores("files")
@@ -103,13 +103,13 @@ def source_of(settings: DataPruning) -> ScoreSource:
         source = VarianceScores("vog")
     else:
         source = PassScores(settings.score, one_by_one=settings.scores_by == "sample")
-    if settings.loss_fn is not None or settings.outputs_fn is not None:  # which take the place of the step
+    if settings.loss_fn is not None or settings.outputs_fn is not None:  # they replace the step
         source.runs_the_step = False
     return source
 
 
 class Chance(ScoreSource):
-    """No scores: all are equal, and their order is left to a seed."""
+    """Equal scores for all samples; the seed decides their order."""
 
     pairs_rows = False
 
@@ -121,10 +121,10 @@ class FileScores(ScoreSource):
     """The mean of score files."""
 
     pairs_rows = False
-    _found: ScoredSet | None = None  # its epoch is -1 if the files name none
+    _found: ScoredSet | None = None  # its epoch is -1 if the files have none
 
     def check(self, settings: DataPruning) -> None:
-        """Raise if a file is missing or no score file, or if they do not go together."""
+        """Raise if a file is missing or not a score file, or if the files do not match each other."""
         for path in settings.score_files or []:
             if not os.path.exists(path):
                 raise FileNotFoundError(
@@ -158,9 +158,9 @@ class PassScores(ScoreSource):
     """Scores of one pass over the training set.
 
     Args:
-        name: What they are called; a score, or ``"chance"``, for which a pass only finds the classes.
-        score_fn: Function of the module and a batch that returns the scores, instead of ``training_step``.
-        one_by_one: Whether batches of one sample are measured.
+        name: Name of the scores; for ``"chance"`` the pass only reads the classes.
+        score_fn: Callable (module, batch) -> scores, used instead of ``training_step``.
+        one_by_one: Whether to measure one sample at a time.
     """
 
     def __init__(self, name: str, score_fn: measures.ScoreFunction | None = None, one_by_one: bool = False) -> None:
@@ -172,7 +172,7 @@ class PassScores(ScoreSource):
         self._one_by_one = one_by_one
 
     @property
-    def _measure(self) -> Measure:  # looked up, because a function of the table cannot be pickled
+    def _measure(self) -> Measure:  # looked up at each use, because the lambdas of the table cannot be pickled
         return self.measure or (measures.MEASURES_ALONE if self._one_by_one else measures.MEASURES)[self.name]
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
@@ -180,13 +180,13 @@ class PassScores(ScoreSource):
 
     def take(self, passes: Passes) -> ScoredSet:
         found = passes.run(self._measure, f"Scoring by {self.name}")
-        # By what was found: a function of the user's may have any name.
+        # Not by name: a score_fn may be called "prototypes" too.
         values = found["score"] if "score" in found else _distances(found, passes.callback.seed)
         return self._scored(passes, values, found)
 
 
 def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
-    """Return the distances of the last layer's inputs to prototypes, as many as there are classes."""
+    """Return the distances of the last layer's inputs to their nearest prototype, one prototype per class."""
     embeddings, labels = found["embedding"], _classes(found.get("label"))
     known = embeddings.isfinite().all(1)
     clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
@@ -197,7 +197,7 @@ def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
 
 
 class VarianceScores(ScoreSource):
-    """The variance of gradients over several passes, evenly spread over the epochs before scores are taken."""
+    """The variance of gradients over several passes, evenly spread over the epochs before a round."""
 
     runs_the_step = True
     epochs_needed = 2
@@ -206,8 +206,8 @@ class VarianceScores(ScoreSource):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self._begun_in = 0
-        self._gradients: dict[str, Tensor] = {}  # their sums, of each sample
-        self._measured: list[int] = []  # the samples of this rank in the present pass
+        self._gradients: dict[str, Tensor] = {}  # sums per sample
+        self._measured: list[int] = []  # samples that this rank has measured in the current pass
         self._found: Mapping[str, Tensor] = {}
 
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
@@ -218,7 +218,7 @@ class VarianceScores(ScoreSource):
         self._gradients = self._gradients or rules.vog_state(look.total, gradients.shape[1:])
         rules.update_vog_(self._gradients, torch.tensor(look.indices), gradients)
         self._measured += look.indices
-        return classes or {"seen": torch.ones(len(look.indices))}  # a pass without any value has seen nothing
+        return classes or {"seen": torch.ones(len(look.indices))}  # a pass must return at least one value
 
     def epoch_begins(self, passes: Passes) -> None:
         rounds, count = [epoch for epoch, _ in passes.callback.rounds], passes.callback.checkpoints
@@ -232,7 +232,7 @@ class VarianceScores(ScoreSource):
             self._share(passes.trainer)
 
     def _share(self, trainer: pl.Trainer) -> None:
-        """Give every rank what the others have measured in this pass, so that any of them may save it."""
+        """Exchange the gradients of this pass between the ranks, so that each rank can save them all."""
         own, self._measured = torch.tensor(self._measured, dtype=torch.long), []
         if trainer.world_size == 1:
             return
@@ -247,9 +247,9 @@ class VarianceScores(ScoreSource):
         count = self._gradients.get("count")
         if count is None or not (count > 1).any():
             raise ValueError(
-                "score='vog' is the variance over at least two passes, which come at different epochs; before epoch "
-                f"{passes.trainer.current_epoch} there was {'none' if count is None else 'one'}. Set "
-                "checkpoints to at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
+                "score='vog' needs at least 2 passes, each at a different epoch; there was "
+                f"{'none' if count is None else 'one'} before epoch {passes.trainer.current_epoch}. Set checkpoints to "
+                "at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
             )
         values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
         self._gradients = {}
@@ -270,10 +270,10 @@ class VarianceScores(ScoreSource):
 
 
 class HistoryScores(ScoreSource):
-    """What the samples' own batches have shown: ``"aum"`` or ``"forgetting"``.
+    """Scores recorded from the batches of the training: ``"aum"`` or ``"forgetting"``.
 
     Args:
-        name: Which of both.
+        name: ``"aum"`` or ``"forgetting"``.
     """
 
     epochs_needed = 1
@@ -287,7 +287,7 @@ class HistoryScores(ScoreSource):
         self._is_aum = name == "aum"
 
     def read(self, callback: DataPruning, call: LossCall) -> None:
-        """Take in the loss of a batch."""
+        """Record the loss call of a batch."""
         indices, total = callback.indices, callback.training_set.sampler.total
         with measures.errors_of(callback.display_name):
             self._values.put(indices, rules.margin(call) if self._is_aum else is_correct(call), total)
@@ -310,8 +310,8 @@ class HistoryScores(ScoreSource):
     def take(self, passes: Passes) -> ScoredSet:
         if not self._history:
             raise ValueError(
-                f"score={self.name!r} is recorded while training, and no step has had a loss so far: each batch was None, or "
-                "training_step returned None for it. Return something for some batches, or set epoch to a later one."
+                f"score={self.name!r} is recorded during training, but no step has had a loss so far: each batch was None, "
+                "or training_step returned None. Return a loss for some batches, or set epoch to a later one."
             )
         values = -rules.aum(self._history) if self._is_aum else rules.forgetting(self._history)
         labels = self._history.get("labels")

@@ -1,4 +1,4 @@
-"""What ``InfoBatch`` and ``LossReweighting`` share: the samples of a batch are weighted by their losses."""
+"""Base of ``InfoBatch`` and ``LossReweighting``: weight the samples of a batch by their losses."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -20,16 +20,17 @@ from lightning_grad.utilities.reporting import is_log_step
 class LossWeighting(GradCallback):
     """Weights losses in the backward pass, and logs the mean loss of the batch without and with weights.
 
-    A technique defines ``way_out``, :meth:`weigh`, :meth:`needs_losses` and :meth:`samples_of`. Its constructor sets ``acts``
-    and calls :meth:`choose_loss`.
+    A technique defines ``way_out``, :meth:`weigh`, :meth:`needs_losses` and :meth:`samples_of`. Its constructor sets
+    ``acts`` and calls :meth:`choose_loss`.
     """
 
-    way_out: ClassVar[str]  # what to do about a loss that cannot be seen, as a clause that begins with a verb
+    way_out: ClassVar[str]  # advice if the loss cannot be read: a clause that begins with an imperative verb
     loss_index: int | None
     loss_fn: GivenFunction | None
-    acts: bool  # whether it ever weights a batch
+    acts: bool  # whether it weights any batch at all
 
-    _sample_loss = until_next_fit[SampleLoss](lambda _: None).saved()  # until one batch has shown it, the shares count
+    # None (read as "share") until a batch has shown which reading of a sample's loss the step means.
+    _sample_loss = until_next_fit[SampleLoss](lambda _: None).saved()
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
 
     def weigh(self, losses: SampleLosses) -> Tensor | None:
@@ -37,24 +38,24 @@ class LossWeighting(GradCallback):
         raise NotImplementedError(f"{type(self).__name__} must define weigh(losses).")
 
     def choose_loss(self, loss_index: int | None, loss_fn: GivenFunction | None) -> None:
-        """Check and store the arguments that say what is weighted."""
-        check_only_one({"loss_index": loss_index, "loss_fn": loss_fn}, "say what is weighted")
+        """Check and store the arguments that select the weighted loss."""
+        check_only_one({"loss_index": loss_index, "loss_fn": loss_fn}, "select the loss that is weighted")
         self.loss_index = check_count(loss_index, 0, "loss_index")
         self.loss_fn = loss_fn
 
     @property
     def asked(self) -> LossRequest:
-        """What is asked of the losses of the step."""
+        """The request for the losses of a step."""
         return LossRequest(
             self.display_name, self.loss_index, self.way_out, self.loss_fn, kind=lambda: self._sample_loss
         )
 
     def samples_of(self, batch: Any) -> int | None:
-        """Return the number of samples of a batch, ``None`` if it is not known."""
+        """Return the number of samples of a batch, or ``None`` if it is unknown."""
         raise NotImplementedError(f"{type(self).__name__} must define samples_of(batch).")
 
     def needs_losses(self) -> bool:
-        """Return whether it needs the losses of the present step."""
+        """Return True if the losses of the current step are needed."""
         raise NotImplementedError(f"{type(self).__name__} must define needs_losses().")
 
     @override
@@ -70,7 +71,7 @@ class LossWeighting(GradCallback):
         return weights
 
     def learn_sample_loss(self, rehearsal: Rehearsal) -> None:
-        """Remember what the loss of a sample is; what a checkpoint says was true of the losses that it holds."""
+        """Store how the loss of a sample is read, unless a checkpoint did, whose losses were read that way."""
         self._sample_loss = self._sample_loss or rehearsal.kind or "share"
 
     @override
@@ -80,7 +81,7 @@ class LossWeighting(GradCallback):
             self._sample_loss = None
 
     def has_same_loss(self, state: Mapping[str, Any]) -> bool:
-        """Return whether the losses of a checkpoint are of the kind that is weighted now."""
+        """Return True if the losses in a checkpoint come from the loss that is weighted now."""
         return not self.changed_settings(state, "loss_index", "loss_fn")
 
     @override

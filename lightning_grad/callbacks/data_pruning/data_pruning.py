@@ -1,8 +1,9 @@
 """Data pruning by scores: the callback.
 
-Scores, selection and score files are functions, in ``functional/data_pruning/`` and ``data/score_files.py``.
-``core/subset.py`` is the base; next to this file ``_settings.py`` checks the settings, ``_sources.py`` knows where scores
-come from, ``_measures.py`` what a pass measures, ``_passes.py`` runs it, and ``_report.py`` shows what was found.
+Scores, selection and score files are functions in ``functional/data_pruning/`` and ``data/score_files.py``. The
+base is ``core/subset.py``. Next to this file, ``_settings.py`` checks the settings, ``_sources.py`` has the
+sources of scores, ``_measures.py`` measures a batch, ``_passes.py`` runs a pass, and ``_report.py`` writes
+tables and figures.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +36,8 @@ from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
 _SHARDED = stand_in(
-    "All but the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others under "
-    "stand-ins of FSDP2, FSDP1 and DeepSpeed in one process; none has run them on real shards."
+    "All except the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others with "
+    "stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
 )
 _NO_GRADIENTS = no(
     "needs whole weights, and {} shards them",
@@ -48,16 +49,17 @@ _NO_PASS = no(
     "returns the scores",
 )
 _BY_HAND = yes(
-    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. What runs the step in '
-    f"a pass of its own raises. {OWN_SCHEDULES}"
+    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. Other scores raise, '
+    f"because they run the step in a pass. {OWN_SCHEDULES}"
 )
 
 
 class DataPruning(SubsetCallback):
-    r"""Train on the samples that a score in mid-training ranks first; or only score, and find wrong labels.
+    r"""Train on the samples that a score in mid-training ranks first; or only score, and find mislabeled samples.
 
-    After k whole epochs every sample of the training set is scored through the module's own ``training_step``, in eval mode
-    and without a trace, and training goes on with a part of them. With the default score, EL2N, and the default rule
+    After ``epoch`` whole epochs, every sample of the training set is scored through the module's own
+    ``training_step``, in eval mode and without side effects. Training continues with a part of them. With the
+    default score, EL2N, and the default rule, the set K of kept samples is
 
     .. math::
         s_i = \lVert \operatorname{softmax}(f(x_i)) - \operatorname{onehot}(y_i) \rVert_2, \qquad
@@ -66,84 +68,94 @@ class DataPruning(SubsetCallback):
     f are the logits, r is ``prune``, o is ``offset`` and n the number of samples; rank 1 is the hardest.
 
     ============= ========================================================================================
-    score         high for
+    score         definition (higher is harder)
     ============= ========================================================================================
-    el2n          :func:`~lightning_grad.functional.el2n`: answers far from the label
-    grand         norm of the gradient of the sample's own loss, over all trained parameters
-    grand-last    the same of the last layer alone, which needs no backward pass
+    el2n          norm of probabilities minus one-hot label: :func:`~lightning_grad.functional.el2n`
+    grand         norm of the gradient of the sample's own loss over all trained parameters
+    grand-last    the same over the last layer alone, without a backward pass
     loss          the loss
-    margin        minus the margin: the true logit against the best other
-    aum           minus the mean margin over the epochs so far, each at the sample's own batch
-    forgetting    how often an answer went from right to wrong at the sample's own batches; never right = inf
+    margin        minus the margin: best other logit minus the true one
+    aum           minus the mean margin in the training batches of the epochs so far
+    forgetting    number of changes from right to wrong in the training batches; inf if never right
     vog           variance of the input gradient of the true logit over several passes
-    prototypes    distance of the last layer's input to the nearest of as many means as there are classes
+    prototypes    distance of the last layer's input to its nearest prototype, with one per class
     ============= ========================================================================================
 
     Args:
-        prune: Share of the samples left out, at least 0 and below 1; 0 scores and leaves out none, which finds label
-            errors. A list prunes in several rounds, each counted from the whole set.
-        score: What ranks the samples; see the table.
-        epoch: Number of whole epochs after which samples are scored, then pruned; a list for several rounds. Default 10 (the
-            paper takes EL2N from 10 to 20 of 200 epochs on), and 0 with score_files.
-        keep: "hard" keeps high scores, "easy" low ones (better when data is scarce, arXiv 2206.14486), "random" is the
-            baseline.
-        offset: Share of the hardest that is left out too, against wrong labels.
+        prune: Share of the samples to drop, at least 0 and below 1; 0 only scores them.
+            A list prunes in several rounds, with each share counted from the whole set.
+        score: Name of the score that ranks the samples; see the table.
+        epoch: Number of whole epochs before scoring and pruning; a list for several rounds.
+            Default 10 (the paper takes EL2N from 10 to 20 of 200 epochs on), and 0 with score_files.
+        keep: "hard" keeps high scores, "easy" low scores, "random" is the baseline.
+            "easy" is better if data is scarce (arXiv 2206.14486).
+        offset: Share of the hardest samples to drop too, against wrong labels.
         balance: "class" keeps the same share of every class.
-        class_floor: Least share of each class that is kept.
-        select: "top" keeps one end of the ranking, "ccs" spreads over all scores (arXiv 2210.15809), for high rates.
+        class_floor: Minimum share of each class to keep.
+        select: "top" keeps one end of the ranking, "ccs" samples over all scores, for high rates.
+            CCS is from arXiv 2210.15809.
         strata: Number of bins of ccs (50, as in its released code).
-        budget: "epochs" makes epochs shorter, and training faster; "steps" keeps their number of steps, as the paper does,
-            and passes through the kept samples more than once.
+        budget: "epochs" shortens epochs and training, "steps" keeps the number of steps per epoch.
+            With "steps", as in the paper, an epoch passes through the kept samples more than once.
         score_files: Score files to rank by instead of scoring; several are averaged.
-        save_scores: Where to write the scores (.npz); with several rounds the epoch is added. Default: beside the logs.
-        score_fn: Function of the module and a batch that returns the scores (B,), for losses that cannot be seen; by dotted
-            path in YAML. It runs in eval mode and without gradients, unless it turns them on.
-        loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step, for loss, grand
-            and vog (which then takes the gradient of the loss). Its mean must be the step's loss, up to a constant.
-        outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), for el2n, margin, aum,
-            forgetting, grand-last and prototypes.
-        scores_by: "sample" runs the step on one sample at a time, up to a batch size times as long; for loss and grand.
-            It is for a loss that cannot be separated. The mean over the samples of a batch must be the batch's loss.
-        score_dataset: Function of the trainer that returns the training set without augmentation, to score that.
+        save_scores: Path of the score file (.npz). Default: next to the logs.
+            With several rounds the epoch is added.
+        score_fn: Callable (module, batch) -> scores of shape (B,). Use it if the loss cannot be read.
+            Dotted path in YAML. It runs in eval mode and without gradients, unless it enables them.
+        loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step.
+            For loss, grand and vog (which then uses the gradient of the loss). Its mean must equal the loss of
+            the step, up to a constant.
+        outputs_fn: Callable (module, batch) -> logits (B, C) and labels (B,), used instead of the step.
+            For el2n, margin, aum, forgetting, grand-last and prototypes.
+        scores_by: "sample" runs the step on one sample at a time, if its loss cannot be split.
+            It takes up to a batch size times as long. For loss and grand. The mean over the samples of a batch
+            must equal the loss of the batch.
+        score_dataset: Callable (trainer) -> training set without augmentation, to score it.
         loss_index: Index, from 0, of the only loss call that counts.
-            By default loss and grand take all that the step returns, grand-last its only call, and the others the only one
-            that classifies.
+            By default loss and grand use the whole loss, grand-last its only call, and the others the only call that
+            classifies.
         checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
-        strict: Whether score files of another data set are refused.
-        num_shown: Number of the hardest and of the easiest samples that are shown, in a table and a figure; 0 for none.
-        decode: Function of an item of the data set that returns the text or the image to show of it, such as one that
-            decodes token ids; by dotted path in YAML.
-        figure: Draw histogram and samples (needs matplotlib, and a logger whose folder takes the file).
-        seed: Seed of ties, of random choices and of random streams while scoring.
+        strict: Whether to refuse score files of another data set.
+        num_shown: Number of hardest and of easiest samples in the table and figure; 0 for none.
+        decode: Callable (item) -> text or image to show for an item of the data set.
+            For example, it can decode token ids. Dotted path in YAML.
+        figure: Whether to draw the histogram and the samples.
+            It needs matplotlib and a logger with a folder.
+        seed: Seed of ties, random choices and random streams while scoring.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         name: Name of this instance.
 
     Raises:
-        ValueError: In the constructor for a share outside its range, an unknown name, or rounds that do not fit. In setup
-            for manual optimization (unless nothing has to be scored in a pass), a gradient score with sharded parameters, an
-            epoch that never comes, another technique that chooses samples. After the first batch, if the loss cannot be
-            seen or does not suit the score: one batch is scored to find out.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if only a part of the
-            loss is seen where the whole counts, or two calls classify, and ``loss_index`` does not say which counts alone.
+        ValueError: In the constructor for a share outside its range, an unknown name, or rounds that do not
+            match. In setup for manual optimization (unless no pass is needed), a gradient score with sharded
+            parameters, an epoch that is never reached, or another technique that chooses samples. After the
+            first batch, which is scored as a check, if the loss cannot be read or does not suit the score.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order. Also if the
+            score needs the whole loss and only a part can be read, or two calls classify, and ``loss_index``
+            does not select one.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
-        FileNotFoundError: In setup, if a score file is missing. One that is damaged, or belongs to another data set, raises a
-            ValueError before the first batch, and so does a ``save_scores`` that cannot be written.
+        FileNotFoundError: In setup, if a score file is missing. A score file that is damaged or belongs to
+            another data set raises a ValueError before the first batch, and so does a ``save_scores`` that
+            cannot be written.
 
-    **Hooks.** The training loader gets its batch sampler in ``strategy.process_dataloader``, where it is complete and
-    nothing is drawn yet; ``on_train_epoch_start`` scores and prunes, before the epoch's first batch is drawn;
-    ``on_train_batch_start`` learns which samples come; step schedulers take several steps for one in shorter epochs, in
-    ``lr_scheduler_step``, so that they end where they should.
+    **Hooks.** The training loader gets its batch sampler in ``strategy.process_dataloader``, when it is
+    complete and nothing has been drawn. ``on_train_epoch_start`` scores and prunes before the first batch of
+    the epoch is drawn. ``on_train_batch_start`` reads the indices of the batch. In shorter epochs,
+    ``lr_scheduler_step`` takes several steps at once for schedulers that step with every batch, so that they
+    end where they should.
 
-    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the scores with the
-    cut and the kept share of each class, a table and a figure of the hardest and easiest samples, and the score file
-    (W&B: a version of the artifact of this data set). Where the module gives samples another class than their label: a
-    table ``label_errors``, hardest first, with the suggested label, and a table ``label_pairs`` that counts them by both
-    classes. In the summary ``samples_share``, samples seen against those that training on all would have seen.
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``. On scoring: a figure of the
+    scores with the cut and the kept share of each class, a table and a figure of the hardest and easiest
+    samples, and the score file (W&B: a version of the artifact of this data set). If predictions differ from
+    labels: a table ``label_errors``, hardest first, with the suggested label, and a table ``label_pairs`` that
+    counts them by label and suggested label. In the summary ``samples_share``, samples seen as a share of
+    training on all samples.
 
-    **State.** The samples kept, the scores, and what histories have recorded; resuming is bit-exact. Of several ranks only
-    the first saves its part of the present epoch's history.
+    **State.** The kept samples, the scores, and the records of histories; resuming is bit-exact. With several
+    ranks, only the first saves its record of the current epoch.
 
-    **Cost.** One evaluation pass of the training set for each round (grand: forward and backward), see docs/benchmarks.md.
+    **Cost.** One evaluation pass over the training set per round (grand: forward and backward); see
+    docs/benchmarks.md.
 
     Example:
         .. code-block:: yaml
@@ -174,8 +186,8 @@ class DataPruning(SubsetCallback):
     _passes = during_fit[Passes]()
     _last_round = until_next_fit[int](lambda _: -1)  # epoch
     _choice_changed = during_fit.of(bool)
-    _goes_on = during_fit.of(bool)  # with the scores of a checkpoint, or what was recorded for them
-    _saved_settings = during_fit.of(dict[str, Any])  # of a checkpoint
+    _goes_on = during_fit.of(bool)  # whether it uses the scores or records of a checkpoint
+    _saved_settings = during_fit.of(dict[str, Any])  # in the checkpoint
 
     def __init__(
         self,
@@ -241,7 +253,7 @@ class DataPruning(SubsetCallback):
 
     @property
     def _needs_no_training(self) -> bool:
-        """Whether pruning may begin with the first epoch, because nothing has to be learnt before."""
+        """Whether pruning may begin with the first epoch, because the choice does not depend on the module."""
         return bool(self.score_files) or (self.keep == "random" and not self.balances_classes)
 
     @property
@@ -340,7 +352,7 @@ class DataPruning(SubsetCallback):
             return
         runs_single_samples = self.scores_by == "sample"
         if runs_single_samples:
-            self._passes.check_rows()  # says what a step that fails on one sample is
+            self._passes.check_rows()  # first, because its error explains a step that fails on a single sample
         found = self.source.rehearse(self._passes)
         if not runs_single_samples:
             self._passes.check_rows()
@@ -377,7 +389,7 @@ class DataPruning(SubsetCallback):
         return scored.kept
 
     def _keep(self, scored: ScoredSet, share: float) -> ScoredSet:
-        """Choose the samples that a share leaves of those scored, and print how many they are."""
+        """Select the samples to keep after dropping a share, and print their number."""
         sampler = self.training_set.sampler
         population = sampler.population
         say_what_is_skipped(self.display_name, population, ~scored.values[population].isnan())
@@ -394,32 +406,32 @@ class DataPruning(SubsetCallback):
         labels = scored.labels if self.balances_classes else None
         if labels is not None:
             labels = labels[population]
-            labels = labels.where(labels >= 0, labels.max() + 1)  # those of unknown class are one of their own
+            labels = labels.where(labels >= 0, labels.max() + 1)  # samples of unknown class form one extra class
         choice = {name: getattr(self, name) for name in rules.CHOICE}
         return select_samples(scored.values[population], count, rule=choice.pop("select"), labels=labels, **choice)
 
     def _refuse_balance(self, labels: Tensor | None) -> None:
         if self.balances_classes and labels is None:
             raise ValueError(
-                f"{self.display_name} balances classes, and nothing tells which class a sample has. Leave balance at None and "
+                f"{self.display_name} balances classes, but the class of each sample is unknown. Leave balance at None and "
                 "class_floor at 0."
             )
 
     def _say_kept(self, name: str, count: int, total: int, share: float) -> None:
         if share == 0.0:
-            rank_zero_info(f"{self.display_name} has scored {total} samples by {name}, and keeps them all.")
+            rank_zero_info(f"{self.display_name} has scored {total} samples by {name} and keeps them all.")
             return
-        what = "Epochs get shorter, and schedules that step with batches advance faster, to end where they would have."
+        what = "Epochs get shorter, and schedules that step with every batch advance faster, to end at the same point."
         if self.passes_more_than_once:
-            what = "Epochs keep their number of steps, and pass through these samples more than once."
-        rank_zero_info(f"{self.display_name} goes on with {count} of {total} samples (by {name}). {what}")
+            what = "Epochs keep their number of steps and pass through these samples more than once."
+        rank_zero_info(f"{self.display_name} keeps {count} of {total} samples, ranked by {name}. {what}")
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
         mark = fingerprint(self._passes.items)
         if mark.items is None and self.score_dataset is None and self.source.runs_the_step:
             rank_zero_warn(
-                f"{self.display_name} scores samples that differ each time they are read, as augmentation makes them. Give "
-                "score_dataset=, a function of the trainer that returns the training set without it."
+                f"{self.display_name} scores samples that differ each time they are read, as with augmentation. Set "
+                "score_dataset to a function that takes the trainer and returns the training set without augmentation."
             )
         if self._writes_scores:
             write_score_file(self, trainer, scored, mark)

@@ -23,7 +23,7 @@ from lightning_grad.functional.data_pruning.info_batch import infobatch_count
 from lightning_grad.functional.data_pruning.selection import round_up_count
 from lightning_grad.utilities.checks import check_between, check_count, check_share
 
-_NEXT_SEED = 1_000_003  # more than any run has epochs
+_NEXT_SEED = 1_000_003  # larger than the number of epochs of any run, so that seeds of two runs never coincide
 
 
 class InfoBatch(LossWeighting, SubsetCallback):
@@ -34,41 +34,43 @@ class InfoBatch(LossWeighting, SubsetCallback):
         w_i = \begin{cases} n_L / m_L \approx 1 / (1 - r) & i \in L \\ 1 & \text{else} \end{cases}, \qquad
         \text{loss} = \frac 1 B \sum_{i=1}^B w_i \ell_i
 
-    :math:`\ell_i` is the loss that sample i had when it was last trained on; r n_L of the n_L samples in L are left out and
-    m_L stay (:func:`~lightning_grad.functional.infobatch_subset`). The weighted gradients of an epoch add up, in
-    expectation, to those of the whole set, in fewer steps: each is in the mean n over the number kept times as long. The
-    last epochs train on all.
+    :math:`\ell_i` is the loss of sample i when it was last trained on. r n_L of the n_L samples in L are
+    dropped and m_L are kept (:func:`~lightning_grad.functional.infobatch_subset`). The expected sum of the
+    weighted gradients of an epoch equals that of the whole set, in fewer steps: on average, the gradient of
+    each step is larger by the ratio of all samples to those kept. The last epochs train on all samples.
 
     Args:
-        prune: Share r of the samples of low loss that is left out, at least 0 and below 1 (0.5 in the paper).
+        prune: Share r of the low-loss samples to drop, at least 0 and below 1 (0.5 in the paper).
         prune_until: Share of the run after which it trains on all samples (0.875 in the paper).
-        loss_index: Index, from 0, of the only loss call that counts; by default all that the step returns.
-        loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
-            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
-        seed: Seed of the choices.
+        loss_index: Index, from 0, of the only loss call that counts. Default: the whole loss.
+        loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step's loss.
+            Its mean must equal the loss of the step, up to a constant. The step still runs, so this costs a
+            second forward and backward pass.
+        seed: Seed of the random subsets.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
-        total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
+        total_steps: Length of the run in optimizer steps. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
-        ValueError: In the constructor for a share outside its range. In setup for manual optimization, or another technique
-            that chooses or weighs samples. In the first step if it returns no loss.
-        InseparableLossError: In the first step, if its loss is no sum of one term for each sample, or a learned factor
+        ValueError: In the constructor for a share outside its range. In setup for manual optimization, or
+            another technique that chooses or weights samples. In the first step if it returns no loss.
+        InseparableLossError: In the first step, if its loss is not a sum of one term per sample, or a learned factor
             multiplies it.
         RuntimeError: After the first batch, if rows do not follow their samples into another order.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
-    **Hooks.** As :class:`DataPruning`; losses are read inside ``training_step``, and weighted in its backward pass. What the
-    step returns and logs as its loss is the plain loss.
+    **Hooks.** Those of :class:`DataPruning`. Losses are read inside ``training_step`` and weighted in its
+    backward pass. The step still returns and logs the unweighted loss.
 
-    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``. At log steps
-    of a weighted epoch ``loss`` and ``weighted_loss``, the mean loss of the batch without and with weights.
+    **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``.
+    At log steps of a weighted epoch ``loss`` and ``weighted_loss``, the mean loss of the batch without and with
+    weights.
 
-    **State.** The last losses, the samples of the epoch and their weights; resuming is bit-exact. Of several ranks only the
-    first saves the losses of an epoch that is not done.
+    **State.** The last losses, the samples of the epoch and their weights; resuming is bit-exact. With several
+    ranks, only the first saves the losses of an unfinished epoch.
 
-    **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
-    step is traced: one to two milliseconds a step.
+    **Cost.** A loss that is one call of ``torch.nn.functional`` is computed a second time, without reduction.
+    For any other loss the step is traced: one to two milliseconds per step.
 
     Example:
         .. code-block:: yaml
@@ -80,8 +82,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
                     prune: 0.5
 
     References:
-        Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning", 2024, arXiv 2303.04947. Its code
-        leaves a sample out with probability r by choosing a fixed number; here the weight fits that number.
+        Qin et al., "InfoBatch: Lossless Training Speed Up by Unbiased Dynamic Data Pruning", 2024, arXiv 2303.04947. Its
+        code drops a fixed number of samples but weights by the probability r; here the weight fits that number.
     """
 
     compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
@@ -92,9 +94,8 @@ class InfoBatch(LossWeighting, SubsetCallback):
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
     _losses = until_next_fit[Tensor | None](lambda _: None).saved()
-    _weights = until_next_fit[Tensor | None](
-        lambda _: None
-    ).saved()  # of the present epoch, also where settings changed
+    # Of the current epoch; a resumed epoch keeps its weights even if settings have changed.
+    _weights = until_next_fit[Tensor | None](lambda _: None).saved()
     _record = until_next_fit.of(EpochRecord)
     _first = during_fit[tuple[list[int], Terms] | None](lambda _: None)
 
@@ -123,7 +124,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
         if self.prune == 0.0:
             return "trains on all samples (prune=0)"
         return (
-            f"drops {100 * self.prune:g} % of the samples of low loss in each epoch but the first, until "
+            f"drops {100 * self.prune:g} % of the low-loss samples in each epoch but the first, until "
             f"{100 * self.prune_until:g} % of the run"
         )
 
@@ -156,14 +157,14 @@ class InfoBatch(LossWeighting, SubsetCallback):
             self._record.values = state["epoch_values"]
         elif self._losses is not None:
             self._losses = None
-            self.say("has no losses of this kind yet, and trains on all samples until each has one")
+            self.say("has no values of the new loss yet and trains on all samples for one epoch")
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)
         if self.prune > 0.0 and self.prune_until < 1.0 and max(ends) == -1:
-            self.say("prunes to the end of the run, because that is not known. Set total_steps=... to stop before it")
+            self.say("prunes until the end of the run, whose length is unknown. Set total_steps=... to stop earlier")
 
     @override
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -205,7 +206,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
             self._losses = seen if self._losses is None else torch.where(seen.isnan(), self._losses, seen)
 
     def _is_over(self, trainer: pl.Trainer) -> bool:
-        # Not run_progress, which counts the batches of epochs as long as the present one.
+        # Not run_progress: it assumes that all epochs have as many batches as the current one.
         ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
         if self.total_steps is not None:
             ends = [(self.total_steps, trainer.global_step)]

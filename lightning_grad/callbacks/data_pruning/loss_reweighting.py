@@ -1,4 +1,4 @@
-"""Weighing the samples of a batch by their losses. The weights are a function, in ``functional/data_pruning``."""
+"""Loss reweighting: weights for the samples of a batch, computed by ``functional/data_pruning/loss_reweighting.py``."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -26,8 +26,10 @@ from lightning_grad.utilities.checks import check_above, check_between, is_shard
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
-_ONE_SIZE = yes("Each batch is weighted by itself. Ranks need batches of one size, as Lightning's sampler makes them.")
-_REHEARSALS = 4  # batches, until one has a loss
+_ONE_SIZE = yes(
+    "Each batch is weighted separately. Ranks need batches of the same size, as Lightning's sampler draws them."
+)
+_REHEARSALS = 4  # number of first batches that may have no loss before the check of rows is given up
 
 Rule = Literal["linupper", "quadratic", "extremes"]
 
@@ -40,44 +42,49 @@ class LossReweighting(LossWeighting):
         w = \operatorname{softmax}(f(h) / r), \qquad
         \text{loss} = \sum_i w_i \ell_i
 
-    Minimum, maximum and softmax go over the global batch, the samples of all ranks. f is min(h + 1, 1) for "linupper", which
-    takes weight from samples of low loss; 1 - h^2 for "quadratic", from both ends; abs(h) for "extremes", from the middle
-    (:func:`~lightning_grad.functional.loss_weights`). The temperature r falls from ``start_temperature`` to ``temperature``
-    over the run; in the first ``warmup_fraction`` of it all samples weigh the same. A sample with several positions
-    (tokens, pixels) also counts by their number, as in the mean of the batch.
+    Minimum, maximum and softmax are taken over the global batch, the samples of all ranks. f is min(h + 1, 1)
+    for "linupper", which reduces the weight of samples with a low loss; 1 - h^2 for "quadratic", which reduces
+    it at both ends; abs(h) for "extremes", which reduces it in the middle
+    (:func:`~lightning_grad.functional.loss_weights`). The temperature r falls from ``start_temperature`` to
+    ``temperature`` over the run, after a ``warmup_fraction`` with equal weights. Samples with more
+    positions (tokens, pixels) count for more, as in the mean of the batch.
 
     Args:
-        rule: f, "linupper" (best in the paper), "quadratic" or "extremes".
-        temperature: r at the end of the run (1 in the released code); .inf in YAML turns the weighting off.
-        start_temperature: r after the warm-up. The released code asks for a schedule from high to low and does not
-            say which; 10 is ours.
-        warmup_fraction: Share of the run in which all samples weigh the same (0.05 in the released code).
-        loss_index: Index, from 0, of the only loss call that is weighted; by default all that the step returns.
-        loss_fn: Function of the module and a batch that returns the losses (B,), in place of the step's own loss. The step
-            runs as it is; its mean must be the step's loss, up to a constant. It costs a second forward and backward pass.
-        total_steps: Length of the run in optimizer steps, where it has no known end. Default: the Trainer's.
+        rule: The function f: "linupper" (best in the paper), "quadratic" or "extremes".
+        temperature: r at the end of the run (1 in the released code); .inf in YAML turns weighting off.
+        start_temperature: r after the warm-up.
+            The released code asks for a schedule from high to low without naming one; 10 is our choice.
+        warmup_fraction: Share of the run with equal weights (0.05 in the released code).
+        loss_index: Index, from 0, of the only loss call that is weighted. Default: the whole loss.
+        loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step's loss.
+            Its mean must equal the loss of the step, up to a constant. The step still runs, so this costs a
+            second forward and backward pass.
+        total_steps: Length of the run in optimizer steps. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
-        ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual optimization, or
-            another technique that weighs samples. When training starts, if the run has no known end. In the first step if
-            it returns no loss.
-        InseparableLossError: In the first step, if its loss is no sum of one term for each sample, or a learned factor
+        ValueError: In the constructor for an unknown rule or a number outside its range. In setup for manual
+            optimization, or another technique that weights samples. When training starts, if the run has no
+            known end. In the first step if it returns no loss.
+        InseparableLossError: In the first step, if its loss is not a sum of one term per sample, or a learned factor
             multiplies it.
-        RuntimeError: After the first batch, if rows of a loss that stand together belong to several samples.
+        RuntimeError: After the first batch, if adjacent rows of a loss belong to several samples.
 
-    **Hooks.** Losses are read inside ``training_step``, and weighted in its backward pass. What the step returns and logs as
-    its loss is the plain loss. With accumulation each batch is weighted by itself.
+    **Hooks.** Losses are read inside ``training_step`` and weighted in its backward pass. The step still
+    returns and logs the unweighted loss. With accumulation each batch is weighted separately.
 
-    **Logs** under ``data/``, at log steps: ``temperature``, ``effective_samples`` (1 / sum of squared weights, as a share of
-    the global batch), ``loss`` and ``weighted_loss`` (the mean loss of the batch without and with weights).
+    **Logs** under ``data/``, at log steps: ``temperature``, ``effective_samples`` (1 / sum of squared weights,
+    as a share of the global batch), ``loss`` and ``weighted_loss`` (the mean loss of the batch without and with
+    weights).
 
-    **State.** What the loss of a sample is, where it comes from several terms. The temperature follows the run.
+    **State.** How the loss of a sample is read if the loss has several terms. The temperature is computed from
+    the progress of the run.
 
-    **Cost.** One call of a loss of ``torch.nn.functional`` is computed a second time, without reduction. Of another loss the
-    step is traced: one to two milliseconds a step. With several ranks losses are gathered. In the warm-up nothing is read.
+    **Cost.** A loss that is one call of ``torch.nn.functional`` is computed a second time, without reduction.
+    For any other loss the step is traced: one to two milliseconds per step. With several ranks the losses are
+    gathered in each step. During the warm-up no loss is read.
 
-    Batches may be as large as the loader's batch size; iterable data work too.
+    Iterable data work too. Batches must not be larger than the loader's batch size.
 
     Example:
         .. code-block:: yaml
@@ -125,7 +132,9 @@ class LossReweighting(LossWeighting):
     ) -> None:
         super().__init__(name)
         if math.isinf(start_temperature):
-            raise ValueError("start_temperature must be finite; temperature=inf turns the weighting off.")
+            raise ValueError(
+                "start_temperature must be finite; got inf. Set temperature=inf to turn the weighting off."
+            )
         self.rule = rule
         self.temperature = check_above(temperature, 0.0, "temperature")
         self.acts = math.isfinite(temperature)
@@ -159,7 +168,7 @@ class LossReweighting(LossWeighting):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # Without a known end, which raises, the temperature would never fall.
+        # Raises if the run has no known end: the temperature would never fall.
         if self.acts and total_steps(trainer, self.display_name, self.total_steps) is None:
             self.say(IN_FIRST_EPOCH)
 
@@ -185,17 +194,18 @@ class LossReweighting(LossWeighting):
         super().on_train_batch_end(trainer, pl_module, *args)
 
     def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
+        """Check that adjacent rows of the loss belong to one sample; return False if the batch has no loss."""
         rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
-        # Who chooses the samples may have forgotten those of this batch since the step.
+        # A callback that chooses samples may no longer know the samples of this batch, so use the number from the step.
         samples = self._samples or self.samples_of(batch)
-        if is_sharded(trainer) and self.loss_fn is None:  # else the first step was looked at
+        if is_sharded(trainer) and self.loss_fn is None:  # otherwise the first step has been checked
             rehearsal.check_whole_loss(batch, samples)
         if samples is None:
             return True  # each row of the loss is a sample
         if samples * trainer.world_size == 1:
             rank_zero_warn(
-                f"{self.display_name} weights the samples of a batch against each other, and a batch has one: every "
-                "weight is 1. Use larger batches."
+                f"{self.display_name} compares the samples of a batch, but the batch has only one, so every weight is 1. "
+                "Use larger batches."
             )
         is_done = rehearsal.check_batch(batch, samples)
         if is_done:
@@ -208,14 +218,15 @@ class LossReweighting(LossWeighting):
         weights = loss_weights(everyone.flatten(), self.rule, self._now).reshape(everyone.shape)
         counted = everyone.isfinite().sum()
         self._effective = 1.0 / (weights.square().sum() * counted)
-        # The step takes a mean, and so do the ranks: equal weights of 1 / n must leave both as they are.
+        # The step and DDP average, so scale the weights by n: equal weights of 1 / n must change nothing.
         return weights[self._trainer.global_rank, : len(losses.losses)] * counted
 
     def _of_all_ranks(self, losses: Tensor) -> Tensor:
-        """Return the losses of the global batch, (ranks, B), nan where a rank has fewer."""
+        """Return the losses of the global batch, (ranks, B), padded with nan where a rank has fewer samples."""
         if self._trainer.world_size == 1:
             return losses.unsqueeze(0)
-        # The last batch may be smaller on one rank, and a reduction wants equal shapes, without asking the others for theirs.
+        # The last batch may be smaller on one rank. Padding to the loader's batch size gives the reduction equal shapes
+        # without an exchange of sizes.
         size = max(len(losses), _batch_size(self._trainer))
         everyone = losses.new_zeros(self._trainer.world_size, size)
         own = everyone[self._trainer.global_rank]
@@ -225,7 +236,7 @@ class LossReweighting(LossWeighting):
 
 
 def _batch_size(trainer: pl.Trainer) -> int:
-    """Return the batch size of the training loader, 0 if there are several or it has none."""
+    """Return the batch size of the training loader, or 0 if there are several loaders or none is set."""
     loader = trainer.train_dataloader
     owners = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
     return next((size for owner in owners if isinstance(size := getattr(owner, "batch_size", None), int)), 0)

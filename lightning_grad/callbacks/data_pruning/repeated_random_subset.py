@@ -1,4 +1,4 @@
-"""Repeated random subsets (RS2). The subset is a function, in ``functional/data_pruning/repeated_random_subset.py``."""
+"""Repeated random subsets (RS2). ``functional/data_pruning/repeated_random_subset.py`` draws the subset."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,18 +13,18 @@ from lightning_grad.utilities.checks import check_count, check_share
 
 
 class RepeatedRandomSubset(SubsetCallback):
-    r"""Train each epoch on another random part of the samples (RS2).
+    r"""Train each epoch on a different random subset of the samples (RS2).
 
     .. math::
         K_t = \{\pi(t k), \ldots, \pi(t k + k - 1)\}, \qquad k = (1 - r) n
 
-    :math:`\pi` goes through one random order of the n samples after the other, so that all are seen once before any is seen
-    twice; t is the epoch. It is the baseline that every other choice of samples has to beat.
+    :math:`\pi` is a sequence of random permutations of the n samples, so all samples are seen once before any is seen
+    twice; t is the epoch. This is the baseline that every other choice of samples has to beat.
 
     Args:
-        prune: Share r of the samples left out in each epoch, at least 0 and below 1.
+        prune: Share r of the samples dropped in each epoch, at least 0 and below 1.
         replacement: Draw every epoch independently of the others.
-        seed: Seed of the choices.
+        seed: Seed of the random subsets.
         loader_key: Which of several training loaders to prune: its key, or its position in a list.
         name: Name of this instance.
 
@@ -38,7 +38,7 @@ class RepeatedRandomSubset(SubsetCallback):
 
     **State.** The samples of the epoch; resuming is bit-exact.
 
-    **Cost.** One random order of the indices an epoch.
+    **Cost.** One permutation of the indices per epoch.
 
     Example:
         .. code-block:: yaml
@@ -77,7 +77,7 @@ class RepeatedRandomSubset(SubsetCallback):
     @property
     @override
     def remembers_samples(self) -> bool:
-        return False  # whatever the samples are, a random part of them is one
+        return False  # a random subset needs no knowledge of the samples, so the data may change
 
     @override
     def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""USEFUL: repeating samples whose features are learnt late (``functional/data_pruning/uniform_learning.py`` finds them)."""
+"""USEFUL: repeat samples with late-learned features; ``functional/data_pruning/uniform_learning.py`` finds them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -27,37 +27,41 @@ _WAY_OUT = f"use DataPruning with score_fn=, or RepeatedRandomSubset, which need
 class UniformLearning(SubsetCallback):
     r"""Repeat samples whose features are learned late (USEFUL).
 
-    After k whole epochs the outputs of each class are clustered in two. The cluster with the higher mean loss holds what is
-    learnt late, and its samples come ``1 + repeats`` times an epoch from then on:
+    After ``epoch`` whole epochs, k-means splits the outputs of each class into two clusters. The samples in the
+    cluster with the higher mean loss are learned late. From then on they occur ``1 + repeats`` times per epoch:
 
     .. math::
         R = \bigcup_y \operatorname*{arg\,max}_{C \in \{C_{y1}, C_{y2}\}} \frac 1 {|C|} \sum_{i \in C} \ell_i
 
+    R is the set of repeated samples, :math:`C_{y1}` and :math:`C_{y2}` are the clusters of class y, and
+    :math:`\ell_i` is the loss of sample i.
+
     Args:
-        epoch: Number of whole epochs after which samples are clustered (8 of 200 in the paper's CIFAR-10 runs).
-        repeats: How often they are repeated (1 in the paper); 0 repeats nothing.
-        loss_index: Index, from 0, of the loss call that counts; by default the only one that classifies.
-        outputs_fn: Function of the module and a batch that returns logits (B, C) and labels (B,), in place of the step.
+        epoch: Number of whole epochs before clustering (8 of 200 in the paper's CIFAR-10 runs).
+        repeats: Number of times each found sample is repeated (1 in the paper); 0 repeats nothing.
+        loss_index: Index, from 0, of the loss call that counts. Default: the only one that classifies.
+        outputs_fn: Callable (module, batch) -> logits (B, C) and labels (B,), used instead of the step.
         seed: Seed of the clusters.
-        loader_key: Which of several training loaders: its key, or its position in a list.
+        loader_key: Which of several training loaders to use: its key, or its position in a list.
         name: Name of this instance.
 
     Raises:
-        ValueError: In the constructor for numbers below their least. In setup for manual optimization, an epoch that never
-            comes, or another technique that chooses samples. After the first batch, if the loss is none of one class a
-            sample: one batch is looked at to find out.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if two calls classify
-            and ``loss_index`` does not say which one counts.
+        ValueError: In the constructor for numbers below their minimum. In setup for manual optimization, an
+            epoch that is never reached, or another technique that chooses samples. After the first batch, which
+            is scored as a check, if the targets of the loss are not one class per sample.
+        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if two
+            calls classify and ``loss_index`` does not say which one counts.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
-    **Hooks.** As :class:`DataPruning`. Epochs become longer; schedules that step with batches are held back so that they
-    end where they should.
+    **Hooks.** Those of :class:`DataPruning`. Epochs become longer; schedules that step with every batch advance
+    more slowly so that they end where they should.
 
-    **Logs** under ``data/``, at each epoch: ``kept_share`` (above 1), ``samples_seen``; in the summary ``samples_share``.
+    **Logs** under ``data/``, at each epoch: ``kept_share`` (above 1), ``samples_seen``; in the summary
+    ``samples_share``.
 
     **State.** The samples of the epoch; resuming is bit-exact.
 
-    **Cost.** One evaluation pass over the training set, and k-means.
+    **Cost.** One evaluation pass over the training set, plus k-means.
 
     Example:
         .. code-block:: yaml
@@ -70,8 +74,8 @@ class UniformLearning(SubsetCallback):
 
     References:
         Nguyen et al., "Changing the Training Data Distribution to Reduce Simplicity Bias Improves In-distribution
-        Generalization", 2024, arXiv 2404.17768. There training begins anew with the repeated samples; here it
-        goes on.
+        Generalization", 2024, arXiv 2404.17768. In the paper, training restarts with the repeated samples; here it
+        continues.
     """
 
     compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
@@ -79,9 +83,9 @@ class UniformLearning(SubsetCallback):
         weight_averaging=CURRENT_WEIGHTS,
         **manual(
             no(
-                "does not work with {}: its training_step also steps, so it cannot be run just to look at the outputs",
-                "Use DataPruning(score='aum') or 'forgetting', which read the outputs in training, or RepeatedRandomSubset, "
-                "or give outputs_fn",
+                "does not work with {}: its training_step also steps, so it cannot be run just to read the outputs",
+                "Use DataPruning(score='aum') or 'forgetting', which read the outputs during training, or "
+                "RepeatedRandomSubset, or set outputs_fn",
             )
         ),
     )
@@ -101,7 +105,7 @@ class UniformLearning(SubsetCallback):
         loader_key: str | int | None = None,
         name: str | None = None,
     ) -> None:
-        check_only_one({"loss_index": loss_index, "outputs_fn": outputs_fn}, "say what is clustered")
+        check_only_one({"loss_index": loss_index, "outputs_fn": outputs_fn}, "select the outputs that are clustered")
         super().__init__(loader_key, name)
         self.epoch = check_count(epoch, 1, "epoch")
         self.repeats = check_count(repeats, 0, "repeats")
@@ -115,7 +119,7 @@ class UniformLearning(SubsetCallback):
         if self.repeats == 0:
             return "repeats no samples (repeats=0)"
         time = "the first epoch" if self.epoch == 1 else f"{self.epoch} epochs"
-        return f"trains on all samples for {time}, then repeats those whose features are not learnt yet"
+        return f"trains on all samples for {time}, then repeats those whose features are not learned yet"
 
     @property
     @override
@@ -169,7 +173,8 @@ class UniformLearning(SubsetCallback):
         chosen = torch.cat([sampler.population, *[self._repeated] * self.repeats])
         size, more = len(chosen), len(chosen) + 1
         leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
-        # BatchNorm fails on a last batch of one. Where nothing is repeated, that is how the data set is.
+        # Drop one repeat rather than end with a batch of one sample, on which BatchNorm fails. Without repeats, the data
+        # set itself ends that way.
         return chosen[:-1] if leaves_one and len(self._repeated) else chosen
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:
@@ -188,8 +193,8 @@ def _outputs(look: Look) -> Mapping[str, Tensor]:
     call = look.loss()
     if call.labels is None or call.input.dim() != 2:
         raise ValueError(
-            f"{look.asked.display_name} clusters the outputs of each class, and {call.name} got {tuple(call.input.shape)} for "
-            f"targets of {tuple(call.target.shape)}. It needs logits (B, C) and one class a sample. For other targets use "
+            f"{look.asked.display_name} needs logits (B, C) and one class per sample; {call.name} got an input of "
+            f"shape {tuple(call.input.shape)} and targets of shape {tuple(call.target.shape)}. For such targets use "
             "DataPruning(score='loss'), or RepeatedRandomSubset, which needs no loss."
         )
     return {"outputs": call.input, "losses": call.losses, "labels": call.labels}

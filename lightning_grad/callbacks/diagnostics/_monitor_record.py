@@ -85,7 +85,7 @@ class MonitorRecord(RunRecord):
         from matplotlib.ticker import MaxNLocator
 
         names = list(dict.fromkeys(name for row in self.layers.kept for name in row["norms"]))  # some are added later
-        shown = self.layers.count > 1
+        shown = self.layers.count > 1 and bool(names)
         heights = [3.2, 1.2 + 0.16 * min(len(names), _MOST_NAMES)] if shown else [3.2]
         figure, axes = panels(f"{title}: {self._outcome()}", heights, width=9)
         bad = [row["step"] for row in self.kept if not math.isfinite(row["norm"])]
@@ -121,7 +121,7 @@ class MonitorRecord(RunRecord):
             axis.plot(*points, ".", color="#d55e00", markersize=4, label="clipped")
         for row in skipped:
             axis.axvline(row["step"], color="#cc79a7", linewidth=0.8, label="skipped" if row is skipped[0] else None)
-        if any(row["norm"] > 0 for row in self.kept):
+        if any(0 < row["norm"] < math.inf for row in self.kept):
             axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
         style_axis(axis)
@@ -169,9 +169,11 @@ class FirstBadStep:
         if not self._facts or self._is_reported:
             return
         self._is_reported, facts = True, self._facts
+        count, parameter = facts["bad_parameters"], facts["parameter"]
         text = (
             f"the gradient was not finite for the first time at step {facts['step']}, epoch {facts['epoch']}, batch "
-            f"{facts['batch_idx']}, loss {facts['loss']:g}: {facts['parameter']}, first of {facts['bad_parameters']}."
+            f"{facts['batch_idx']}, loss {facts['loss']:g}: "
+            f"{f'{count} bad parameters, starting with {parameter}' if count else parameter}."
         )
         rank_zero_warn(f"{display_name}: {text}")
         log_summary(trainer, {key(f"first_bad_{fact}"): float(facts[fact]) for fact in ("step", "batch_idx")})

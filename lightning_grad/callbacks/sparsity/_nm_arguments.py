@@ -56,8 +56,8 @@ def pattern_of(found: FoundWeight, patterns: Mapping[str, NMPattern], display_na
         own = [name for name in names if matches(name, [other])]
         if own and not set(own) & set(covered) and patterns[other] != patterns[key]:
             raise ValueError(
-                f"{display_name}: {covered[0]} and {own[0]} are one tied parameter, and pattern gives them "
-                f"{patterns[key]} and {patterns[other]}. Give both the same pattern."
+                f"{display_name}: {covered[0]} and {own[0]} are one tied parameter, but pattern assigns them "
+                f"{patterns[key]} and {patterns[other]}. Assign the same pattern to both."
             )
     return patterns[key]
 

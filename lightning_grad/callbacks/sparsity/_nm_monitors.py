@@ -57,7 +57,7 @@ class MonitorRestart:
         done = [_forget_best(callback) for callback in _checkpoints(trainer) if callback.best_k_models]
         done += [_start_waiting(callback) for callback in _stoppers(trainer)]
         if done:
-            say(f"starts {' and '.join(done)} over, because the final pattern has begun")
+            say(f"resets {' and '.join(done)}, because the final pattern has begun")
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[Any]:

@@ -77,7 +77,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             "ste" is what the released code does, and was ahead, within noise, in our comparison; "masked" is what the
             paper describes for mdgf and sdgf. It also applies to a list of stages.
         dense_fraction: Share of the run before pruning starts. Default: 0.2 for step, else 0.
-            In our sweep, no dense phase was as good as one. For step, the paper uses a test (AutoSwitch) instead.
+            In our sweep, a dense phase brought no gain. For step, the paper uses a test (AutoSwitch) instead.
         finetune_fraction: Share at the end of the run with the final pattern and D = 0.
             Default: 0.2 for mdgf and sdgf (from our sweep), else 0.
         decay: Coefficient beta per step. Default: 7 or 2 divided by the length of the decay phase.
@@ -259,7 +259,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def why_excluded(self, names: Sequence[str]) -> str:
-        return super().why_excluded(names) or ("" if matches(names, self._patterns) else "no pattern is given for it")
+        return super().why_excluded(names) or (
+            "" if matches(names, self._patterns) else "no entry of pattern matches it"
+        )
 
     @override
     def check_names(self, pl_module: pl.LightningModule) -> None:

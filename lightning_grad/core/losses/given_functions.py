@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from lightning_grad.functional import LossCall, LossCapture
 
-SCORE_FN = "set score_fn= instead of a score, a function (module, batch) -> scores"
-LOSS_FN = "set loss_fn=, a function (module, batch) -> loss of each sample"
-OUTPUTS_FN = "set outputs_fn=, a function (module, batch) -> (logits, labels)"
+SCORE_FN = "set score_fn= to a function (module, batch) -> scores"
+LOSS_FN = "set loss_fn= to a function (module, batch) -> loss of each sample"
+OUTPUTS_FN = "set outputs_fn= to a function (module, batch) -> (logits, labels)"
 _IGNORED = -100  # the label that cross_entropy ignores
 GivenFunction = Callable[[pl.LightningModule, Any], Any]
 SampleLoss = Literal["share", "own"] | None

@@ -138,6 +138,7 @@ class Look:
         return output
 
     def _captured(self, with_graph: bool) -> LossCapture:
+        """Run the step inside a capture: without a graph if possible, which saves memory."""
         with_graph = with_graph or bool(self.memory.get("needs_graph"))
         capture = LossCapture(len(self.indices), keep_graph=with_graph, way_out=self.asked.way_out)
         try:

@@ -268,6 +268,7 @@ class _LossTap:
                 del _TAPS[module]
 
     def _run(self, step: ways.Step) -> Any:
+        """Run a step, choosing the way to weight it first if none is chosen, and pass its losses to the readers."""
         if step.samples == 0:
             # The batch holds no samples of this training set: it is another loader's, or a tuner's
             # trial step.

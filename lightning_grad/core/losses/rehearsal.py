@@ -204,7 +204,7 @@ class Rehearsal:
             known = [float(loss) for loss in losses if loss is not None and loss.isfinite()]
             return sum(known) / len(known) if known else float("nan")
 
-        self.check_means(mean, "scores_by='sample'", with_constant=False, most=most)
+        self.check_means(mean, "batches of one (scores_by='sample')", with_constant=False, most=most)
 
     def check_batch(self, batch: Any, samples: int) -> bool:
         """Check that adjacent rows of a loss belong to one sample; return True if the batch has a loss.
@@ -306,6 +306,7 @@ class Rehearsal:
         return self._samples.sampler.population[self.trainer.global_rank :: self.trainer.world_size]
 
     def _run(self, batch: Any, samples: int, memory: dict[str, Any], seen: row_order.Seen) -> row_order.Seen | None:
+        """Run the step, or the function that replaces it, and add its rows to ``seen``; ``None`` without a loss."""
         run = runner(self.trainer, self.pl_module, batch)
         look = Look(self.pl_module, batch, list(range(samples)), samples, run, self.asked, memory)
         try:

@@ -292,6 +292,7 @@ class RowComparison:
         )
 
     def _judge(self, tensors: Sequence[bool | None], values: Mapping[str, bool | None], in_order: bool) -> None:
+        """Raise the error that names the culprit: the maker of the batch, the user's function, or the step."""
         wrong = [name for name, follow in values.items() if follow is False]
         # A collate_fn that reorders moves all tensors. A single one may not hold rows of samples at
         # all, and have the length of the batch by chance.

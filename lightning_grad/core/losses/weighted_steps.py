@@ -44,6 +44,7 @@ class WeighingCapture(LossCapture):
         self.nodes: list[Node] = []  # graph nodes of the values that the calls returned
 
     def _handle(self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a loss call and weight its gradient, by hooks if possible."""
         if self._weigh is None:
             return super()._handle(func, loss, args, kwargs)
         if torch.compiler.is_compiling():

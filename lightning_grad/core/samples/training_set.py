@@ -121,6 +121,7 @@ class TrainingSet:
         return loaders
 
     def _receive(self, inner: Callable[[Any], Any], loader: Any) -> Any:
+        """Replace the sampler of the chosen loader. Lightning passes the loaders here in the order of their keys."""
         if not self._waiting:
             return inner(loader)
         training_loaders.refuse_key(self._loader_key, self._keys, "training", self._needed_by)
@@ -137,6 +138,7 @@ class TrainingSet:
         return processed
 
     def _install(self, loader: Any) -> None:
+        """Check a loader and its data, and put the prunable sampler into it, also after a reload."""
         training_loaders.refuse_without_indices(loader, self._needed_by)
         original = getattr(loader, training_loaders.slot_of(loader))
         if isinstance(original, PrunableBatchSampler):
@@ -250,6 +252,7 @@ class TrainingSet:
             iter(self._trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def _update_sampler(self) -> None:
+        """Pass the kept samples to the sampler, and raise if it cannot make a batch of them."""
         sampler = self.sampler
         last = -1 if self._kept is None else int(self._kept.max())
         if last >= sampler.total:

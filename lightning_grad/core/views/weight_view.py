@@ -30,11 +30,8 @@ from lightning_grad.core.dispatch import wrap_method
 _VIEWS = "_lightning_grad_views"
 _DENSE = "_lightning_grad_dense"
 IN_PLACE = "_lightning_grad_in_place"
-REPLACEMENTS = (
-    "orig",
-    "g",
-    "v",
-)  # suffixes of parameters by which torch's prune, spectral_norm and weight_norm replace one
+# Suffixes of the parameters by which torch's prune, spectral_norm and weight_norm replace a weight.
+REPLACEMENTS = ("orig", "g", "v")
 
 
 class WeightView(Protocol):

@@ -70,7 +70,7 @@ class Values:
     def _coefficients(self, loss: Tensor, walk: Walk) -> tuple[dict[tuple[Node, int], Tensor], dict[Node, Tensor]]:
         """Return the derivatives of the loss by the tensor at each cut, *along this edge*, and by each call's value.
 
-        This is a manual backward pass over the nodes of the walk only. If one cut lies below another, ``autograd.grad``
+        This is a manual backward pass through the nodes of the walk only. If one cut lies below another, ``autograd.grad``
         would continue below the cuts, through the network. It also differentiates by tensor and not by edge: in the
         loss mean(r) + mean(2 r) it would count r twice, because the second mean depends on r, too.
         """

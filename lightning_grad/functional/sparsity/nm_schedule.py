@@ -76,7 +76,7 @@ def geometric_patterns(target: NMPattern, widest: int = 8) -> list[NMPattern]:
         ['16:32', '8:16', '4:8', '2:4']
     """
     if widest < 1 or widest & (widest - 1):
-        raise ValueError(f"geometric_start must be a power of two, the factor of the widest groups; got {widest}.")
+        raise ValueError(f"geometric_start must be a power of two; got {widest}.")
     factors = [2**k for k in range(widest.bit_length() - 1, -1, -1)]
     return [NMPattern(target.n * f, target.m * f) for f in factors]
 

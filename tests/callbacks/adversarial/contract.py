@@ -13,8 +13,8 @@ _ATTACK_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"epsilon": _INF}, "epsilon must be finite"),
     ({"norm": "l1"}, "norm must be"),
     ({"step_size": 0.0}, "step_size must be above 0"),
-    ({"bounds": [1.0, 0.0]}, "least and the largest"),
-    ({"mean": 0.5}, "mean and std belong together"),
+    ({"bounds": [1.0, 0.0]}, "minimum and the maximum"),
+    ({"mean": 0.5}, "mean and std must be set together"),
     ({"mean": 0.5, "std": 0.0}, "std must be above 0"),
     ({"seed": -1}, "seed must be at least 0"),
 )
@@ -28,7 +28,7 @@ ENTRIES = [
         wrong=(
             *_ATTACK_WRONG,
             ({"attack": "fgms"}, "Did you mean 'fgsm'"),
-            ({"steps": 3}, "one step"),
+            ({"steps": 3}, "steps must be None or 1"),
             ({"attack": "pgd", "steps": 0}, "steps must be at least 1"),
             ({"clean_fraction": 1.0}, "at least 0 and below 1"),
             ({"warmup_fraction": 1.5}, "warmup_fraction must be from 0 to 1"),
@@ -60,7 +60,7 @@ ENTRIES = [
             *_ATTACK_WRONG,
             ({"steps": 0}, "steps must be at least 1"),
             ({"restarts": 0}, "restarts must be at least 1"),
-            ({"restarts": 2, "random_start": False}, "would repeat one attack"),
+            ({"restarts": 2, "random_start": False}, "would repeat the same attack"),
             ({"every_n_validations": 0}, "every_n_validations must be at least 1"),
             ({"loss_index": -1}, "loss_index must be at least 0"),
         ),

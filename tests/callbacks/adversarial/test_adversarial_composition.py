@@ -121,7 +121,7 @@ def test_embeddings_that_are_compiled_or_not_called() -> None:
         train(attacker(), module, as_batches(sentences()))
     with pytest.raises(
         RuntimeError,
-        match=r"AdversarialTraining perturbs .* nn\.Embedding, and the step calls none of the module's\. Call",
+        match=r"AdversarialTraining perturbs .* nn\.Embedding, but the step calls none\. Call",
     ):
         train(attacker(), Uncalled(), as_batches([[torch.ones(4, 3, dtype=torch.long)]]))
 

@@ -446,11 +446,11 @@ class Untrained(Hand):
         (
             Losses("none", trains=False),
             {},
-            r"needs a loss to raise: validation_step shows none; training_step fails.*KeyError",
+            r"needs a loss to maximize, but validation_step shows none; training_step fails.*KeyError",
         ),
-        (Untrained(), {}, r"needs a loss to raise: validation_step shows none\. Compute it in validation_step"),
-        (Losses("hand-written"), {"restarts": 2, "loss_index": 3}, r"loss of each sample, for several restarts"),
-        (Losses("one"), {"loss_index": 3}, r"needs a loss to raise: validation_step shows none"),
+        (Untrained(), {}, r"needs a loss to maximize, but validation_step shows none\. Compute it in validation_step"),
+        (Losses("hand-written"), {"restarts": 2, "loss_index": 3}, r"loss of each sample for several restarts"),
+        (Losses("one"), {"loss_index": 3}, r"needs a loss to maximize, but validation_step shows none"),
     ],
 )
 def test_without_a_loss(module: Any, arguments: Any, said: str) -> None:

@@ -228,7 +228,7 @@ def test_modules_that_do_not_validate() -> None:
         training_step, configure_optimizers = Net.training_step, Net.configure_optimizers
 
     with pytest.raises(
-        ValueError, match=r"AdversarialEvaluation runs validation_step on attacked inputs, and Trains has none"
+        ValueError, match=r"AdversarialEvaluation runs validation_step on attacked inputs, but Trains has none"
     ):
         make_trainer(callbacks=[evaluator()]).fit(Trains(), loader())
 
@@ -259,7 +259,7 @@ def test_wrong_arguments(arguments: Any, said: str) -> None:
 
 
 def test_inputs_outside_the_bounds() -> None:
-    with pytest.raises(ValueError, match=r"AdversarialEvaluation: the inputs reach from .* outside bounds"):
+    with pytest.raises(ValueError, match=r"AdversarialEvaluation: the inputs range from .* outside bounds"):
         validate([evaluator(bounds=[0, 1])], Net())
 
 
@@ -271,9 +271,7 @@ def test_a_later_batch_without_a_loss() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch, batch_idx) if batch_idx == 0 else None
 
-    with pytest.raises(
-        RuntimeError, match=r"AdversarialEvaluation: the step that showed a loss .* none for a later one"
-    ):
+    with pytest.raises(RuntimeError, match=r"AdversarialEvaluation: the step showed a loss .* none for a later one"):
         validate([evaluator()], Skips())
 
 

@@ -317,18 +317,20 @@ def test_a_validation_step_that_calls_the_training_step_is_not_attacked() -> Non
 
 
 def test_inputs_outside_the_bounds() -> None:
-    said = r"AdversarialTraining: the inputs reach from \S+ to \S+, outside bounds=\(0, 0\.5\).*give mean and std"
+    said = r"AdversarialTraining: the inputs range from \S+ to \S+, outside bounds=\(0, 0\.5\).*set mean and std"
     with pytest.raises(ValueError, match=said):
         train(attacker(bounds=[0, 0.5]), Linear(), points())
     train(attacker(bounds=[0, 100], mean=50.0, std=50.0), Linear(), points())
-    with pytest.raises(ValueError, match=r"reach from 5\S+ to \S+, outside bounds=\(0, 1\)"):
+    with pytest.raises(ValueError, match=r"range from 5\S+ to \S+, outside bounds=\(0, 1\)"):
         train(attacker(bounds=[0, 1], mean=50.0, std=50.0), Linear(), points())
 
 
 @pytest.mark.parametrize("name", ["mean", "std"])
 def test_channels_that_are_too_many(name: str) -> None:
     space = {"mean": 0.0, "std": 1.0, name: [0.1, 0.2, 0.3]}
-    with pytest.raises(ValueError, match=rf"needs {name} for each of 2 channels \(dimension 1 of \(4, 2\)\).*got 3\."):
+    with pytest.raises(
+        ValueError, match=rf"{name} must have one number for each of 2 channels \(dimension 1 of \(4, 2\)\).*got 3\."
+    ):
         train(attacker(**space), Linear(), points())
 
 

@@ -79,19 +79,19 @@ def test_floating_targets_behind_tokens_are_not_attacked(batch: Any, told: list[
         (
             MultiLabel(False),
             (TOKENS, FLOATS),
-            r"dimensions, batch\[0\], is one of torch\.int64, and the module has no nn",
+            r"dimensions, batch\[0\], has dtype torch\.int64, and the module has no nn",
         ),
         (
             MultiLabel(False),
             (IMAGES, FLOATS),
-            r"dimensions, batch\[0\], is one of torch\.uint8, and the module has no nn",
+            r"dimensions, batch\[0\], has dtype torch\.uint8, and the module has no nn",
         ),
-        (MultiLabel(), (IMAGES, FLOATS), r"batch\[0\], is one of torch\.uint8, and no nn\.Embedding would take it"),
-        (MultiLabel(False), {"y": FLOATS}, r"holds no floating tensor .*\(targets, masks and weights aside\)"),
+        (MultiLabel(), (IMAGES, FLOATS), r"batch\[0\], has dtype torch\.uint8, and an nn\.Embedding cannot take it"),
+        (MultiLabel(False), {"y": FLOATS}, r"has no floating-point tensor .*\(except targets, masks and weights\)"),
     ],
 )
 def test_integers_before_the_first_floating_tensor_are_refused(module: Any, batch: Any, said: str) -> None:
-    said = rf"AdversarialTraining needs an input with a gradient: .*{said}.*Convert integer images.*input_key\."
+    said = rf"AdversarialTraining needs an input with a gradient, but .*{said}.*Convert integer images.*input_key to a"
     with pytest.raises(TypeError, match=said):
         train(attacker(), module, as_batches([batch]))
 
@@ -143,7 +143,11 @@ class Whatever(Varying):
 @pytest.mark.parametrize(
     ("key", "error", "said"),
     [
-        (None, TypeError, r" perturbs batch\['x'\], and a later batch has no floating tensor there.*by input_key"),
+        (
+            None,
+            TypeError,
+            r" perturbs batch\['x'\], but a later batch has no floating-point tensor there.*Set input_key",
+        ),
         ("x", ValueError, r": input_key='x' is not in the batch; available there: 'n'\."),
     ],
 )
@@ -191,12 +195,12 @@ class Losing(Linear):
 @pytest.mark.parametrize(
     ("which", "said"),
     [
-        (None, r"shows none \(The step has 2 losses, so that which .* is not clear: 0: mse_loss, 1: l1_loss\);"),
+        (None, r"shows none \(The step has 2 losses, so it is not clear which one to use: 0: mse_loss, 1: l1_loss\);"),
         (5, r"shows none \(loss_index=5 is out of range: the step has 2 losses: 0: mse_loss, 1: l1_loss\);"),
     ],
 )
 def test_which_of_several_losses_is_asked_for(which: Any, said: str) -> None:
-    with pytest.raises(RuntimeError, match=rf"{said}.*of several, set loss_index=0 for the first\.$") as error:
+    with pytest.raises(RuntimeError, match=rf"{said}.*several losses, set loss_index=0 to use the first\.$") as error:
         evaluate(Losing(), points(), loss_index=which)
     assert "score_fn" not in str(error.value)
 
@@ -236,9 +240,7 @@ class Judged(pl.LightningModule):
 def test_accuracies_that_are_not_known_are_told_once(way: str, why: str, told: list[str]) -> None:
     trainer = train(attacker(check_every_n_epochs=1), Judged(way), points(), max_epochs=3)
     reasons = [
-        each
-        for each in told
-        if each.startswith("AdversarialTraining leaves out the accuracies of check_every_n_epochs: ")
+        each for each in told if each.startswith("AdversarialTraining skips the accuracies of check_every_n_epochs: ")
     ]
     assert len(reasons) == 1
     assert why in reasons[0]

@@ -198,7 +198,7 @@ def test_views_that_are_not_attacked_are_named_and_a_key_has_all_attacked(told: 
     found = moves(Views(), clean, (views, torch.zeros(2)))
     assert [bool(move.any()) for move in found] == [True, True, False, False]
     assert told == [
-        "AdversarialTraining perturbs batch[0][0], of shape (2, 3, 4, 5), and none of the others in batch[0][*]; "
+        "AdversarialTraining perturbs batch[0][0], of shape (2, 3, 4, 5), but not the others in batch[0][*]; "
         "input_key='0.*' perturbs all 2."
     ]
     for settings in ({"norm": "linf"}, {"norm": "l2"}):
@@ -223,7 +223,7 @@ def test_images_alone_are_named_and_a_key_has_all_attacked(told: list[str]) -> N
 
     clean = images()
     assert [bool(move.any()) for move in moves(Alone(), clean, clean)] == [True, False, False, False]
-    assert "and none of the others in batch[*]; input_key='*' perturbs all 4." in told[0]
+    assert "but not the others in batch[*]; input_key='*' perturbs all 4." in told[0]
     module = Alone()
     for move, weight in zip(moves(module, clean, clean, input_key="*"), own_weights(module, clean), strict=True):
         torch.testing.assert_close(move, EPSILON * weight.sign())
@@ -269,7 +269,7 @@ ROWS = [torch.ones(2, 3), torch.ones(1, 3)]
 @pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage")
 def test_tensors_that_are_not_dense_are_refused_by_name(make: Any, kind: str) -> None:
     batch = (make(), torch.ones(4))
-    said = rf" cannot perturb batch\[0\]: it is {kind}, not dense\. Make it dense in .* or name another input"
+    said = rf" cannot perturb batch\[0\], because it is not dense: it is {kind}\. Make it dense in .* or set input_key"
     with pytest.raises(TypeError, match="AdversarialTraining" + said):
         make_trainer(callbacks=[AdversarialTraining(EPSILON)], max_epochs=1).fit(Unused(), as_batches([batch]))
     trainer = make_trainer(callbacks=[AdversarialEvaluation(EPSILON)])

@@ -201,7 +201,7 @@ def test_an_evaluation_in_a_run_that_logs_nothing_says_so() -> None:
     trainer = pl.Trainer(
         barebones=True, accelerator="cpu", max_epochs=1, callbacks=[AdversarialEvaluation(0.1, steps=1)]
     )
-    with pytest.warns(UserWarning, match=r"AdversarialEvaluation logs .* Trainer\(barebones=True\) logs nothing"):
+    with pytest.warns(UserWarning, match=r"AdversarialEvaluation repeats .* Trainer\(barebones=True\) logs nothing"):
         trainer.fit(Quiet(), as_batches(pairs()), as_batches(pairs()))
 
 

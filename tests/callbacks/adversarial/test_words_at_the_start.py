@@ -34,23 +34,23 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"epsilon": INF}, r"epsilon must be finite, and at most 1e\+30; got inf\. Choose"),
-        ({"epsilon": 1e39}, r"epsilon must be finite, and at most 1e\+30; got 1e\+39\."),
+        ({"epsilon": INF}, r"epsilon must be finite and at most 1e\+30; got inf\. Set it to"),
+        ({"epsilon": 1e39}, r"epsilon must be finite and at most 1e\+30; got 1e\+39\."),
         ({"epsilon": -INF}, r"epsilon must be at least 0.*; got -inf\."),
-        ({"step_size": INF}, r"step_size must be finite, and at most 1e\+30; got inf\. Leave it out"),
+        ({"step_size": INF}, r"step_size must be finite and at most 1e\+30; got inf\. Use None"),
         ({"step_size": -1.0}, r"step_size must be above 0; got -1\.0\."),
         ({"mean": INF, "std": 1.0}, r"mean must be finite.*; got inf\."),
         ({"mean": [0.0, -INF], "std": 1.0}, r"mean must be finite.*; got -inf\."),
         ({"mean": 0.0, "std": INF}, r"std must be finite.*; got inf\."),
         ({"mean": 0.0, "std": [1.0, 0.0]}, r"std must be above 0; got 0\.0\."),
         ({"mean": 0.0, "std": [1.0, -1.0]}, r"std must be above 0; got -1\.0\."),
-        ({"mean": [], "std": 1.0}, r"mean must be a number, or one for each channel; got \[\]\."),
-        ({"mean": [0.1, 0.2], "std": [0.1, 0.2, 0.3]}, r"a number for each channel, or one for all; got 2 and 3\."),
-        ({"bounds": [0.0, INF]}, r"bounds must be finite.*; got inf\. Where inputs have a limit on one side only"),
+        ({"mean": [], "std": 1.0}, r"mean must be a number, or one per channel; got \[\]\."),
+        ({"mean": [0.1, 0.2], "std": [0.1, 0.2, 0.3]}, r"one number per channel, or one for all; got 2 and 3\."),
+        ({"bounds": [0.0, INF]}, r"bounds must be finite.*; got inf\. If inputs have only one limit"),
         ({"bounds": [-INF, 0.0]}, r"bounds must be finite.*; got -inf\."),
         (
             {"bounds": [0.0]},
-            r"bounds must be the least and the largest value of an input, such as \[0, 1\]; got \[0\.0\]\.",
+            r"bounds must be the minimum and the maximum of an input, such as \[0, 1\]; got \[0\.0\]\.",
         ),
         ({"bounds": [1.0, 1.0]}, r"got \[1\.0, 1\.0\]\."),
     ],
@@ -98,7 +98,7 @@ def test_only_what_is_supported_is_changed() -> None:
 
 # Runs without anything to attack.
 
-NOTHING = "AdversarialEvaluation attacks the batches of validations, and this fit has no validation"
+NOTHING = "AdversarialEvaluation attacks validation batches, but this fit has no validation"
 
 
 def fit_without(**arguments: Any) -> tuple[Any, list[str]]:
@@ -166,15 +166,16 @@ def test_a_fit_with_a_validation_does_not(arguments: Any) -> None:
             lambda: AdversarialTraining(0.5, "pgd", norm="l2", name="a"),
             "AdversarialTraining[a] trains on inputs attacked by PGD (7 steps, epsilon 0.5 in l2).",
         ),
-        (lambda: AdversarialTraining(0.0), "AdversarialTraining trains on the inputs as they are, for epsilon is 0."),
+        (lambda: AdversarialTraining(0.0), "AdversarialTraining trains on unchanged inputs, because epsilon is 0."),
         (
             lambda: AdversarialEvaluation(0.1, steps=2),
-            "AdversarialEvaluation runs each validation once more on inputs attacked by PGD (2 steps, epsilon 0.1 in linf).",
+            "AdversarialEvaluation runs each validation a second time on inputs attacked by PGD (2 steps, epsilon 0.1 in "
+            "linf).",
         ),
         (
             lambda: AdversarialEvaluation(0.1, steps=1, every_n_validations=3),
-            "AdversarialEvaluation runs one of every 3 validations once more on inputs attacked by PGD (1 step, epsilon 0.1 "
-            "in linf).",
+            "AdversarialEvaluation runs one of every 3 validations a second time on inputs attacked by PGD (1 step, epsilon "
+            "0.1 in linf).",
         ),
     ],
 )

@@ -90,18 +90,14 @@ RETURNS: dict[str, tuple[Callable[..., Any], str]] = {
 @pytest.mark.parametrize("returns", [name for name in RETURNS if "vector" not in name])
 def test_a_step_without_a_loss_is_refused_by_who_reads_it(returns: str, name: str) -> None:
     function, words = RETURNS[returns]
-    refused(
-        MAKE[name](), Step(function), rf"training_step must return a scalar loss that requires a gradient;  {words}"
-    )
+    refused(MAKE[name](), Step(function), rf"training_step must return a scalar loss that requires a gradient; {words}")
 
 
 @pytest.mark.parametrize("name", ["info", "reweighting", "reweighting later"])
 @pytest.mark.parametrize("returns", [name for name in RETURNS if "vector" in name])
 def test_a_step_with_a_vector_is_refused_by_who_weights_it(returns: str, name: str) -> None:
     function, words = RETURNS[returns]
-    refused(
-        MAKE[name](), Step(function), rf"training_step must return a scalar loss that requires a gradient;  {words}"
-    )
+    refused(MAKE[name](), Step(function), rf"training_step must return a scalar loss that requires a gradient; {words}")
 
 
 @pytest.mark.parametrize("name", ["loss", "grand", "el2n", "vog", "uniform", "info", "reweighting"])
@@ -111,7 +107,7 @@ def test_a_step_without_a_loss_in_eval_mode(returns: str, name: str) -> None:
     said = refused(
         MAKE[name](),
         Step(function, in_training=False),
-        rf"must return a scalar loss that requires a gradient;  {words}",
+        rf"must return a scalar loss that requires a gradient; {words}",
     )
     assert "score_fn" in said or name in ("info", "reweighting", "uniform")
 
@@ -119,7 +115,9 @@ def test_a_step_without_a_loss_in_eval_mode(returns: str, name: str) -> None:
 @pytest.mark.parametrize("returns", ["a dict without loss", "a number"])
 def test_a_step_without_a_loss_for_one_sample(returns: str) -> None:
     function, words = RETURNS[returns]
-    words = rf"{words}. DataPruning runs it on one sample at a time. Leave scores_by at 'batch', and set score_fn="
+    words = (
+        rf"{words}. DataPruning runs the step on one sample at a time. Leave scores_by at 'batch', and set score_fn="
+    )
     refused(MAKE["by sample"](), Step(function, in_training=False), words)
 
 

@@ -193,7 +193,7 @@ RECORDED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 def began(path: Path, settings: dict[str, Any], epoch: int) -> None:
-    """Check that a run scores all samples when it resumes, and goes on with a part of them."""
+    """Check that a run scores all samples when it resumes, and continues with a part of them."""
     technique = pruning(**settings)
     note = run(technique, path, epochs=epoch + 2)
     assert note.scored[epoch].epoch == epoch
@@ -224,7 +224,7 @@ def test_a_recorded_score_is_refused_without_a_record_and_the_way_out_works(
     path = checkpoint(pruning, within=within)
     more = {"name": "late"} if named else {}  # a state under another name is not looked at
     was = "" if named else r" \(was 'el2n'\)"
-    says = rf"resumes with score='{name}'{was}, and the checkpoint has no record for this score.*epoch to {first + needed} or"
+    says = rf"resumes with score='{name}'{was}, but the checkpoint has no record for this score.*epoch to {first + needed} or"
     for early in range(max(1, settings.get("epoch", 1)), first + needed):
         with pytest.raises(ValueError, match=says):
             run(pruning(**{**settings, **more, "epoch": early}), path, epochs=9)
@@ -264,7 +264,7 @@ def test_another_loss_is_another_score(checkpoint: Any) -> None:
     note = run(pruning(loss_index=1), path, module=TwoLosses())
     assert note.scored[2].epoch == 2
     path = checkpoint(lambda: pruning(loss_index=0, score="aum"), module=TwoLosses)
-    with pytest.raises(ValueError, match=r"loss_index=1 \(was 0\), and the checkpoint has no record"):
+    with pytest.raises(ValueError, match=r"loss_index=1 \(was 0\), but the checkpoint has no record"):
         run(pruning(loss_index=1, score="aum"), path, module=TwoLosses())
 
 

@@ -136,7 +136,7 @@ class VAE(Classifier):
 
 REFUSED = [
     (TwoHeads, "The step has 2 losses, so it is not clear which one to use"),
-    (Other, r"takes logits and classes from cross_entropy, and .*: the loss comes from mean \(test_classes"),
+    (Other, r"takes logits and classes from cross_entropy, but .*: the loss comes from mean \(test_classes"),
     (VAE, "captured mse_loss, which is only a part of what training_step returns"),
 ]
 

@@ -254,7 +254,7 @@ def test_one_pass_has_no_variance(arguments: Any) -> None:
 def test_vog_cannot_begin_behind_its_epoch(tmp_path: Path) -> None:
     train(pl.Callback(), epochs=3).trainer.save_checkpoint(tmp_path / "run.ckpt")
     with pytest.raises(
-        ValueError, match=r"no record for this score, which takes at least 2 whole epochs.*epoch to 5 or later"
+        ValueError, match=r"no record for this score, which needs at least 2 whole epochs.*epoch to 5 or later"
     ):
         train(DataPruning(0.5, "vog", epoch=2, checkpoints=2), epochs=5, ckpt=tmp_path / "run.ckpt")
 
@@ -501,7 +501,7 @@ class Noisy(Dataset[Any]):
 
 
 def test_samples_that_differ_each_time_are_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"differ each time they are read.*score_dataset="):
+    with pytest.warns(UserWarning, match=r"differ each time they are read.*score_dataset"):
         train(DataPruning(0.5, epoch=1, save_scores=str(tmp_path / "scores.npz")), dataset=Noisy())
 
 
@@ -765,8 +765,8 @@ def test_a_hand_written_loss_names_the_way_out() -> None:
 
 
 @pytest.mark.parametrize("score", ["el2n", "grand"])
-def test_scores_at_initialisation_are_warned_of(score: str) -> None:
-    with pytest.warns(UserWarning, match=rf"score='{score}'\) scores at initialisation.*2303\.14753"):
+def test_scores_at_initialization_are_warned_of(score: str) -> None:
+    with pytest.warns(UserWarning, match=rf"score='{score}'\) scores at initialization.*2303\.14753"):
         train(DataPruning(0.5, score, epoch=0), epochs=1)
 
 

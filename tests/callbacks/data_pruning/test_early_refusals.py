@@ -65,7 +65,7 @@ def test_score_files_are_read_before_the_first_batch(fault: str, tmp_path: Path)
 def test_files_that_do_not_go_together_and_files_without_classes(tmp_path: Path) -> None:
     a, b = (str(save_scores(scores(name), tmp_path / f"{name}.npz")) for name in ("el2n", "grand"))
     refused(ValueError, "Scores must be of one kind to be averaged", score_files=[a, b])
-    refused(ValueError, "balances classes, and nothing tells which class", score_files=[a], balance="class")
+    refused(ValueError, "balances classes, but the class of each sample is unknown", score_files=[a], balance="class")
     refused(
         FileNotFoundError, "DataPruning finds no score file '.*none.npz'", score_files=[a, str(tmp_path / "none.npz")]
     )
@@ -97,7 +97,7 @@ def test_a_path_that_names_no_file_is_refused_in_the_constructor(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match=r"^save_scores must name a \.npz file to write; got '"):
+    with pytest.raises(ValueError, match=r"^save_scores must be the path of a \.npz file; got '"):
         pruning(save_scores=path)
 
 
@@ -108,7 +108,12 @@ def test_a_path_that_cannot_be_written_is_refused_before_the_first_batch(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     target = str(tmp_path / path) if not path.startswith("/") else path
-    refused(ValueError, r"^DataPruning cannot write save_scores=.*Name a file that", save_scores=target, epoch=rounds)
+    refused(
+        ValueError,
+        r"^DataPruning cannot write save_scores=.*Set it to a path that can",
+        save_scores=target,
+        epoch=rounds,
+    )
 
 
 def test_a_path_that_can_be_written_is_left_empty_until_then(tmp_path: Path) -> None:

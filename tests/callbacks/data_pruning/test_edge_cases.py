@@ -363,7 +363,7 @@ def test_a_data_set_that_changes_its_length_is_refused(make: Any) -> None:
     callback = make()
     trainer = make_trainer(callbacks=[callback], max_epochs=4, reload_dataloaders_every_n_epochs=1)
     with pytest.raises(
-        ValueError, match=rf"{callback.display_name} knows samples by their index.*had (22|26).*has (26|30)"
+        ValueError, match=rf"{callback.display_name} identifies samples by index.*had (22|26).*has (26|30)"
     ):
         trainer.fit(Growing())
 
@@ -418,15 +418,21 @@ def scores_nothing(pl_module: Any, batch: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"select": "ccs", "class_floor": 0.2}, "class_floor goes with select='top'"),
-        ({"balance": "class", "class_floor": 0.2}, "class_floor goes with .* without balance"),
-        ({"prune": 0.5, "class_floor": 0.6}, r"class_floor=0\.6 of each class leaves no choice with prune=0\.5"),
-        ({"prune": [0.2, 0.5], "epoch": [1, 2], "class_floor": 0.6}, r"leaves no choice with prune=0\.5"),
+        ({"select": "ccs", "class_floor": 0.2}, "class_floor works only with select='top'"),
+        ({"balance": "class", "class_floor": 0.2}, "class_floor works only with .* balance=None"),
+        (
+            {"prune": 0.5, "class_floor": 0.6},
+            r"class_floor=0\.6 must be below the kept share, 1 - prune; got prune=0\.5",
+        ),
+        (
+            {"prune": [0.2, 0.5], "epoch": [1, 2], "class_floor": 0.6},
+            r"below the kept share, 1 - prune; got prune=0\.5",
+        ),
         ({"loss_index": -1}, "loss_index .*-1"),
         ({"seed": -1}, r"seed .*-1"),
         ({"score_fn": scores_nothing, "score_files": ["scores.npz"]}, "score_fn and score_files would both"),
         ({"score_fn": scores_nothing, "score": "aum"}, "score_fn and score='aum' would both"),
-        ({"score_files": ["scores.npz"], "keep": "random"}, "keep='random' looks at no score"),
+        ({"score_files": ["scores.npz"], "keep": "random"}, "keep='random' ignores scores"),
     ],
 )
 def test_settings_that_do_not_go_together(arguments: Any, words: str) -> None:
@@ -436,7 +442,7 @@ def test_settings_that_do_not_go_together(arguments: Any, words: str) -> None:
 
 @pytest.mark.parametrize("prune", [0.3, 0.5, 0.7, 0.8, 0.9])
 def test_a_floor_that_is_all_that_is_left_is_refused(prune: float) -> None:
-    with pytest.raises(ValueError, match="leaves no choice"):
+    with pytest.raises(ValueError, match="must be below the kept share"):
         DataPruning(prune, class_floor=round(1 - prune, 1))
 
 
@@ -456,7 +462,7 @@ def test_counts_of_the_others(kind: Any, name: str, value: Any) -> None:
 
 
 def test_later_rounds_that_never_come_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"rounds that never come: max_epochs=3, epoch=\[1, 50\]"):
+    with pytest.warns(UserWarning, match=r"rounds that are never reached: max_epochs=3, epoch=\[1, 50\]"):
         train(pruning([0.2, 0.5], epoch=[1, 50]), epochs=3)
     train(pruning([0.2, 0.5], epoch=[1, 2]), epochs=3)  # a warning would raise
 

@@ -106,7 +106,9 @@ def test_a_function_with_another_mean_is_refused_with_both(make: Any) -> None:
 def test_a_function_of_a_wrong_shape_is_refused(make: Any) -> None:
     arguments = {"loss_fn": lambda module, batch: overlaps(module, batch).mean()}
     callback = LossReweighting(warmup_fraction=0.0, **arguments) if make is LossReweighting else make(**arguments)
-    with pytest.raises(ValueError, match=r"loss_fn must return a tensor .* with one loss for each .*got \(\) of"):
+    with pytest.raises(
+        ValueError, match=r"loss_fn must return a floating-point tensor with one loss for each .*got \(\) of"
+    ):
         train(callback, DicePerSample())
 
 
@@ -228,7 +230,7 @@ def test_one_sample_at_a_time(score: str) -> None:
 @pytest.mark.parametrize("score", ["loss", "grand"])
 def test_a_scale_of_the_batch_is_refused(score: str) -> None:
     words = (
-        r"takes scores_by='sample' for .*its mean over a batch is \S+ and \S+, where .* Both must agree.*"
+        r"batches of one \(scores_by='sample'\), but its mean over a batch is \S+ and \S+, while .* must be equal.*"
         "Leave scores_by at 'batch', and set score_fn="
     )
     with pytest.raises(ValueError, match=words):
@@ -264,7 +266,7 @@ def test_a_refusal_says_how_much_longer_it_takes(score: str, monkeypatch: pytest
         train(pruning(score), Clocked())  # 8 x 4 against 11
 
 
-@pytest.mark.filterwarnings("ignore:.*scores at initialisation.*")
+@pytest.mark.filterwarnings("ignore:.*scores at initialization.*")
 @pytest.mark.parametrize("kind", [Dice, Spread])
 @pytest.mark.parametrize("arguments", [{"score": "loss"}, {"score": "grand"}, {"score": "loss", "epoch": 0}])
 def test_it_is_not_offered_where_it_would_be_refused_too(arguments: Any, kind: Any) -> None:
@@ -285,9 +287,15 @@ def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"score": "el2n", "loss_fn": overlaps}, "loss_fn goes with score='loss', 'grand', 'vog'; got score='el2n'"),
-        ({"score": "loss", "outputs_fn": outputs}, "outputs_fn goes with score='el2n'"),
-        ({"score": "vog", "scores_by": "sample", "epoch": 2}, "scores_by='sample' goes with score='loss', 'grand'"),
+        (
+            {"score": "el2n", "loss_fn": overlaps},
+            "loss_fn works only with score='loss', 'grand', 'vog'; got score='el2n'",
+        ),
+        ({"score": "loss", "outputs_fn": outputs}, "outputs_fn works only with score='el2n'"),
+        (
+            {"score": "vog", "scores_by": "sample", "epoch": 2},
+            "scores_by='sample' works only with score='loss', 'grand'",
+        ),
         ({"score": "loss", "scores_by": "sample", "loss_fn": overlaps}, "loss_fn and scores_by='sample' would both"),
         ({"score": "loss", "loss_index": 0, "loss_fn": overlaps}, "loss_fn and loss_index would both"),
         ({"outputs_fn": outputs, "score_fn": overlaps}, "outputs_fn and score_fn would both"),

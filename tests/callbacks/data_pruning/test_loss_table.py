@@ -97,7 +97,7 @@ def cell(kind: str, technique: str) -> str:
     except InseparableLossError as error:
         return f"`{error.function}`"
     except ValueError as error:
-        if "Both must agree" in str(error) or "is not finite" in str(error):
+        if "The two must be equal" in str(error) or "are not finite" in str(error):
             return "differs"
         raise
     except RuntimeError as error:

@@ -127,7 +127,7 @@ def test_samples_that_are_written_over_are_noticed() -> None:
 
 @pytest.mark.parametrize("make", [lambda made: samples(0, TOTAL + made), lambda made: samples(0, TOTAL - made)])
 def test_another_length_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"knows samples by their index, and the training set had \d+ of them"):
+    with pytest.raises(ValueError, match=r"identifies samples by index, but the training set had \d+ samples"):
         fit(make, [InfoBatch()])
 
 
@@ -240,7 +240,7 @@ def test_a_choice_that_does_not_fit_is_refused_in_words(checkpoints: Any) -> Non
         return fit(lambda made: samples(1, 16), [technique], ckpt=checkpoints("subsets"), every=0, epochs=4)
 
     with pytest.raises(
-        ValueError, match=r"RepeatedRandomSubset would train on the sample \d+, and the training set has 16 of"
+        ValueError, match=r"RepeatedRandomSubset would train on sample \d+, but the training set has 16"
     ):
         resume()
     assert resume(name="fresh").batches > 0

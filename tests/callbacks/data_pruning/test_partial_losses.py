@@ -222,7 +222,7 @@ def test_noise_is_scored_and_weighted_with_a_warning(name: str) -> None:
 
 @pytest.mark.parametrize("name", BY_TERMS)
 def test_a_loss_that_mixes_the_samples_is_refused_by_function_and_line(name: str) -> None:
-    ways_out = "[Ss]et loss_index=0 if binary_cross_entropy_with_logits alone"
+    ways_out = "[Ss]et loss_index=0 to use binary_cross_entropy_with_logits alone"
     words = rf"div \(test_partial_losses.py:\d+\) mixes the samples.*{ways_out}"
     with pytest.raises(InseparableLossError, match=words) as error:
         train(READERS[name](), Dice())
@@ -272,8 +272,8 @@ class HandWritten(Classifier):
 
 
 WAYS_OUT = {
-    "el2n": "set score_fn= instead of a score",
-    "aum": "set score_fn= instead of a score",
+    "el2n": "set score_fn= to a function",
+    "aum": "set score_fn= to a function",
     "info": "use RepeatedRandomSubset",
     "reweighting": "weight the losses in training_step, by lightning_grad.functional.loss_weights",
     "uniform": "use DataPruning with score_fn=, or RepeatedRandomSubset",

@@ -458,14 +458,14 @@ class MixesInTraining(Classifier):
 
 @pytest.mark.parametrize("make", [pruning, lambda: pruning("loss"), InfoBatch])
 def test_a_step_that_shuffles_is_told_from_one_with_noise(make: Any) -> None:
-    with pytest.raises(RuntimeError, match=r"same samples came again, the losses did not follow.*torch\.stack"):
+    with pytest.raises(RuntimeError, match=r"same samples were run again, the losses did not follow.*torch\.stack"):
         train(make(), Shuffles())
     train(LossReweighting(warmup_fraction=0.0), Shuffles())
 
 
 @pytest.mark.parametrize("make", [lambda: pruning("aum"), InfoBatch])
 def test_a_step_that_sorts_in_training_only_is_refused_by_who_reads_losses_there(make: Any) -> None:
-    with pytest.raises(RuntimeError, match=r"same samples came again, the target of the loss did not follow"):
+    with pytest.raises(RuntimeError, match=r"same samples were run again, the target of the loss did not follow"):
         train(make(), SortsInTraining())
     train(pruning("el2n"), SortsInTraining())
     train(InfoBatch(), MixesInTraining())

@@ -188,9 +188,9 @@ def test_one_sample_is_not_repeated() -> None:
 
 
 def test_a_batch_of_one_has_nothing_to_be_weighted_against() -> None:
-    with pytest.warns(UserWarning, match="a batch has one: every weight is 1.*larger batches") as told:
+    with pytest.warns(UserWarning, match="the batch has only one, so every weight is 1.*larger batches") as told:
         train(LossReweighting(warmup_fraction=0.0), Fixed(), batch_size=1)
-    assert len([w for w in told if "a batch has one" in str(w.message)]) == 1
+    assert len([w for w in told if "the batch has only one" in str(w.message)]) == 1
     train(LossReweighting(temperature=float("inf")), Fixed(), batch_size=1)
 
 

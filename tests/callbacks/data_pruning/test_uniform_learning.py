@@ -100,7 +100,7 @@ def test_a_resumed_run_repeats_the_same_samples(tmp_path: Path) -> None:
 
 def test_a_loss_without_classes_is_refused() -> None:
     dataset = TensorDataset(torch.zeros(8, 2), torch.zeros(8, 3))
-    with pytest.raises(ValueError, match=r"needs logits \(B, C\) and one class a sample"):
+    with pytest.raises(ValueError, match=r"needs logits \(B, C\) and one class per sample"):
         run(UniformLearning(epoch=1), Tiny(nn.Linear(2, 3), F.mse_loss), dataset=dataset)
 
 

@@ -400,7 +400,9 @@ def run_backwards(*callbacks: Any, **arguments: Any) -> Any:
 
 
 def test_first_bad_step_is_named_once_with_its_facts(tmp_path):
-    with pytest.warns(UserWarning, match=r"step 3, epoch 0, batch 3, loss nan: first\.weight, first of 4") as warned:
+    with pytest.warns(
+        UserWarning, match=r"step 3, epoch 0, batch 3, loss nan: 4 bad parameters, starting with first\.weight"
+    ) as warned:
         trainer = run_backwards(SkipNonFinite(max_warnings=0), GradientMonitor(), logger=CSVLogger(tmp_path))
     assert len([w for w in warned if "not finite" in str(w.message)]) == 1
     folder = tmp_path / "lightning_logs" / "version_0"
@@ -521,6 +523,14 @@ def test_a_record_with_bad_steps_is_drawn(tmp_path):
     record.draw("title").savefig(tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert (record.count, record.clipped, record.skipped) == (6, 2, 2)
+
+
+def test_a_record_of_bad_steps_without_layers_is_drawn(tmp_path):
+    record = MonitorRecord()
+    for step in range(2):
+        record.add_step(step, math.inf, math.nan, skipped=True)
+        record.add_layers(step, {})
+    record.draw("title").savefig(tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize("limit", [9.0, 1.5])

@@ -234,7 +234,7 @@ def test_the_batch_decides_and_not_the_order_of_registration(recipe: Any, caplog
     assert sparse_names(module) == ["net.mid.weight", "net.late.weight"]
     assert is_nm(module.net.mid.weight, 1, 4, 0)
     assert [r.message for r in caplog.records if "first or last" in r.message] == [
-        "NMSparsity leaves net.first.weight dense and makes net.late.weight sparse, because the batch reaches "
+        "NMSparsity keeps net.first.weight dense and makes net.late.weight sparse, because the batch reaches "
         "net.first.weight, net.last.weight first or last."
     ]
     assert type(module.net.first) is nn.Linear
@@ -427,7 +427,7 @@ def test_a_weight_that_something_else_replaces_before_the_fit_is_named(how: str,
         fit(NMSparsity("1:4", figure=False), module)
     (told,) = [r.message for r in caplog.records if "net.1.weight" in r.message]
     assert "net.2.weight  16x16  1:4" in told
-    assert "net.1.weight  dense  reparametrized (pruning" in told
+    assert "net.1.weight  dense  reparametrized by pruning" in told
     for asked in ("net.1", "net.[1]"):
         module = layers(nn.Linear, nn.Linear, nn.Linear)
         WAYS[how](module.net[1])

@@ -127,7 +127,7 @@ def test_what_restarts_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCap
     stopping = EarlyStopping("score", mode="max", patience=9)
     with caplog.at_level("INFO"):
         run(sparse(), saving(tmp_path), plain, stopping)
-    lines = [record.message for record in caplog.records if "over, because" in record.message]
+    lines = [record.message for record in caplog.records if "NMSparsity resets" in record.message]
     assert len(lines) == 1
     assert "ModelCheckpoint of 'score' (step=4.ckpt stays on disk)" in lines[0]
     assert "EarlyStopping of 'score'" in lines[0]

@@ -278,7 +278,7 @@ def test_unknown_recipe_is_refused(recipe: str) -> None:
 @pytest.mark.parametrize("name", ["dense_fraction", "finetune_fraction"])
 @pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
 def test_fraction_outside_zero_to_one_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"{name} is a share"):
+    with pytest.raises(ValueError, match=f"{name} must be a fraction"):
         NMSchedule("ste", **{name: value})
 
 
