@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _MOST_TEXT_ROWS = 200  # rows of a table that TensorBoard shows as text
+_LONGEST_NAME = 128  # characters of an artifact's name that W&B accepts
 _MOST_ROWS = 10_000  # rows of a table that W&B shows; the CSV file has all rows
 
 
@@ -266,8 +267,8 @@ def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str, aliases: Seq
     """
     for experiment in map(_experiment, _loggers(trainer)):
         if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
-            names = [re.sub(r"[^\w.-]+", "_", alias, flags=re.ASCII) for alias in ("latest", *aliases)]
-            experiment.log_artifact(str(path), re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII), kind, names)
+            own, *names = (re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII) for word in (name, "latest", *aliases))
+            experiment.log_artifact(str(path), own[:_LONGEST_NAME], kind, names)
 
 
 def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:
