@@ -1,1 +1,1 @@
-"""Speed and memory, as ratios to a baseline that is measured in the same run; ``common.py`` is what the scripts share."""
+"""Speed and memory, as ratios to a baseline of the same run; ``common.py`` has the shared parts."""

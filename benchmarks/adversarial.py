@@ -1,13 +1,14 @@
-"""What adversarial training costs: ratios of a step to a plain step, of an evaluation to a validation pass, of an epoch.
+"""The cost of adversarial training: ratios to a plain step, to a validation pass and to a plain epoch.
 
-Steps are those of ``Trainer.fit``, from one batch's start to the next, with all hooks and the optimizer. An attack of k steps
-adds k forward passes, and k backward passes as far as the input: not those to the weights, a third of a plain step. The
-small convnet shows what the callback itself costs, which the larger networks hide. An evaluation is a validation pass, an
-attack, and a validation pass on what it found; beside it stands a loop that does just that.
+Steps run in ``Trainer.fit``, from the start of one batch to the start of the next, with all hooks and the optimizer. An attack
+of k steps adds k forward passes and k backward passes to the input. These do not compute gradients of the weights, which
+take a third of a plain step. The small convnet shows the overhead of the callback, which is hidden in larger networks. An
+evaluation is a validation pass, an attack, and a validation pass on the attacked inputs; a loop that does the same by hand
+is its baseline.
 
-Everything is interleaved with its baseline in rotating order, and the median over the rounds counts. With one thread, time
-is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
-processes get. With more threads or a GPU it is the wall clock's.
+All variants are interleaved with their baseline in rotating order, and the median over the rounds counts. With one
+thread the script measures processor time, which excludes the time that other processes get. With more threads or on a GPU
+it measures wall-clock time.
 
 ::
 
@@ -63,12 +64,12 @@ EPOCHS = 8
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """Sizes of networks, data and fits.
 
     Args:
-        steps: Steps that are timed in each fit of a large network.
-        small_steps: Steps that are timed in each fit of the small one.
-        samples: Samples of the set that is validated.
+        steps: Timed steps in each fit of a large network.
+        small_steps: Timed steps in each fit of the small network.
+        samples: Samples of the validation set.
         epoch: Samples of the training set whose epochs are timed; half as many are validated.
         width: Channels of the small convnet.
     """
@@ -84,7 +85,7 @@ SIZES = {"cpu": Sizes(3, 60, 128, 1024, 8), "cuda": Sizes(50, 100, 4096, 8192, 3
 
 
 def small_convnet(sizes: Sizes) -> tuple[LightningModule, Any]:
-    """Build a convnet whose plain step takes some 5 ms, and a batch of 64 images for it."""
+    """Build a convnet whose plain step takes about 5 ms, and a batch of 64 images for it."""
     module = ResidualConvNet(1, sizes.width, (1,), schedule="constant", optimizer="sgd", lr=0.01)
     return module, images(64, 1, 8)
 
@@ -98,7 +99,7 @@ def images(samples: int, channels: int, size: int) -> tuple[torch.Tensor, torch.
 
 
 def step_rows(build: Callable[[], tuple[LightningModule, Any]], steps: int, rounds: int, clock: Clock) -> list[Row]:
-    """Time steps under attacks beside plain ones."""
+    """Time steps with attacks and plain steps."""
     used: dict[str, dict[str, Any] | None] = {PLAIN: None, f"{PLAIN}, again": None, FGSM: {"attack": "fgsm"}}
     used |= {f"PGD-{k}": {"attack": "pgd", "steps": k} for k in PGD_STEPS}
     budgets = {FGSM: FGSM_BUDGET, **{f"PGD-{k}": k + PGD_OVERHEAD for k in PGD_STEPS}}
@@ -119,7 +120,7 @@ def step_rows(build: Callable[[], tuple[LightningModule, Any]], steps: int, roun
 
 
 def evaluation_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
-    """Time validation passes that are attacked beside a plain one."""
+    """Time attacked validation passes and a plain one."""
     seed_everything(0, verbose=False)
     module, _ = convnet()
     loader = DataLoader(TensorDataset(*images(sizes.samples, 3, 32)), 32)
@@ -140,7 +141,7 @@ def evaluation_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
 
 
 def evaluate_by_hand(module: LightningModule, loader: DataLoader[Any], steps: int, device: str) -> None:
-    """Run a network on clean and on attacked images, in a loop of plain torch."""
+    """Evaluate a network on clean and on attacked images, in a loop of plain torch."""
     module.eval().to(device)
     for batch in loader:
         clean, labels = (part.to(device) for part in batch)
@@ -158,7 +159,7 @@ def evaluate_by_hand(module: LightningModule, loader: DataLoader[Any], steps: in
 
 
 def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
-    """Time epochs, each with a validation, whose accuracy is followed beside others."""
+    """Time epochs with a validation each, with and without AccuracyGradientLR."""
     followed = "AccuracyGradientLR()"
     used: dict[str, Callable[[], list[Callback]]] = {
         PLAIN: list,
@@ -174,7 +175,7 @@ def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
 
 
 def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> list[float]:
-    """Train the small convnet, and return how long each epoch took but the first and the last."""
+    """Train the small convnet, and return the seconds of each epoch except the first and the last."""
     seed_everything(0, verbose=False)
     module, _ = small_convnet(sizes)
     training, validation = (
@@ -186,7 +187,7 @@ def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> li
     return timer.periods[1:]
 
 
-# The whole.
+# Command line.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("A validation pass", evaluation_rows(sizes, rounds, clock))
     add("An epoch", epoch_rows(sizes, rounds, clock))
     over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
+    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
     write_tables(options, tables)
 
 

@@ -1,8 +1,8 @@
-"""From how many ranks do sparse gradients stop paying? Bytes that a rank sends in a step, worked out, not measured.
+"""The number of ranks from which sparse gradients stop paying. Bytes that a rank sends in a step, computed, not measured.
 
-Pairs of index and value travel by an all-gather, in which each rank's message reaches every other: what a rank sends grows
-with their number. Dense gradients and PowerSGD's factors travel by an all-reduce, which does not. Rings are assumed for both.
-What is sent is what the strategies send, biases and the flag in their dense message included.
+Pairs of index and value travel by an all-gather, in which the message of each rank reaches every other rank, so the bytes
+that a rank sends grow with the number of ranks. Dense gradients and PowerSGD's factors travel by an all-reduce, whose bytes
+are bounded. Both are assumed to be rings. The counts include biases and the flag in the dense message.
 
 ::
 
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 TABLE = (2, 4, 6, 8, 16, 64, 256, 1024)
 CURVE = [round(2 ** (step / 8)) for step in range(8, 90)]
-MOST = 100_000  # ranks; what has not been overtaken by then is not
-FLAG = 1  # entry of the dense message that says whether a gradient was finite
+MOST = 100_000  # ranks; a scheme that is not overtaken by then counts as never overtaken
+FLAG = 1  # entry of the dense message: whether all gradients are finite
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class Scheme:
     """A way to send gradients.
 
     Args:
-        name: In the table and in the figure.
-        sent: Bytes that a rank sends in a step, given the number of ranks.
-        color: In the figure.
-        dash: Style of its line there.
-        label_at: Ranks at which the figure names it.
+        name: Name in the table and in the figure.
+        sent: Function from the number of ranks to the bytes that a rank sends in a step.
+        color: Color in the figure.
+        dash: Line style in the figure.
+        label_at: Number of ranks at which the figure labels the line.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Scheme:
 
 
 def schemes(shapes: Sequence[tuple[int, ...]], ratio: float, rank: int) -> list[Scheme]:
-    """Return what is compared, for the parameters of a net."""
+    """Return the schemes to compare, for the parameters of a network."""
     total = sum(prod(shape) for shape in shapes)
     share, sparse = f"DGC {100 * ratio:g} %", partial(sparse_bytes, shapes, ratio)
     return [
@@ -78,19 +78,19 @@ def schemes(shapes: Sequence[tuple[int, ...]], ratio: float, rank: int) -> list[
 
 
 def sparse_bytes(shapes: Sequence[tuple[int, ...]], ratio: float, kind: torch.dtype, ranks: int) -> float:
-    """Return what a rank sends under DGC after the warm-up: pairs of all matrices, and the vectors as DDP does."""
+    """Return the bytes that a rank sends with DGC after the warm-up: pairs of all matrices, and dense vectors."""
     pairs = [kept_count(prod(shape), ratio) for shape in shapes if len(shape) > 1]
     return all_gather_bytes(pairs_bytes(pairs, kind), ranks) + all_reduce_bytes(vector_numel(shapes), ranks)
 
 
 def low_rank_bytes(shapes: Sequence[tuple[int, ...]], rank: int, ranks: int) -> float:
-    """Return what a rank sends under PowerSGD: both factors of all matrices, and the vectors as DDP does."""
+    """Return the bytes that a rank sends with PowerSGD: both factors of all matrices, and dense vectors."""
     factors = sum(low_rank_numel(shape, rank) for shape in shapes if len(shape) > 1)
     return all_reduce_bytes(factors + vector_numel(shapes), ranks)
 
 
 def vector_numel(shapes: Sequence[tuple[int, ...]]) -> int:
-    """Return the entries of the dense message."""
+    """Return the number of entries of the dense message."""
     return sum(shape[0] for shape in shapes if len(shape) == 1) + FLAG
 
 
@@ -100,20 +100,20 @@ def perceptron(widths: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def overtaken(scheme: Scheme, by: Scheme) -> int | None:
-    """Return from how many ranks on a scheme sends more than another one, if it does at all."""
+    """Return the smallest number of ranks at which a scheme sends more than another one."""
     return next((ranks for ranks in count(2) if ranks > MOST or scheme.sent(ranks) > by.sent(ranks)), None)
 
 
-# What is shown.
+# Output.
 
 
 def print_tables(compared: Sequence[Scheme]) -> None:
-    """Print megabytes a step by number of ranks, and from how many ranks on each sparse scheme sends more than the others."""
+    """Print megabytes a step by number of ranks, and the ranks from which sparse schemes send more than the others."""
     rows = [[str(ranks), *(f"{scheme.sent(ranks) / 1e6:.3g}" for scheme in compared)] for ranks in TABLE]
     print(f"MB that a rank sends in a step\n\n{markdown_table(['ranks', *(s.name for s in compared)], rows)}\n")
     others, sparse = compared[:3], compared[3:]
     crossings = [[scheme.name, *(_ranks(overtaken(scheme, other)) for other in others)] for scheme in sparse]
-    print("Ranks from which on it sends more\n")
+    print("Number of ranks from which it sends more\n")
     print(markdown_table(["", *(f"than {other.name}" for other in others)], crossings))
 
 
@@ -174,14 +174,16 @@ def _mark(axes: Axes, scheme: Scheme, other: Scheme) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables, and draw the figure where ``--out`` asks for it."""
+    """Print the tables, and draw the figure if ``--out`` is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--ratio", type=float, default=0.001, help="share of the entries that DGC sends (default 0.001)"
     )
-    parser.add_argument("--rank", type=int, default=4, help="of PowerSGD (default 4)")
-    parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="of the perceptron, inputs first")
-    parser.add_argument("--out", type=Path, help="PNG file to draw to")
+    parser.add_argument("--rank", type=int, default=4, help="rank of PowerSGD (default 4)")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=list(WIDTHS), help="widths of the perceptron, inputs first"
+    )
+    parser.add_argument("--out", type=Path, help="PNG file for the figure")
     options = parser.parse_args(arguments)
     shapes = perceptron(options.widths)
     compared = schemes(shapes, options.ratio, options.rank)

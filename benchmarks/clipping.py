@@ -1,15 +1,14 @@
-"""What clipping costs: ratios to what torch has, to published code, and to a fit without the callback.
+"""The cost of clipping: ratios to the functions of torch, to published code, and to a fit without the callback.
 
-Everything is interleaved with its baseline, over many rounds in rotating order, and the median over the rounds counts.
-Gradients are refilled before every timed call, outside the time that is taken, so that every call has the same to clip.
-There are two lists of gradients, since on many small tensors the number of operations decides and on few large ones
-the number of passes over memory.
+All variants are interleaved with their baseline in rotating order, and the median over the rounds counts. Gradients are
+refilled before every timed call, which is not timed, so every call clips the same values. There are two lists of gradients:
+with many small tensors the number of operations decides, and with few large ones the memory traffic.
 
-The last tables are steps of a real ``Trainer.fit`` with a logger, over one whole log interval of 50 steps, so that the
-dear log step counts as one in 50. The fits go step by step in turn. What a callback does when the fit ends is not counted.
+The last tables are steps of a real ``Trainer.fit`` with a logger, over one whole log interval of 50 steps, so the expensive
+log step counts as one in 50. The fits take turns step by step. Work at the end of a fit is not counted.
 
-With one thread, time is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the
-slices that other processes get. With more threads or a GPU it is the wall clock's.
+With one thread the scripts measure processor time, which excludes the time that other processes get. With more threads or
+on a GPU they measure wall-clock time.
 
 ::
 
@@ -89,7 +88,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     LARGE: [(2048, 2048), (2048,)] * 16,
 }
 NORM_BUDGET, STATISTICS_BUDGET, AGC_BUDGET, MONITOR_BUDGET, PUBLISHED_FACTOR = 1.0, 1.5, 0.6, 1.03, 3.0
-NORM, MAX_NORM, CLIP_VALUE, RATIO, EPS = 5.0, 1.0, 1e-3, 0.01, 1e-3  # all gradients together have the first
+NORM, MAX_NORM, CLIP_VALUE, RATIO, EPS = 5.0, 1.0, 1e-3, 0.01, 1e-3  # NORM: joint norm of all gradients
 WINDOW, FEW, PERCENTILE = 4096, 16, 10.0
 MEAN, VARIANCE, Z_THRESHOLD, ALPHA = 1.0, 0.04, 2.5, 0.97
 LOG_EVERY = 50  # the Trainer's default
@@ -101,7 +100,7 @@ MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
 }
 
 
-# What published code does, in its operations.
+# Published implementations, with the same operations.
 
 
 @dataclass
@@ -144,7 +143,7 @@ class PublishedAutoClip:
 
 
 def clip_adaptively_as_timm(parameters: Sequence[Tensor], ratio: float = RATIO, eps: float = EPS) -> None:
-    """Clip by timm's formula, one parameter after the other."""
+    """Clip with timm's formula, one parameter after the other."""
     for parameter in parameters:
         gradient = parameter.grad
         if gradient is None:
@@ -160,11 +159,11 @@ def _unit_norms(x: Tensor) -> Tensor:
     return norms
 
 
-# Ours, as the callbacks call it.
+# The functions of this package, as the callbacks call them.
 
 
 def autoclip_of(gradients: Sequence[Tensor], seen: int) -> Callable[[], object]:
-    """Return a call of AutoClip that has seen so many norms."""
+    """Return a call of AutoClip whose window holds ``seen`` norms."""
     state = autoclip_state(WINDOW, gradients[0].device)
     state["norms"][:seen] = torch.tensor(past_norms(seen))
     state["count"].fill_(seen)
@@ -177,7 +176,7 @@ def autoclip_of(gradients: Sequence[Tensor], seen: int) -> Callable[[], object]:
 
 
 def past_norms(count: int) -> list[float]:
-    """Return norms such as a run may have seen."""
+    """Return norms as in a typical run."""
     return [float(norm) for norm in np.random.default_rng(0).uniform(0.2, 1.2, count) * NORM]
 
 
@@ -194,14 +193,14 @@ def zclip_of(gradients: Sequence[Tensor]) -> Callable[[], object]:
     return clip
 
 
-# Gradients and what is timed on them.
+# Gradients, and the calls that are timed on them.
 
 
 class Gradients:
-    """Parameters whose gradients can be had again and again.
+    """Parameters with gradients that can be restored.
 
     Args:
-        parameters: They get gradients of their shapes, all together of norm 5.
+        parameters: Parameters that get random gradients with a joint norm of 5.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -213,13 +212,13 @@ class Gradients:
             parameter.grad = gradient
 
     def refill(self) -> None:
-        """Undo what was done to the gradients."""
+        """Restore the gradients."""
         torch._foreach_copy_(self.gradients, self.originals)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time. The baseline is the name of another case; the budget is the most the ratio may be."""
+    """A call to time. ``baseline`` is the name of another case; ``budget`` limits the ratio to it."""
 
     name: str
     call: Callable[[], object]
@@ -229,7 +228,7 @@ class Case:
 
 
 def function_cases(found: Gradients) -> list[Case]:
-    """Return all functions, with torch and published code to hold them against."""
+    """Return all functions, with torch and published code as baselines."""
     p, g = found.parameters, found.gradients
     zclip, autoclip, layers = PublishedZClip(), PublishedAutoClip(past_norms(WINDOW)), layers_of(found)
     fresh = PublishedAutoClip(past_norms(FEW))
@@ -258,7 +257,7 @@ def function_cases(found: Gradients) -> list[Case]:
 
 
 def layers_of(found: Gradients) -> list[Case]:
-    """Return what acts on layers, each a matrix and a vector."""
+    """Return the functions that act on layers, each a matrix and a vector."""
     p, g = found.parameters, found.gradients
     count, device = (len(g) + 1) // 2, g[0].device
     index = torch.arange(len(g), device=device) // 2
@@ -289,7 +288,7 @@ def _row(case: Case, typical: Mapping[str, float]) -> Row:
 
 
 def function_rows(shapes: Sequence[tuple[int, ...]], tiny: bool, rounds: int, clock: Clock) -> list[Row]:
-    """Time the functions; published code has its budget on many small tensors only."""
+    """Time the functions; published code has a budget on many small tensors only."""
     torch.manual_seed(0)
     found = Gradients([nn.Parameter(0.05 * torch.randn(shape, device=clock.device)) for shape in shapes])
     cases = function_cases(found)
@@ -298,14 +297,14 @@ def function_rows(shapes: Sequence[tuple[int, ...]], tiny: bool, rounds: int, cl
     return rows_of(cases, found, rounds, clock)
 
 
-# The callbacks' whole hook, in a fit that is under way.
+# Whole hooks of the callbacks, during a fit.
 
 
 class Weights(LightningModule):
     """Parameters of given shapes, trained with AdamW.
 
     Args:
-        shapes: Of the parameters.
+        shapes: Shapes of the parameters.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]) -> None:
@@ -313,7 +312,7 @@ class Weights(LightningModule):
         self.weights = nn.ParameterList([0.05 * torch.randn(shape) for shape in shapes])
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """Return a loss in which every parameter tells."""
+        """Return a loss that depends on every parameter."""
         return torch.stack([weight.square().mean() for weight in self.weights]).sum()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -322,10 +321,10 @@ class Weights(LightningModule):
 
 
 class Probe(Callback):
-    """Calls a function once in a fit, after the first optimizer step.
+    """Call a function once in a fit, after the first optimizer step.
 
     Args:
-        act: Gets a call of a callback's hook, and the gradients that it will change.
+        act: Function of a call that runs a callback's hook, and of the gradients that the hook changes.
     """
 
     def __init__(self, act: Callable[[Callable[[GradientConditioner], None], Gradients], None]) -> None:
@@ -347,7 +346,7 @@ def fit_with(
     shapes: Sequence[tuple[int, ...]],
     clock: Clock,
 ) -> None:
-    """Begin a fit with callbacks, none of whose steps is a log step, and act in the middle of it."""
+    """Start a fit without log steps, and call ``act`` in the middle of it."""
     torch.manual_seed(0)
     trainer = quiet_trainer(
         clock.device, max_steps=2, max_epochs=1, log_every_n_steps=10**6, callbacks=[Probe(act), *conditioners]
@@ -358,7 +357,7 @@ def fit_with(
 
 
 def hook_rows(shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock) -> list[Row]:
-    """Time hooks beside the functions that they call; the difference is what the base adds."""
+    """Time hooks and the functions that they call; the difference is the cost of the base class."""
     hooks: dict[str, GradientConditioner] = {
         "NormClipping": NormClipping(MAX_NORM),
         "AutoClip": AutoClip(PERCENTILE, WINDOW),
@@ -386,9 +385,9 @@ def hook_rows(shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock) -> l
 
 
 def waitless_callbacks() -> list[GradientConditioner]:
-    """Return one of each callback that changes gradients, in an order that is allowed.
+    """Return one of each callback that changes gradients, in an allowed order.
 
-    All but those of the role guard: whether a step is skipped, the host must know.
+    Excludes the role guard, because the host must know whether to skip a step.
     """
     settings: dict[type, dict[str, Any]] = {AdaptiveGradientClipping: {"head": None}, SpikeClipping: {"pause": 0}}
     classes = [getattr(callbacks, name) for name in callbacks.__all__]
@@ -397,13 +396,13 @@ def waitless_callbacks() -> list[GradientConditioner]:
 
 
 def check_no_wait(shapes: Sequence[tuple[int, ...]], clock: Clock) -> list[str]:
-    """Run every hook where torch raises if the host waits for the GPU, and return the names of the callbacks."""
+    """Run every hook while torch raises on host syncs, and return the names of the callbacks."""
     conditioners, passed = waitless_callbacks(), []
 
     def act(call: Callable[[GradientConditioner], None], found: Gradients) -> None:
         for callback in conditioners:
             found.refill()
-            call(callback)  # what is made once may wait
+            call(callback)  # one-time setup may wait
             with waiting_raises(clock):
                 call(callback)
             passed.append(callback.display_name)
@@ -414,7 +413,7 @@ def check_no_wait(shapes: Sequence[tuple[int, ...]], clock: Clock) -> list[str]:
 
 @contextmanager
 def waiting_raises(clock: Clock) -> Iterator[None]:
-    """Have torch raise when the host waits for the GPU."""
+    """Make torch raise if the host waits for the GPU."""
     if clock.device != "cuda":
         yield
         return
@@ -436,12 +435,12 @@ def monitor_rows(
     Args:
         build: Builds a module and a batch.
         rounds: Number of rounds.
-        more: Whether to train without it twice, of which the ratio shows the noise, and where every log step is such as
-            one in ten is by default.
-        clock: What to time with.
+        more: Whether to add a second fit without the monitor, whose ratio shows the noise, and one with
+            ``slow_stats_every=1``.
+        clock: The clock.
 
     Returns:
-        list: The rows; ``None`` if this version has no monitor.
+        list: The rows, or ``None`` if this version has no monitor.
     """
     monitor = getattr(callbacks, "GradientMonitor", None)
     if monitor is None:
@@ -467,7 +466,7 @@ def logged_fit(
     callbacks_of: Callable[[], list[Callback]],
     clock: Clock,
 ) -> list[float]:
-    """Train with a logger, and return how long each step of a log interval took."""
+    """Train with a logger, and return the seconds of each step of a log interval."""
     with tempfile.TemporaryDirectory() as folder:
         logger = CSVLogger(folder)
         return timed_fit(
@@ -476,13 +475,13 @@ def logged_fit(
 
 
 def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> list[list[float]]:
-    """Run fits in threads of their own, of which only one runs at a time; neighbouring steps see the same machine.
+    """Run fits in threads, one step of one fit at a time, so that neighboring steps see the same machine.
 
     Args:
-        fits: Each gets a function to call between its steps, in which the others make theirs.
+        fits: Functions of a pause, to be called between steps: it returns when it is the fit's turn again.
 
     Returns:
-        list: What each returned.
+        list: The result of each fit.
     """
     go, back = [Semaphore(0) for _ in fits], Semaphore(0)
     results: list[Future[list[float]]] = [Future() for _ in fits]
@@ -510,11 +509,11 @@ def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> lis
     return [result.result() for result in results]
 
 
-# The whole.
+# Command line.
 
 
 def show_against(title: str, rows: Sequence[Row]) -> None:
-    """Print one result whose rows have several baselines."""
+    """Print one table whose rows have different baselines."""
     header = ["variant", "median ms", "ratio", "to", "budget", ""]
     print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
 
@@ -537,7 +536,7 @@ def measure_monitor(rounds: int, quick: bool, clock: Clock) -> dict[str, list[Ro
     for name, build in list(MODELS.items())[: 1 if quick else None]:
         rows = monitor_rows(build, max(1, rounds // 3), not quick, clock)
         if rows is None:
-            print(f"\nStep of {name}: left out, there is no GradientMonitor yet.")
+            print(f"\nStep of {name}: skipped, this version has no GradientMonitor.")
         else:
             tables[name] = rows
             show(f"Step of {name}, a log step every {LOG_EVERY}", "the step without it", rows)
@@ -556,7 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"No hook waited for the GPU: {', '.join(check_no_wait(SHAPES[TINY], clock))}.")
     tables = measure_lists(options.rounds, clock) | measure_monitor(options.rounds, options.quick, clock)
     over = [f"{row.name} ({table})" for table, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
+    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
     write_tables(options, tables)
 
 

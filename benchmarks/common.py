@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's name, a quiet Trainer, a clock, two networks to train, tables in Markdown."""
+"""Shared parts of the benchmarks: the machine's name, a quiet Trainer, a clock, two networks, tables in Markdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 def machine(device: str = "cpu") -> str:
-    """Name the processor or GPU, the number of threads, and the versions."""
+    """Return the name of the processor or GPU, the number of threads, and the versions."""
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     if device == "cuda":
         return f"{torch.cuda.get_device_name()}, {versions}"
@@ -42,7 +42,7 @@ def _cpu() -> str:
 
 
 def silence() -> None:
-    """Turn off what Lightning says about every fit."""
+    """Turn off the messages that Lightning prints in every fit."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
@@ -55,7 +55,7 @@ def silence() -> None:
 
 
 def quiet_trainer(device: str, **arguments: Any) -> Trainer:
-    """Return a Trainer that prints nothing, and writes no file unless it is given a logger."""
+    """Return a Trainer that prints nothing and writes no files unless you pass a logger."""
     quiet: dict[str, Any] = {
         "accelerator": "gpu" if device == "cuda" else "cpu",
         "devices": 1,
@@ -75,12 +75,12 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 @dataclass(frozen=True)
 class Clock:
-    """Where things run, and what time it is there."""
+    """A clock for a device: processor time of one thread, else wall-clock time."""
 
     device: str
 
     def now(self) -> float:
-        """Return seconds, once the GPU has done what was asked of it."""
+        """Return the time in seconds, after the GPU has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
@@ -94,11 +94,11 @@ class Clock:
 
 
 class StepTimer(Callback):
-    """Notes when each batch starts; stands first among the callbacks, so that it sees all that the others do.
+    """Record when each batch starts. Must be the first callback, so that the steps include all other callbacks.
 
     Args:
-        clock: What tells the time.
-        pause: Called between steps; what it takes is no part of them.
+        clock: The clock.
+        pause: Called between steps, and not timed.
     """
 
     def __init__(self, clock: Clock, pause: Callable[[], None] | None = None) -> None:
@@ -129,7 +129,7 @@ def timed_fit(
     pause: Callable[[], None] | None = None,
     **arguments: Any,
 ) -> list[float]:
-    """Train on one batch over and over, and return how long each step took after the warm-up."""
+    """Train on one batch repeatedly, and return the seconds of each step after the warm-up."""
     timer, batches = StepTimer(clock, pause), WARM_STEPS + steps + 1
     trainer = quiet_trainer(clock.device, max_steps=batches, max_epochs=1, callbacks=[timer, *callbacks], **arguments)
     trainer.fit(module, DataLoader(cast(Any, [batch] * batches), batch_size=None))
@@ -176,7 +176,7 @@ class Row:
 
     @property
     def is_over(self) -> bool:
-        """Whether the ratio is on the wrong side of its budget."""
+        """Whether the ratio misses its budget."""
         if self.budget is None:
             return False
         return self.ratio < self.budget if self.at_least else self.ratio > self.budget
@@ -184,14 +184,14 @@ class Row:
     @property
     def cells(self) -> list[str]:
         """The line as text."""
-        verdict = "" if self.budget is None else "over" if self.is_over else "ok"
+        verdict = "" if self.budget is None else "missed" if self.is_over else "ok"
         budget = "" if self.budget is None else f"{self.budget:.2f}"
         return [self.name, f"{self.milliseconds:.2f}", f"{self.ratio:.3f}", budget, verdict]
 
 
 @dataclass(frozen=True)
 class Against(Row):
-    """One line of a result that says what it is a ratio to."""
+    """One line of a result with the name of its baseline."""
 
     baseline: str = ""
 
@@ -204,7 +204,7 @@ class Against(Row):
 
 
 def rotated(items: Sequence[T], by: int) -> list[T]:
-    """Return the items from another first one on, every other time backwards."""
+    """Return the items starting at another one, every other time in reverse."""
     start = by % len(items)
     turned = [*items[start:], *items[:start]]
     return turned[::-1] if by % 2 else turned
@@ -217,7 +217,7 @@ def show(title: str, unit: str, rows: Sequence[Row]) -> None:
 
 
 def speed_options(description: str, arguments: Sequence[str] | None, quick: str) -> argparse.Namespace:
-    """Read the command line that the speed scripts have in common."""
+    """Parse the command line that the speed scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--rounds", type=int, help="rounds (default 6, with --quick 1)")
@@ -230,7 +230,7 @@ def speed_options(description: str, arguments: Sequence[str] | None, quick: str)
 
 
 def write_tables(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:
-    """Write what was measured where ``--out`` asks for it."""
+    """Write the tables to the file of ``--out``, if there is one."""
     if options.out is not None:
         found = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
         text = json.dumps({"machine": machine(options.device), "rounds": options.rounds, **found}, indent=1)

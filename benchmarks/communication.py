@@ -1,18 +1,18 @@
-"""What compressed gradients cost and save: bytes, time of a step, and time until a network has learnt on a slow link.
+"""Cost and gain of compressed gradients: bytes, time of a step, and time until a network has learned over a slow link.
 
-Every part holds what it measures against a baseline of the same run:
+Every part compares with a baseline of the same run:
 
-- ``payload``: bytes that a step hands to collectives, counted, against those of the gradients. They do not vary.
-- ``selection``: selectors of the largest entries against ``torch.topk``; see ``topk_selection.py``.
-- ``step``: steps of two ranks that share this machine's memory, so that nothing is gained: what compression costs. The
-  variants take turns in one pair of processes.
+- ``payload``: bytes that a step passes to collectives, and bytes of the gradients. They are exact.
+- ``selection``: selectors of the largest entries, and ``torch.topk``; see ``topk_selection.py``.
+- ``step``: steps of two ranks on this machine, where nothing is gained: the cost of compression. The variants take turns in
+  one pair of processes.
 - ``link``: the same steps of two ranks in network namespaces, over a link of 100 Mbit/s and of 1 Gbit/s; see ``slow_link.py``.
-- ``accuracy``: a network learns digits over the link of 100 Mbit/s: accuracy after each epoch, against seconds since the first
-  step, validation left out, and against megabytes that rank 0 handed to collectives.
+- ``accuracy``: a network learns digits over the link of 100 Mbit/s. Accuracy after each epoch, by seconds since the first
+  step without validation, and by megabytes that rank 0 passed to collectives.
 
-The last two need Linux and root, and are left out elsewhere. Medians count. Selection is timed as processor time, all else by
-the wall clock, which tells of a machine that others use too: rows that repeat a baseline show how much. ``--out`` names a
-folder for the tables, in JSON, and for the figure of the last part with its numbers, in CSV. All parts take some ten minutes.
+The last two parts need Linux and root, and are skipped elsewhere. Results are medians. Selection is measured in processor
+time, all else in wall-clock time, which other processes disturb; rows that repeat a baseline show by how much. ``--out`` is a
+folder for the tables (JSON), and for the figure of the last part with its numbers (CSV). All parts take about ten minutes.
 
 ::
 
@@ -76,12 +76,12 @@ if TYPE_CHECKING:
 CHILD = "learn-in-namespace"
 RATIO = 1e-3
 LIMIT_S = 600.0
-SETTLE = 2  # steps that are not counted, on top of WARM_STEPS: torch's PowerSGD begins dense
+SETTLE = 2  # uncounted steps after WARM_STEPS: torch's PowerSGD starts dense
 GOAL = 0.95
 SLOW = 100.0  # Mbit/s
 BATCH, WIDTH, RATE = 128, 768, 0.05
 
-# What is trained for its bytes: widths of a perceptron, and whether it has biases.
+# Networks of the part payload: widths of a perceptron, and whether it has biases.
 NETS: dict[str, tuple[tuple[int, ...], bool]] = {
     "a layer of 1e6": ((1000, 1000), False),
     "a layer of 4e6": ((2000, 2000), False),
@@ -106,7 +106,7 @@ SMALLER = {
 }
 DDP, DDP_AGAIN, TORCH, OURS = "ddp", "ddp, again", "powersgd_torch", "powersgd"
 STEP_BUDGET = 1.05
-FASTER = {SLOW: 10.0, 1000.0: 2.0}  # a step of DGC than one of DDP, by Mbit/s
+FASTER = {SLOW: 10.0, 1000.0: 2.0}  # least speedup of a DGC step over DDP, by Mbit/s
 LEARNERS: dict[str, dict[str, Any]] = {
     "dense": STRATEGIES["ddp"],
     "fp16": STRATEGIES["fp16"],
@@ -119,15 +119,15 @@ MARKERS = dict(zip(LEARNERS, "osD^", strict=True))
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.
+    """Sizes of the measurements.
 
     Args:
-        entries: Of the vector that is selected from.
+        entries: Entries of the vector to select from.
         selections: Rounds of the selectors.
         rounds: Rounds of steps without a slow link.
-        steps: Steps of such a round that count.
-        links: Rounds and steps that count, by Mbit/s of the link.
-        epochs: Of each training over the link.
+        steps: Counted steps of such a round.
+        links: Rounds and counted steps, by Mbit/s of the link.
+        epochs: Epochs of each training over the link.
     """
 
     entries: int
@@ -144,7 +144,7 @@ QUICK = Sizes(topk_selection.ENTRIES, 3, 2, 6, {1000.0: (1, 3)}, 4)
 
 @dataclass(frozen=True)
 class Budget:
-    """What a number must not fall below, or not exceed."""
+    """An upper or, with ``at_least``, lower bound of a measured number."""
 
     name: str
     measured: float
@@ -153,7 +153,7 @@ class Budget:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the number is on the right side."""
+        """Whether the number meets the bound."""
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
     @property
@@ -175,7 +175,7 @@ def display(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
 
 
 def on_ranks(work: Callable[[], Any], ranks: int) -> Any:
-    """Return what ``work`` returns on rank 0 of so many forked processes; it comes back through a file, as JSON."""
+    """Run ``work`` in forked processes, one a rank, and return the result of rank 0, which must be JSON."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, (work, ranks, folder), nprocs=ranks, start_method="fork")  # type: ignore[attr-defined, no-untyped-call]
         return json.loads(Path(folder, "0.json").read_text())
@@ -183,7 +183,7 @@ def on_ranks(work: Callable[[], Any], ranks: int) -> Any:
 
 def _rank(rank: int, work: Callable[[], Any], ranks: int, folder: str) -> None:
     prepare()
-    # With LOCAL_RANK set, Lightning takes the process as started by someone else, and joins the group that is there.
+    # With LOCAL_RANK set, Lightning assumes an external launcher and joins the existing process group.
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", GLOO_SOCKET_IFNAME="lo")
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=limit)
@@ -192,11 +192,9 @@ def _rank(rank: int, work: Callable[[], Any], ranks: int, folder: str) -> None:
 
 
 def prepare() -> None:
-    """Set what holds for a process, this one or a rank."""
+    """Configure a process: warnings, log levels, threads."""
     silence()
-    warnings.filterwarnings(
-        "ignore", "`broadcast_buffers` is deprecated", FutureWarning
-    )  # of torch 2.13, on DDP's behalf
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # raised by DDP in torch 2.13
     torch.set_num_threads(1)
 
 
@@ -254,7 +252,7 @@ def selection(sizes: Sizes, out: Path | None) -> Found:
 
 
 class Compression(Callback):
-    """Reads what the strategies say of their own time, on the step that they log."""
+    """Collect the compression time that the strategies log."""
 
     def __init__(self) -> None:
         self.milliseconds: list[float] = []
@@ -288,7 +286,7 @@ def step(sizes: Sizes, out: Path | None) -> Found:
         for r in rows
     ]
     title = f"A step of two ranks with 10.2 M parameters on one machine, {sizes.rounds} round(s) of {sizes.steps} steps"
-    display(title, ["gradients", "median ms", f"ratio to {DDP}", "of it comm/compress_ms"], cells)
+    display(title, ["gradients", "median ms", f"ratio to {DDP}", "comm/compress_ms"], cells)
     return rows, [Budget("step of PowerSGDStrategy to torch's hook", typical[OURS] / typical[TORCH], STEP_BUDGET)]
 
 
@@ -320,7 +318,7 @@ def _time_in_turns(rounds: int, steps: int) -> dict[str, dict[str, list[float]]]
 
 def link(sizes: Sizes, out: Path | None) -> Found:
     """Time steps over links of several speeds."""
-    if left_out():
+    if link_is_unavailable():
         return [], []
     found = {
         megabits: slow_link.measure_all(STRATEGIES, megabits, 0.0, rounds, steps, settle=2)
@@ -339,10 +337,10 @@ def link(sizes: Sizes, out: Path | None) -> Found:
     ]
 
 
-def left_out() -> bool:
-    """Say why there is no slow link, if there is none."""
+def link_is_unavailable() -> bool:
+    """Return True and print the reason if this machine cannot create a slow link."""
     if reason := slow_link.why_unavailable():
-        print(f"\nLeft out: {reason}.", flush=True)
+        print(f"\nSkipped: {reason}.", flush=True)
     return reason is not None
 
 
@@ -351,13 +349,13 @@ def left_out() -> bool:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Where a training stood after an epoch.
+    """State of a training after an epoch.
 
     Args:
-        epoch: Its number, from 1.
-        accuracy: On the validation images.
-        seconds: Since the first step, without validation.
-        megabytes: That rank 0 has handed to collectives for its gradients.
+        epoch: Number of the epoch, from 1.
+        accuracy: Accuracy on the validation images.
+        seconds: Seconds since the first step, without validation.
+        megabytes: Megabytes of gradients that rank 0 has passed to collectives.
     """
 
     epoch: int
@@ -367,10 +365,10 @@ class Epoch:
 
 
 class Follow(Callback):
-    """Notes accuracy, time and bytes after each epoch; the clock stands still during validation, until all ranks are through.
+    """Record accuracy, time and bytes after each epoch. The clock pauses during validation, until all ranks are done.
 
     Args:
-        itemsize: Bytes of an entry of a dense gradient on the wire; strategies that compress count for themselves.
+        itemsize: Bytes of a dense gradient entry on the wire. Compressing strategies count their own bytes.
     """
 
     def __init__(self, itemsize: int) -> None:
@@ -405,18 +403,18 @@ class Follow(Callback):
 
 
 def network() -> nn.Sequential:
-    """Return the network that learns."""
+    """Build the network of the part accuracy."""
     layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
     return nn.Sequential(nn.Flatten(), *layers)
 
 
 def learn(gradients: str, epochs: int, **arguments: Any) -> list[Epoch]:
-    """Train as one rank, and return where it stood after each epoch.
+    """Train as one rank, and return its state after each epoch.
 
     Args:
-        gradients: How they are sent, one of ``LEARNERS``.
-        epochs: How many.
-        arguments: Of the Trainer.
+        gradients: Way of sending gradients, one of ``LEARNERS``.
+        epochs: Number of epochs.
+        arguments: Arguments of the Trainer.
     """
     seed_everything(0, verbose=False)
     module = ImageClassifier(network(), optimizer="sgd", lr=RATE, weight_decay=5e-4)
@@ -434,8 +432,8 @@ def learn(gradients: str, epochs: int, **arguments: Any) -> list[Epoch]:
 
 
 def accuracy(sizes: Sizes, out: Path | None) -> Found:
-    """Learn digits over a slow link, and tell how long it took and how much was sent until the goal was reached."""
-    if left_out():
+    """Learn digits over a slow link, and print time and bytes until the goal accuracy."""
+    if link_is_unavailable():
         return [], []
     found: dict[str, list[Epoch]] = {}
     with slow_link.slow_link(SLOW) as joined:
@@ -451,12 +449,12 @@ def accuracy(sizes: Sizes, out: Path | None) -> Found:
 
 
 def reached(epochs: Sequence[Epoch]) -> Epoch | None:
-    """Return the first epoch after which the goal was reached."""
+    """Return the first epoch that reaches the goal accuracy."""
     return next((epoch for epoch in epochs if epoch.accuracy >= GOAL), None)
 
 
 def show_accuracies(found: Mapping[str, Sequence[Epoch]]) -> None:
-    """Print what it took to reach the goal, and the end of each training."""
+    """Print time and bytes until the goal accuracy, and the end of each training."""
     goal = f"{100 * GOAL:g} %"
     header = ["gradients", f"s to {goal}", "faster by", f"MB to {goal}", "less by", "s in all", "MB in all", "accuracy"]
     baseline, rows = reached(next(iter(found.values()))), []
@@ -471,12 +469,12 @@ def show_accuracies(found: Mapping[str, Sequence[Epoch]]) -> None:
 
 
 def parameters() -> int:
-    """Return how many parameters the network has."""
+    """Return the number of parameters of the network."""
     return sum(parameter.numel() for parameter in network().parameters())
 
 
 def write_accuracies(found: Mapping[str, Sequence[Epoch]], folder: Path) -> None:
-    """Write numbers and figure."""
+    """Write the numbers and the figure."""
     with (folder / "communication_slow_link.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["gradients", *Epoch.__dataclass_fields__])
@@ -485,7 +483,7 @@ def write_accuracies(found: Mapping[str, Sequence[Epoch]], folder: Path) -> None
 
 
 def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
-    """Draw accuracy against megabytes sent and against seconds."""
+    """Draw accuracy by megabytes sent and by seconds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
@@ -493,7 +491,7 @@ def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
     for name, epochs in found.items():
         _draw_line(by_bytes, name, [epoch.megabytes for epoch in epochs], epochs)
         _draw_line(by_time, name, [epoch.seconds for epoch in epochs], epochs)
-    by_bytes.set(xscale="log", xlabel="MB that each rank has sent", ylabel="validation accuracy, %")
+    by_bytes.set(xscale="log", xlabel="MB sent by each rank", ylabel="validation accuracy, %")
     by_bytes.xaxis.set_major_formatter("{x:g}")
     by_time.set(xscale="log", xlabel="seconds since the first step, without validation")
     by_time.xaxis.set_major_formatter("{x:g}")
@@ -502,7 +500,7 @@ def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
         axes.grid(color="#eeeeee", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
     size = f"{parameters() / 1e6:.2f} M parameters, {len(epochs)} epochs"
-    title = f"Digits learnt by two ranks over {SLOW:g} Mbit/s, {size}; large marks: {100 * GOAL:g} % reached"
+    title = f"Digits learned by two ranks over {SLOW:g} Mbit/s, {size}; large marks: {100 * GOAL:g} % reached"
     figure.suptitle(title, fontsize=11)
     figure.legend(*by_bytes.get_legend_handles_labels(), loc="outside lower center", ncols=len(found), frameon=False)
     return figure
@@ -516,7 +514,7 @@ def _draw_line(axes: Axes, name: str, places: Sequence[float], epochs: Sequence[
         axes.plot(places[at], heights[at], marker, color=colour, markersize=10, markeredgecolor="white", zorder=3)
 
 
-# The whole.
+# Command line.
 
 PARTS: dict[str, Callable[[Sizes, Path | None], Found]] = {
     "payload": payload,
@@ -533,10 +531,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="a rough answer in three minutes; steps over 1 Gbit/s only"
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)"
+    )
     parser.add_argument("--out", type=Path, help="folder for the tables (JSON), and the figure with its numbers (CSV)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a link has made goes away then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
     prepare()
     print(machine(), flush=True)
     if options.out is not None:

@@ -1,14 +1,14 @@
-"""What data pruning costs and saves: ratios to a plain backward pass, an evaluation pass, a full epoch, a step unread.
+"""Cost and gain of data pruning: ratios to a plain backward pass, an evaluation pass, a full epoch, a plain step.
 
-Norms of per-sample gradients are computed in eval mode on a batch that stays the same, next to other ways to the same norms.
-Peak memory is that of a process that does nothing else; a batch of two samples comes first, as what is learnt from the
-first batch is a matter of its own. The other tables are those of a real ``Trainer.fit``, except for steps traced, which are
-forward and backward alone, with budgets of one millisecond more for weights and two with values, or 5 %.
+Norms of per-sample gradients are computed in eval mode on the same batch, next to other methods for the same norms. Peak
+memory is that of a process of its own; a batch of two samples comes first, because the first batch has additional costs. The
+other tables come from a real ``Trainer.fit``, except for traced steps: these are forward and backward alone, with budgets of
+one millisecond more for weights and two with values, or 5 %.
 
-Everything is interleaved with its baseline in rotating order, and the median over the rounds counts. For steps that are
-read or traced, it is the smallest median of a round, because other processes only add to it. With one thread, time is
-processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the slices that other
-processes get. With more threads or a GPU it is the wall clock's.
+All variants are interleaved with their baseline in rotating order, and the median over the rounds counts. For steps that are
+read or traced it is the smallest median of a round, because other processes only add time. With one thread the script
+measures processor time, which excludes the time that other processes get. With more threads or on a GPU it measures
+wall-clock time.
 
 ::
 
@@ -73,23 +73,23 @@ SCORING, HALF, READING, TRACED = 1.1, 0.55, 1.06, 1.05
 PLAIN, GHOST, VMAP, ONE_BY_ONE = "plain forward and backward", "ghost norms", "vmap(grad)", "one by one"
 OPACUS, FIRST = "Opacus GradSampleModule", "ghost norms, first batch"
 CONVNET, RESNET, TRANSFORMER = "a residual convnet", "a network like ResNet-18", "a transformer"
-TURNS = 11  # of each traced step in a round
+TURNS = 11  # repetitions of each traced step in a round
 EPOCHS, STEADY = 5, 2  # epochs of a fit, and the first one that counts
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is.
+    """Sizes of networks and data.
 
     Args:
         width: Channels of the first stage of the convnets.
         image: Height and width of their images.
         batch: Samples of a batch.
-        crowd: Samples of the batch whose memory is measured.
+        crowd: Samples of the batch for the memory.
         samples: Samples of a training set.
-        steps: Steps whose losses are read.
-        reading: Channels of the network whose steps are read, some 4 ms each.
-        stages: Of the network that is trained, see :func:`residual`.
+        steps: Steps of a fit whose losses are read.
+        reading: Channels of the network whose losses are read, about 4 ms a step.
+        stages: Stages of the network that is trained, see :func:`residual`.
     """
 
     width: int
@@ -106,12 +106,12 @@ SIZES = {"cpu": Sizes(32, 32, 32, 64, 512, 500, 8, 3), "cuda": Sizes(64, 32, 512
 
 
 def residual(sizes: Sizes, stages: int) -> ResidualConvNet:
-    """Build the project's residual network, with three stages of one block or, as ResNet-18, four of two."""
+    """Build the project's residual network, with three stages of one block or, like ResNet-18, four of two."""
     blocks = (1,) * 3 if stages == 3 else (2,) * stages
     return ResidualConvNet(3, sizes.width, blocks, schedule="constant", optimizer="sgd", lr=0.01)
 
 
-# What is differentiated, and ways to the norms.
+# Networks, and methods to compute the norms.
 
 
 @dataclass(frozen=True)
@@ -124,16 +124,16 @@ class Problem:
     loss: Callable[[Tensor, Tensor], Tensor]
 
     def losses(self) -> Tensor:
-        """Run the network."""
+        """Return the loss of each sample."""
         return self.loss(self.network(self.inputs), self.targets)
 
     def part(self, samples: slice) -> Problem:
-        """Return the problem of some of the samples."""
+        """Return the problem with some of the samples."""
         return replace(self, inputs=self.inputs[samples], targets=self.targets[samples])
 
 
 def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the losses of a classification."""
+    """Return the losses of a classifier."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
@@ -163,7 +163,7 @@ Way = Callable[[nn.Module], Callable[[Problem], Any]]
 
 
 def plain(network: nn.Module) -> Callable[[Problem], None]:
-    """Return the mean loss and its gradient: what a training step computes."""
+    """Return a function that computes the mean loss and its gradient, as a training step does."""
 
     def run(of: Problem) -> None:
         network.zero_grad()
@@ -173,13 +173,13 @@ def plain(network: nn.Module) -> Callable[[Problem], None]:
 
 
 def ghost(network: nn.Module) -> Callable[[Problem], Tensor]:
-    """Return ours, which keeps what it has learnt from one call to the next."""
+    """Return ghost norms, which keep the traced network between calls."""
     norms = PerSampleGradientNorms(network)
     return lambda of: norms(of.losses)
 
 
 def by_vmap(network: nn.Module) -> Callable[[Problem], Tensor]:
-    """Return what torch offers: all gradients at once."""
+    """Return the method of torch.func: all gradients at once."""
     parameters = {name: parameter.detach() for name, parameter in network.named_parameters()}
     buffers = dict(network.named_buffers())
 
@@ -195,14 +195,14 @@ def by_vmap(network: nn.Module) -> Callable[[Problem], Tensor]:
 
 
 def joined_norms(gradients: Iterable[Tensor]) -> Tensor:
-    """Return the norm over all parameters of gradients that have one row for each sample."""
+    """Return the joint norm of gradients that have one row for each sample."""
     norms = [torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]
     joined: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
     return joined
 
 
 def one_by_one(network: nn.Module) -> Callable[[Problem], Tensor]:
-    """Return a loop over the samples, each with a forward and a backward pass of its own."""
+    """Return a loop over the samples, with a forward and a backward pass for each."""
     parameters = list(network.parameters())
 
     def norm(of: Problem) -> Tensor:
@@ -214,17 +214,17 @@ def one_by_one(network: nn.Module) -> Callable[[Problem], Tensor]:
 
 
 def by_opacus(network: nn.Module) -> Callable[[Problem], Tensor]:
-    """Return Opacus, made for differential privacy: all gradients, by hooks on modules.
+    """Return the method of Opacus, a package for differential privacy: all gradients, by hooks on modules.
 
     Raises:
         ImportError: If it is not installed.
-        NotImplementedError: If it does not take the network.
+        NotImplementedError: If it does not support the network.
     """
     from opacus import GradSampleModule  # type: ignore[import-untyped, import-not-found, unused-ignore]
     from opacus.validators import ModuleValidator  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    # Its hooks take note in training mode only, which without dropout changes nothing else, and attention must be its own.
-    # That of 1.6.0 mixes up the heads with batch_first, so that norms differ from the others'; it computes as much.
+    # Its hooks record in training mode only, which changes nothing else without dropout. It needs its own attention: that
+    # of 1.6.0 mixes up the heads with batch_first, so its norms differ from the others, but the cost is the same.
     network = copy.deepcopy(network).train()
     if any(isinstance(module, nn.MultiheadAttention) for module in network.modules()):
         network = ModuleValidator.fix(network)
@@ -243,7 +243,7 @@ WAYS: dict[str, Way] = {PLAIN: plain, GHOST: ghost, VMAP: by_vmap, ONE_BY_ONE: o
 
 @dataclass(frozen=True)
 class Missing(Row):
-    """One line for what could not be measured."""
+    """One line for a method that could not be measured."""
 
     reason: str = ""
 
@@ -254,7 +254,7 @@ class Missing(Row):
 
 
 def norm_rows(name: str, sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
-    """Time all ways to the norms of one network."""
+    """Time all methods on one network."""
     of = problem(name, sizes, sizes.batch, clock.device)
     calls: dict[str, Callable[[], Any]] = {}
     missing: list[Row] = []
@@ -274,12 +274,12 @@ def norm_rows(name: str, sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
 
 
 def medians(calls: Mapping[str, Callable[[], Any]], rounds: int, clock: Clock) -> dict[str, float]:
-    """Time calls in turn."""
+    """Time calls in turn, and return the median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(rounds + 1):
         for name in rotated(list(calls), i):
             seconds = clock.seconds(calls[name])
-            if i:  # the first round warms up, and ghost norms learn in it
+            if i:  # the first round warms up, and ghost norms trace the network in it
                 times[name].append(seconds)
     return {name: median(seconds) for name, seconds in times.items()}
 
@@ -292,12 +292,12 @@ def against(
     return Against(name, 1000 * typical[name], ratio, budget, at_least, "" if baseline == name else baseline)
 
 
-# Their memory.
+# Memory.
 
 
 @dataclass(frozen=True)
 class Peak(Against):
-    """One line of a table of memory, which has no time."""
+    """One line of a table of memory."""
 
     megabytes: float = 0.0
 
@@ -309,7 +309,7 @@ class Peak(Against):
 
 
 def memory_rows(name: str, sizes: Sizes, threads: int, device: str) -> list[Row]:
-    """Measure the peak memory of the ways, each in a process of its own."""
+    """Measure the peak memory of the methods, each in a process of its own."""
     cases = {PLAIN: (PLAIN, True), GHOST: (GHOST, True), FIRST: (GHOST, False), VMAP: (VMAP, True)}
     peaks = {row: in_fresh_process(peak_memory, *case, name, sizes, threads, device) for row, case in cases.items()}
 
@@ -322,41 +322,42 @@ def memory_rows(name: str, sizes: Sizes, threads: int, device: str) -> list[Row]
 
 
 def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
-    """Call a function in a process that does nothing else."""
+    """Call a function in a process of its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def peak_memory(way: str, learnt: bool, name: str, sizes: Sizes, threads: int, device: str) -> float:
-    """Return the bytes that one call takes at its peak, above network and batch.
+def peak_memory(way: str, traced: bool, name: str, sizes: Sizes, threads: int, device: str) -> float:
+    """Return the peak memory of one call in bytes, in addition to network and batch.
 
     Args:
-        way: What to call.
-        learnt: Whether to call it on two samples first.
-        name: Of the problem.
-        sizes: Of the problem.
-        threads: Of torch.
-        device: Where to run.
+        way: Name of the method.
+        traced: Whether to call it on two samples first, on which ghost norms trace the network.
+        name: Name of the problem.
+        sizes: Sizes of the problem.
+        threads: Threads of torch.
+        device: Device to run on.
     """
     torch.set_num_threads(threads)
-    # Code that torch loads when it is first used takes memory too. What loads it stays alive, lest its memory is used again.
+    # Code that torch loads on first use takes memory too, so load it before measuring. Keep this problem alive: its freed
+    # memory would be reused and not counted.
     other = problem(name, sizes, 2, device)
     plain(other.network)(other)
     of = problem(name, sizes, sizes.crowd, device)
     run = WAYS[way](of.network)
     before = highest_memory(device)
-    if learnt:
+    if traced:
         run(of.part(slice(0, 2)))
     run(of)
     return highest_memory(device) - before
 
 
 def highest_memory(device: str) -> float:
-    """Return the most bytes that this process ever had."""
+    """Return the peak memory of this process in bytes."""
     if device == "cuda":
         return float(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
-    if status.is_file():  # where the resource module counts what the parent had as well
+    if status.is_file():  # the resource module also counts the memory of the parent on Linux
         lines = status.read_text().splitlines()
         return 1024 * float(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
     import resource  # which Windows lacks
@@ -375,7 +376,7 @@ def grand_alone(look: Look) -> dict[str, Tensor]:
     return {"score": torch.nn.utils.get_total_norm(found).reshape(1), "loss": loss.detach().reshape(1)}
 
 
-# What a pass measures, as DataPruning does.
+# Measures of a pass, as in DataPruning.
 MEASURES: dict[str, Callable[[Look], dict[str, Tensor]]] = {
     "el2n": lambda look: {"score": el2n(look.loss())},
     "loss": lambda look: {"score": look.losses().losses},
@@ -386,12 +387,12 @@ MEASURES: dict[str, Callable[[Look], dict[str, Tensor]]] = {
 
 
 def training_set(sizes: Sizes) -> DataLoader[Any]:
-    """Return a loader of noise, shuffled."""
+    """Return a shuffled loader of noise."""
     return DataLoader(TensorDataset(*images(sizes, sizes.samples)), sizes.batch, shuffle=True)
 
 
 def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
-    """Time passes of EL2N and of ghost norms beside evaluation, all within one fit."""
+    """Time passes of EL2N, of ghost norms and of evaluation, all within one fit."""
     seed_everything(0, verbose=False)
     module, loader, subset = residual(sizes, sizes.stages), training_set(sizes), RepeatedRandomSubset(0.0)
     rows: list[Row] = []
@@ -419,7 +420,7 @@ def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
 
 
 class Perceptron(LightningModule):
-    """A network of a fraction of a millisecond."""
+    """A network whose step takes a fraction of a millisecond."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -435,11 +436,11 @@ class Perceptron(LightningModule):
 
 
 def single_modules(sizes: Sizes) -> dict[str, tuple[LightningModule, tuple[Tensor, Tensor]]]:
-    """Return modules with their data, digits of 8x8 for the first two."""
+    """Return modules with their data, images of 8x8 for the first two."""
     digits = torch.randn(sizes.samples, 1, 8, 8), torch.randint(10, (sizes.samples,))
     return {
         "a perceptron": (Perceptron(), digits),
-        "the digits' vision transformer": (VisionTransformer(), digits),
+        "a vision transformer on 8x8 images": (VisionTransformer(), digits),
         CONVNET: (residual(sizes, sizes.stages), images(sizes, sizes.samples)),
     }
 
@@ -447,7 +448,7 @@ def single_modules(sizes: Sizes) -> dict[str, tuple[LightningModule, tuple[Tenso
 def single_rows(
     module: LightningModule, data: tuple[Tensor, Tensor], sizes: Sizes, rounds: int, clock: Clock
 ) -> list[Row]:
-    """Time passes of one sample at a time beside passes of batches, all within one fit."""
+    """Time passes of one sample at a time and passes of batches, all within one fit."""
     seed_everything(0, verbose=False)
     loader, subset = DataLoader(TensorDataset(*data), sizes.batch, shuffle=True), RepeatedRandomSubset(0.0)
     rows: list[Row] = []
@@ -482,10 +483,10 @@ def evaluate(module: ResidualConvNet, shuffled: DataLoader[Any], device: str) ->
 
 
 class EpochTimer(Callback):
-    """Notes when each epoch starts; stands first among the callbacks, so that it sees all that the others do.
+    """Record when each epoch starts. Must be the first callback, so that the epochs include all other callbacks.
 
     Args:
-        clock: What tells the time.
+        clock: The clock.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -503,7 +504,7 @@ class EpochTimer(Callback):
 
 
 def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> list[float]:
-    """Train, and return how long each epoch took but the last."""
+    """Train, and return the seconds of each epoch except the last."""
     seed_everything(0, verbose=False)
     timer = EpochTimer(clock)
     trainer = quiet_trainer(clock.device, max_epochs=EPOCHS + 1, callbacks=[timer, *callbacks])
@@ -512,7 +513,7 @@ def epochs_with(callbacks: Sequence[Callback], sizes: Sizes, clock: Clock) -> li
 
 
 def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
-    """Time epochs of half the data beside full ones; scores are taken, and samples left out, when the second begins."""
+    """Time epochs of half the data and full ones. Scoring and pruning happen when the second epoch begins."""
     scored = "DataPruning(prune=0.5)"
     used: dict[str, Callable[[], list[Callback]]] = {
         "full": list,
@@ -536,18 +537,18 @@ def epoch_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     return [against(name, typical, "full", HALF if name in halves else None) for name in typical]
 
 
-# Losses read.
+# Steps whose losses are read.
 
-# Begins something and returns what ends it.
+# Starts something and returns a function that ends it.
 SetUp = Callable[[LightningModule], Callable[[], object]]
 
 
 class ReadInTurns:
-    """Has each step of a fit run in the next of several ways.
+    """Run each step of a fit in the next of several variants.
 
     Args:
-        module: Whose steps.
-        ways: What is set up before a step and ended after it.
+        module: Module of the fit.
+        ways: Functions that set up a variant before a step and return what ends it.
     """
 
     def __init__(self, module: LightningModule, ways: Sequence[SetUp]) -> None:
@@ -557,19 +558,19 @@ class ReadInTurns:
         self._end: Callable[[], object] = lambda: None
 
     def __call__(self) -> None:
-        """Go over to the next way; call it between steps."""
+        """Switch to the next variant; call it between steps."""
         self.close()
         self._end = self._ways[self._steps % len(self._ways)](self._module)
         self._steps += 1
 
     def close(self) -> None:
-        """End the way of the last step."""
+        """End the variant of the last step."""
         self._end()
         self._end = lambda: None
 
 
 def under_an_empty_mode(module: LightningModule) -> Callable[[], None]:
-    """Run the steps in a context of torch that sees every function and does nothing: the least that a reader can cost."""
+    """Run the steps in a context of torch that intercepts every function and does nothing: the lower bound."""
 
     def step(*args: Any) -> Any:
         with BaseTorchFunctionMode():
@@ -608,7 +609,7 @@ class LossByHand(ResidualConvNet):
 
 
 def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
-    """Time steps of one fit whose losses nobody looks at, are read, or are read and weighted, in turn."""
+    """Time steps of one fit whose losses are unread, read, or read and weighted, in turn."""
     module = kind(1, sizes.reading, (1,), schedule="constant", optimizer="sgd", lr=0.01)
     batch = (torch.randn(64, 1, 8, 8), torch.randint(10, (64,)))
     is_weighted: list[bool] = []
@@ -642,11 +643,11 @@ def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: 
     return [against(name, typical, "unread", READING if name == "read" else None) for name in ways]
 
 
-# Steps with losses of any kind.
+# Steps that are traced.
 
 
 def traced_networks() -> dict[str, tuple[nn.Module, Tensor]]:
-    """Return the networks whose steps are traced, with their inputs: one of a fraction of a millisecond, and one of 70."""
+    """Return the traced networks with their inputs: a step takes a fraction of a millisecond, or 70."""
     small = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
     layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
     large = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
@@ -654,7 +655,7 @@ def traced_networks() -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -> list[Row]:
-    """Time forward and backward with a loss by hand and one of torch, whose samples are weighted, or weighted and read."""
+    """Time forward and backward with a loss by hand and one of torch, unchanged, weighted, and weighted and read."""
     network, inputs = network.to(clock.device), inputs.to(clock.device)
     parameters, samples = list(network.parameters()), len(inputs)
     targets, weights = torch.randn_like(network(inputs)), torch.ones(samples, device=clock.device)
@@ -682,7 +683,7 @@ def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -
         return value
 
     def traced(values: bool, loss: Callable[[], Tensor]) -> None:
-        # As in a training step, the trace is gone before backward runs; only its hooks are left.
+        # As in a training step, the trace is gone before backward runs; only its hooks remain.
         torch.autograd.grad(weighted(values, loss), parameters)
 
     calls: dict[str, Callable[[], Any]] = {}
@@ -709,7 +710,7 @@ def traced_rows(network: nn.Module, inputs: Tensor, rounds: int, clock: Clock) -
 
 
 def keep_freed_memory() -> None:
-    """Stop glibc from returning freed memory: otherwise page faults, thousands in each step, dominate the noise."""
+    """Stop glibc from returning freed memory: otherwise thousands of page faults a step dominate the noise."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
@@ -717,22 +718,22 @@ def keep_freed_memory() -> None:
 
 
 def repeated(call: Callable[[], Any], times: int) -> None:
-    """Call a function that takes less than a clock can tell."""
+    """Call a function repeatedly, because one call is too short for the clock."""
     for _ in range(times):
         call()
 
 
-# The whole.
+# Command line.
 
 
 def display(title: str, unit: str, rows: Sequence[Row]) -> None:
-    """Print one result whose rows have several baselines."""
+    """Print one table whose rows have different baselines."""
     header = ["variant", unit, "ratio", "to", "budget", ""]
     print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
 
 
 def prepare() -> None:
-    """Silence what vmap and Opacus say about themselves, and turn off what vmap cannot follow and gradients do not use."""
+    """Silence warnings of vmap and Opacus, and turn off the attention fast path, which vmap does not support."""
     silence()
     for message in (".*have not yet implemented the batching rule.*", ".*Full backward hook is firing.*"):
         warnings.filterwarnings("ignore", message)
@@ -767,7 +768,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (network, inputs) in traced_networks().items():
         add(f"Steps traced, {name}", "median ms", traced_rows(network, inputs, rounds, clock))
     over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
+    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
     write_tables(options, tables)
 
 

@@ -1,16 +1,16 @@
-"""Which recipe of NMSparsity ends at the best accuracy? Paired runs at high sparsity.
+"""Accuracy of the recipes of NMSparsity: paired runs at high sparsity.
 
-Every recipe starts from the same weights and sees the same batches in the same order as the others of its seed, so
-recipes are compared by the mean of paired differences, with a 95 % interval of Student's t. The dense learning rate is
-chosen once for each optimizer, on the validation images of seeds that are not reported.
+All recipes of a seed start from the same weights and see the same batches in the same order. They are compared by the mean
+of paired differences, with a 95 % interval of Student's t. The dense learning rate is chosen once for each optimizer, on the
+validation images of seeds that are not reported.
 
 ::
 
     python benchmarks/nm_convergence.py --out convergence.json            # all recipes
-    python benchmarks/nm_convergence.py --out convergence.json --sweep    # defaults of two recipes
+    python benchmarks/nm_convergence.py --out convergence.json --sweep    # phase lengths of two recipes
     python benchmarks/nm_convergence.py --out cifar.json --cifar10 FOLDER --patterns 1:16
 
-A run whose result is in the file already is not repeated.
+Runs whose result is in the file are not repeated.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Gradient
 
 OptimizerName = Literal["sgd", "adamw"]
-TUNING_SEED = 100  # learning rates and defaults are chosen with seeds from here on, none of which is reported
+TUNING_SEED = 100  # first of the seeds that choose learning rates and defaults; they are not reported
 RATES: dict[OptimizerName, tuple[float, ...]] = {"sgd": (0.01, 0.03, 0.1, 0.3), "adamw": (1e-3, 3e-3, 1e-2, 3e-2)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train, dense if it has no recipe; ``None`` leaves an argument to the callback's default."""
+    """One way to train, dense without a recipe; ``None`` uses the callback's default."""
 
     recipe: Recipe | None = None
     gradient: Gradient | None = None
@@ -80,7 +80,7 @@ RECIPES: tuple[Variant, ...] = (
     *[Variant(recipe, gradient) for recipe in PROGRESSIVE for gradient in GRADIENTS],
 )
 SWEPT: tuple[Recipe, ...] = ("mdgf-exponential", "sdgf-stepwise")
-# Dense and fine-tune fraction, mostly one moved at a time.
+# Dense and fine-tune fraction, mostly changed one at a time.
 PHASES = ((0.1, 0.2), (0.0, 0.2), (0.2, 0.2), (0.1, 0.1), (0.1, 0.3), (0.0, 0.3))
 SWEEP = tuple(
     Variant(recipe, gradient, dense, finetune)
@@ -126,7 +126,7 @@ class SmallNet(LightningModule):
 
 
 class Task(Protocol):
-    """Data and a module for them."""
+    """Data and a module to train on them."""
 
     epochs: int
     schedule: Schedule
@@ -134,13 +134,13 @@ class Task(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the data and what else distinguishes the task."""
+        """Name of the data and of other settings that distinguish the task."""
 
     def module(self, optimizer: OptimizerName, lr: float) -> LightningModule:
         """Build the module."""
 
     def sets(self, seed: int) -> tuple[Dataset[Any], Dataset[Any], Dataset[Any]]:
-        """Return the data to train on, to choose by, and to report."""
+        """Return the training, validation and test data."""
 
     def loader(self, train_set: Dataset[Any]) -> DataLoader[Any]:
         """Return the shuffled loader of the training data."""
@@ -148,7 +148,7 @@ class Task(Protocol):
 
 @dataclass
 class DigitsTask:
-    """Digits, with a split of its own for every seed. Both hidden layers are pruned and the head stays dense."""
+    """Digits, with another split for every seed. Both hidden layers are pruned and the head stays dense."""
 
     epochs: int
     schedule: Schedule
@@ -173,7 +173,7 @@ class DigitsTask:
 
 @dataclass
 class CifarTask:
-    """CIFAR-10 and the project's residual network; the callback's own choice leaves its first and last layer dense."""
+    """CIFAR-10 and the project's residual network, whose first and last layer stay dense by default."""
 
     folder: str
     epochs: int
@@ -184,7 +184,7 @@ class CifarTask:
 
     @property
     def name(self) -> str:
-        """Name of the data and what else distinguishes the task."""
+        """Name of the data and of other settings that distinguish the task."""
         return f"cifar10 limit={self.limit} width={self.width}"
 
     @cached_property
@@ -220,7 +220,7 @@ class Run:
     seed: int
 
     def callback(self, include: list[str] | None = None) -> NMSparsity | None:
-        """Build the callback; dense training has none."""
+        """Build the callback, or return None for dense training."""
         variant = self.variant
         if variant.recipe is None:
             return None
@@ -279,10 +279,10 @@ def _follows(weight: Tensor, pattern: str) -> bool:
 
 
 class Results:
-    """Results of runs in a JSON file, which is written after every run.
+    """Results in a JSON file, which is written after every run.
 
     Args:
-        path: The file; ``None`` keeps them in memory.
+        path: The file. With ``None`` the results stay in memory.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -291,7 +291,7 @@ class Results:
         self.runs: dict[str, dict[str, float]] = stored.get("runs", {})
 
     def add(self, key: str, result: dict[str, float]) -> None:
-        """Remember the result of a run."""
+        """Store the result of a run."""
         self.runs[key] = result
         if self.path is not None:
             text = json.dumps({"machine": machine(), "runs": self.runs}, indent=1)
@@ -303,18 +303,18 @@ class Results:
 
 @dataclass
 class Study:
-    """Runs of one task, those that are already known left out."""
+    """Runs of one task; skips those with a known result."""
 
     task: Task
     results: Results
     device: str
 
     def key(self, run: Run) -> str:
-        """Return what identifies a run in the file of results."""
+        """Return the key of a run in the file of results."""
         return f"{self.task.name} {self.task.epochs} epochs {self.task.schedule} | {run}"
 
     def run_all(self, runs: Sequence[Run]) -> None:
-        """Train what is missing, and say how far it is."""
+        """Train the missing runs, and print the progress."""
         unique = {self.key(run): run for run in runs}
         missing = [run for key, run in unique.items() if key not in self.results.runs]
         print(f"{len(missing)} of {len(unique)} runs are missing.", flush=True)
@@ -328,13 +328,13 @@ class Study:
         return np.array([self.results.runs[self.key(run)][split] for run in runs])
 
     def best_rate(self, optimizer: OptimizerName, seeds: int = 2) -> float:
-        """Return the learning rate with which dense training has the best validation accuracy."""
+        """Return the learning rate with the best validation accuracy in dense training."""
         tried = {lr: [Run(DENSE, optimizer, lr, "-", TUNING_SEED + i) for i in range(seeds)] for lr in RATES[optimizer]}
         self.run_all([run for runs in tried.values() for run in runs])
         means = {lr: float(self.accuracies(runs, "val").mean()) for lr, runs in tried.items()}
         best = max(means, key=lambda lr: means[lr])
         shown = ", ".join(f"{lr:g}: {mean:.2f}" for lr, mean in means.items())
-        print(f"\n{optimizer}: dense validation accuracy by learning rate {shown}; {best:g} is taken.\n")
+        print(f"\n{optimizer}: dense validation accuracy by learning rate {shown}; using {best:g}.\n")
         return best
 
 
@@ -350,7 +350,7 @@ Column = tuple[OptimizerName, float, str]  # optimizer, learning rate, pattern
 
 
 def compare(study: Study, variants: Sequence[Variant], columns: Sequence[Column], seeds: range) -> str:
-    """Return a table of test accuracies and of their differences to SR-STE, averaged over columns within each seed."""
+    """Return a table of test accuracies and differences to SR-STE, averaged over columns within each seed."""
 
     def of(variant: Variant) -> np.ndarray:
         runs = [[Run(variant, *column, seed) for seed in seeds] for column in columns]
@@ -381,25 +381,25 @@ def sweep_table(study: Study, runs: Sequence[Run], variants: Sequence[Variant]) 
     return markdown_table(header, [row for _, row in sorted(rows, key=lambda row: -row[0])])
 
 
-def fitting(variants: Sequence[Variant], optimizer: OptimizerName) -> Iterator[Variant]:
-    """Yield the variants that an optimizer can train: STEP needs a variance to freeze."""
+def trainable(variants: Sequence[Variant], optimizer: OptimizerName) -> Iterator[Variant]:
+    """Yield the variants that an optimizer can train: STEP needs a second moment to freeze."""
     return (variant for variant in variants if variant.recipe != "step" or optimizer == "adamw")
 
 
 def study_recipes(study: Study, options: argparse.Namespace) -> None:
-    """Run every recipe and print the comparison of each optimizer and pattern."""
+    """Run every recipe, and print a comparison for each optimizer and pattern."""
     chosen = [v for v in RECIPES if options.recipes is None or (v.recipe or "dense") in options.recipes]
     variants = [_with_phases(v, options.phases) for v in chosen if v not in (DENSE, REFERENCE)]
     seeds, columns = range(options.seeds), []
     for optimizer in options.optimizers:
         lr = options.lr or study.best_rate(optimizer)
-        shown = [DENSE, REFERENCE, *fitting(variants, optimizer)]
+        shown = [DENSE, REFERENCE, *trainable(variants, optimizer)]
         for pattern in options.patterns:
             columns.append((optimizer, lr, pattern))
             study.run_all([Run(v, optimizer, lr, pattern, seed) for seed in seeds for v in shown])
-            print(f"\n{optimizer}, lr {lr:g}, {pattern}, {len(seeds)} seeds; * the interval leaves out zero\n")
+            print(f"\n{optimizer}, lr {lr:g}, {pattern}, {len(seeds)} seeds; * the interval excludes zero\n")
             print(compare(study, shown, columns[-1:], seeds), "\n", flush=True)
-    everywhere = [v for v in variants if all(v in fitting(variants, optimizer) for optimizer in options.optimizers)]
+    everywhere = [v for v in variants if all(v in trainable(variants, optimizer) for optimizer in options.optimizers)]
     print(f"\nAveraged over the {len(columns)} columns within each seed\n")
     print(compare(study, [DENSE, REFERENCE, *everywhere], columns, seeds), flush=True)
 
@@ -435,21 +435,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=8, help="runs of each variant (default 8)")
     parser.add_argument("--patterns", nargs="+", default=["1:16", "1:32"], help="N:M patterns")
     parser.add_argument("--optimizers", nargs="+", default=["sgd", "adamw"], choices=["sgd", "adamw"])
-    parser.add_argument("--recipes", nargs="+", help="only these (sr-ste and dense always run)")
+    parser.add_argument("--recipes", nargs="+", help="recipes to run (sr-ste and dense always run)")
     help_phases = "dense and fine-tune fraction of mdgf and sdgf, in place of the defaults"
     parser.add_argument("--phases", nargs=2, type=float, metavar=("DENSE", "FINETUNE"), help=help_phases)
     parser.add_argument("--lr", type=float, help="learning rate, in place of the search")
     parser.add_argument("--schedule", default="cosine", choices=["cosine", "constant"], help="learning rate over time")
     parser.add_argument("--epochs", type=int, default=30, help="epochs of a run (default 30)")
-    parser.add_argument("--cifar10", metavar="FOLDER", help="CIFAR-10 and a residual network in place of digits")
-    parser.add_argument("--limit", type=int, help="read only so many images of CIFAR-10")
+    parser.add_argument("--cifar10", metavar="FOLDER", help="train a residual network on CIFAR-10 instead of digits")
+    parser.add_argument("--limit", type=int, help="number of CIFAR-10 images to read")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line asks for."""
+    """Run the study of the command line."""
     options = parse(arguments)
     silence()
     torch.set_num_threads(options.threads)

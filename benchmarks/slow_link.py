@@ -1,13 +1,13 @@
-"""What compressed gradients save on a slow link: two ranks in network namespaces, joined by a link of a given speed.
+"""The gain of compressed gradients on a slow link: two ranks in network namespaces, joined by a link of a given speed.
 
 Each rank is a process in a Linux network namespace of its own, with Lightning's ``Trainer(num_nodes=2)`` and gloo. A veth pair
-joins the namespaces, and a token bucket (``tc``'s tbf) shapes what leaves either end, so that the link is full duplex. A
-perceptron of 10.2 M parameters trains on one small batch a rank, so that a step of plain DDP is communication, nearly all of
-it. The ranks must end with equal weights.
+joins the namespaces, and a token bucket (tbf of ``tc``) shapes the outgoing traffic of each end, so the link is full duplex.
+A perceptron of 10.2 M parameters trains on one small batch a rank, so nearly all of a step of plain DDP is communication.
+The ranks must end with equal weights.
 
-Time is the wall clock's on rank 0; what was sent is what the interface counted, acknowledgements included. The strategies
-take turns, in rotating order, and the median over the rounds of the median step counts. It needs Linux, root, ``ip`` and
-``tc``, and leaves no namespace, interface or process behind.
+Time is wall-clock time on rank 0. Bytes are those that the interface counted, including acknowledgements. The strategies
+take turns in rotating order, and the result is the median over the rounds of the median step. It needs Linux, root, ``ip``
+and ``tc``, and removes all namespaces, interfaces and processes that it creates.
 
 ::
 
@@ -57,14 +57,14 @@ RANKS = 2
 INTERFACE, NETWORK, ADDRESSES = "slow0", "10.77.0.0/24", ("10.77.0.1", "10.77.0.2")
 BURST_MS, LEAST_BURST, LARGEST_SEND = 1.0, 4000, 65536
 QUEUE_MS = 100
-GRACE_S = 5.0  # for a rank to end by itself, once another has failed
+GRACE_S = 5.0  # time for a rank to end by itself after another one has failed
 TAIL = 3000
 WIDTHS = (640, 2048, 2048, 2048, 256)
 BATCH = 4
-SETTLE = 3  # steps that are not counted, on top of WARM_STEPS: PowerSGD starts, TCP finds its speed
+SETTLE = 3  # uncounted steps after WARM_STEPS: PowerSGD starts, TCP finds its speed
 CHILD = "train-in-namespace"
 
-# A strategy by a short name: what the child process imports and builds.
+# Strategies by short name: the class that the child process imports and its arguments.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {}},
     "fp16": {"class_path": "benchmarks.slow_link.HookedDDP", "init_args": {"hook": "fp16"}},
@@ -82,18 +82,18 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @cache
 def why_unavailable(delay_ms: float = 0.0) -> str | None:
-    """Say what keeps this machine from making a slow link; ``None`` if nothing does.
+    """Return the reason why this machine cannot create a slow link, or None if it can. Tries to create one.
 
     Args:
-        delay_ms: That the link shall have; a kernel may know how to shape the speed, but not how to delay.
+        delay_ms: Delay of the link. A kernel may support limiting the speed but not delays.
 
     Returns:
-        str: The reason, found by making a link.
+        str: The reason.
     """
     if not sys.platform.startswith("linux"):
-        return f"a slow link needs Linux's network namespaces; this is {sys.platform}"
+        return f"a slow link needs network namespaces of Linux; this is {sys.platform}"
     if os.geteuid() != 0:
-        return "a slow link needs root, to make network namespaces; run it as root"
+        return "a slow link needs root to create network namespaces; run it as root"
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             return f"a slow link needs `{tool}`; install iproute2"
@@ -101,11 +101,11 @@ def why_unavailable(delay_ms: float = 0.0) -> str | None:
         with slow_link(1000.0, delay_ms):
             return None
     except (RuntimeError, OSError) as error:
-        return f"a slow link could not be made: {error}"
+        return f"a slow link could not be created: {error}"
 
 
 def _call(*command: str) -> str:
-    """Run a tool and return what it prints; its complaint is part of the error."""
+    """Run a tool and return its output. An error contains its standard error."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.returncode}")
@@ -117,28 +117,28 @@ _numbers = count()
 
 @contextmanager
 def slow_link(megabits: float, delay_ms: float = 0.0) -> Iterator[Link]:
-    """Join two network namespaces by a link, and take it all away in the end, with all that runs there.
+    """Join two network namespaces by a link. On exit, remove both and kill all processes in them.
 
     Args:
-        megabits: Speed in either direction, in Mbit/s.
-        delay_ms: What a packet takes on top, in milliseconds, one way.
+        megabits: Speed in each direction, in Mbit/s.
+        delay_ms: Additional one-way delay of a packet, in milliseconds.
 
     Yields:
-        Link: Where commands can be run.
+        Link: Runs commands in the namespaces.
 
     Raises:
-        ValueError: If the speed is no speed.
-        RuntimeError: If a part of it cannot be made; see :func:`why_unavailable`.
+        ValueError: If the speed is not positive.
+        RuntimeError: If the link cannot be created; see :func:`why_unavailable`.
     """
     if not megabits > 0:
-        raise ValueError(f"slow_link: megabits must be positive, got {megabits}")
+        raise ValueError(f"slow_link: megabits must be positive; got {megabits}.")
     stem = f"slow-{os.getpid()}-{next(_numbers)}"
     names = (f"{stem}-0", f"{stem}-1")
     with ExitStack() as stack:
         for name in names:
-            stack.callback(_delete_namespace, name)  # before it is there: an interrupt may come between
+            stack.callback(_delete_namespace, name)  # registered before creation, in case of an interrupt
             _call("ip", "netns", "add", name)
-        # Both ends are made where they belong: the machine's own namespace never sees them.
+        # Create both ends inside their namespaces, so the machine's own namespace never has them.
         pair = ("type", "veth", "peer", "name", INTERFACE, "netns", names[1])
         _call("ip", "-netns", names[0], "link", "add", "name", INTERFACE, *pair)
         for name, address in zip(names, ADDRESSES, strict=True):
@@ -147,11 +147,11 @@ def slow_link(megabits: float, delay_ms: float = 0.0) -> Iterator[Link]:
 
 
 def _configure(name: str, address: str, megabits: float, delay_ms: float) -> None:
-    """Bring up one end, and shape what leaves it.
+    """Bring up one end, and shape its outgoing traffic.
 
-    What fits into the bucket passes at once, so the bucket holds a millisecond's worth. TCP hands over nothing larger than the
-    bucket: tbf would cut it into single packets, which takes much of the processor and can double a step. The congestion
-    control is one that every kernel has, as machines differ in their default.
+    Data that fits into the bucket passes at once, so the bucket holds the bytes of one millisecond. TCP must not send segments
+    larger than the bucket: tbf would split them into single packets, which is slow and can double the time of a step. The
+    congestion control is one that every kernel has, because the defaults of machines differ.
     """
     burst = max(LEAST_BURST, round(megabits * 1e6 / 8 * BURST_MS / 1000))
     send = str(min(LARGEST_SEND, burst - 1000))  # headers come on top
@@ -167,7 +167,7 @@ def _configure(name: str, address: str, megabits: float, delay_ms: float) -> Non
 
 
 def _delete_namespace(name: str) -> None:
-    """Kill what runs in a namespace, and delete it with its interfaces; nothing if there is none."""
+    """Kill all processes in a namespace, and delete it with its interfaces, if it exists."""
     if not Path("/run/netns", name).exists():
         return
     for pid in _call("ip", "netns", "pids", name).split():
@@ -182,21 +182,21 @@ def _kill(pid: int, how: Any) -> None:
 
 @dataclass
 class Link:
-    """Two network namespaces that reach each other, and nothing else, over a slow link."""
+    """Two network namespaces that reach only each other, over a slow link."""
 
     names: tuple[str, ...]
     addresses: tuple[str, ...] = ADDRESSES
     _runs: int = field(default=0, init=False)
 
     def variables(self, rank: int) -> dict[str, str]:
-        """Return the environment of one rank: what torch, gloo and Lightning's own cluster environment read."""
+        """Return the environment of one rank for torch, gloo and Lightning's cluster environment."""
         return {
             "MASTER_ADDR": self.addresses[0],
             "MASTER_PORT": str(29500 + self._runs),  # the last run's port may still be in TIME_WAIT
             "WORLD_SIZE": str(len(self.names)),
             "RANK": str(rank),
             "NODE_RANK": str(rank),
-            "LOCAL_RANK": "0",  # set at all, it tells Lightning to launch no process
+            "LOCAL_RANK": "0",  # its presence keeps Lightning from launching processes
             "GLOO_SOCKET_IFNAME": INTERFACE,
             "TP_SOCKET_IFNAME": INTERFACE,
         }
@@ -205,16 +205,16 @@ class Link:
         """Run a command in both namespaces at once.
 
         Args:
-            command: What to run; ``RANK`` tells it where it is.
-            env: Variables on top of this process's own.
-            timeout_s: Seconds until all is killed.
+            command: Command; the variable ``RANK`` identifies the rank.
+            env: Variables in addition to those of this process.
+            timeout_s: Seconds until all ranks are killed.
 
         Returns:
-            list: What each rank printed.
+            list: Standard output of each rank.
 
         Raises:
-            RuntimeError: If a rank fails, with the end of what each wrote to its standard error.
-            TimeoutError: If a rank takes too long, likewise.
+            RuntimeError: If a rank fails. Contains the end of each rank's standard error.
+            TimeoutError: If a rank takes too long. Contains the same.
         """
         self._runs += 1
         with ExitStack() as stack:
@@ -229,7 +229,7 @@ class Link:
 
     @contextmanager
     def _start(self, rank: int, command: Sequence[str], env: Mapping[str, str]) -> Iterator[_Rank]:
-        # Files, not pipes: nobody reads while both run.
+        # Files, not pipes: a full pipe would block a rank, because nothing is read while both run.
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", self.names[rank], *command],
@@ -253,7 +253,7 @@ class _Rank:
 
 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> bool:
-    """Wait until all have ended, or one has failed and the others had a while to notice; say whether it was in time."""
+    """Wait until all have ended, or one has failed and the grace time of the others is over. Return False on timeout."""
     deadline, failed = time.monotonic() + timeout_s, False
     while any(process.poll() is None for process in processes):
         if not failed and any(process.poll() for process in processes):
@@ -265,8 +265,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> boo
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with its group; what outlives a process that has ended goes with the namespace."""
-    if process.poll() is None:  # else its number may be another's by now
+    """Kill a process with its group. Orphans of a process that has ended are killed with the namespace."""
+    if process.poll() is None:  # after it ended, its number may belong to another process
         _kill(process.pid, os.killpg)
         process.wait()
 
@@ -278,23 +278,23 @@ def _text(stream: IO[bytes]) -> str:
 
 def _complaints(ranks: Sequence[_Rank], codes: Sequence[int | None]) -> str:
     states = ["was still running" if code is None else f"ended with {code}" for code in codes]
-    told = [
+    messages = [
         f"\n--- rank {i} {state}:\n{_text(rank.err)[-TAIL:].strip()}"
         for i, (rank, state) in enumerate(zip(ranks, states, strict=True))
     ]
-    return "".join(told)
+    return "".join(messages)
 
 
-# What runs at either end.
+# The process of a rank.
 
 
 class HookedDDP(DDPStrategy):
-    """DDP with one of torch's communication hooks, also on the CPU, where Lightning leaves hooks out.
+    """DDP with one of torch's communication hooks, also on the CPU, where Lightning ignores hooks.
 
     Args:
         hook: The hook.
-        rank: Of PowerSGD's approximation.
-        bucket_cap_mb: Largest bucket. PowerSGD on gloo needs all in one, as its messages of two buckets get mixed up.
+        rank: Rank of PowerSGD's approximation.
+        bucket_cap_mb: Largest bucket. PowerSGD on gloo needs a single bucket, because messages of two get mixed up.
     """
 
     def __init__(self, hook: Literal["fp16", "powersgd"], rank: int = 4, bucket_cap_mb: int = 25) -> None:
@@ -315,7 +315,7 @@ class Perceptron(LightningModule):
     """Linear layers, with momentum.
 
     Args:
-        widths: Of the layers, inputs first; those of the default have 10.2 M parameters.
+        widths: Widths of the layers, inputs first; the default has 10.2 M parameters.
         bias: Whether they have biases.
     """
 
@@ -334,7 +334,7 @@ class Perceptron(LightningModule):
 
 
 class WallClock(Clock):
-    """Tells the time that passes, also while the process waits for the link."""
+    """A clock of wall-clock time, which also runs while the process waits for the link."""
 
     @override
     def now(self) -> float:
@@ -345,23 +345,23 @@ def build_strategy(strategy: Mapping[str, Any]) -> DDPStrategy:
     """Build a strategy from its ``class_path`` and ``init_args``.
 
     Raises:
-        ValueError: If there is no such class.
+        ValueError: If the class does not exist.
     """
     found = locate(strategy["class_path"])
     if not callable(found):
-        raise ValueError(f"there is no strategy {strategy['class_path']!r}: give the dotted path of a class")
+        raise ValueError(f"there is no strategy {strategy['class_path']!r}; pass the dotted path of a class.")
     built: DDPStrategy = found(**strategy.get("init_args", {}))
     return built
 
 
 def noise(widths: Sequence[int], rank: int) -> tuple[Tensor, Tensor]:
-    """Return a small batch, another one on each rank: ranks that do not exchange gradients then part."""
+    """Return a small batch that differs between ranks, so ranks that exchange no gradients diverge."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randn(BATCH, widths[0], generator=generator), torch.randn(BATCH, widths[-1], generator=generator)
 
 
 def digest(module: nn.Module) -> str:
-    """Return what tells weights apart that differ in a bit."""
+    """Return a hash of the weights, to compare them bit by bit."""
     flat = torch.cat([parameter.detach().view(-1) for parameter in module.parameters()])
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
@@ -369,11 +369,11 @@ def digest(module: nn.Module) -> str:
 def _sent() -> int:
     lines = Path("/proc/self/net/dev").read_text().splitlines()
     (counts,) = (line.partition(":")[2].split() for line in lines if line.strip().startswith(f"{INTERFACE}:"))
-    return int(counts[8])  # behind eight of what was received
+    return int(counts[8])  # bytes sent, after eight columns about received data
 
 
 def _train(text: str) -> None:
-    """Train as one rank, and print as JSON: milliseconds of each step, the bytes that each sent, a digest of the weights."""
+    """Train as one rank, and print milliseconds and sent bytes of each step and a hash of the weights as JSON."""
     task, sent = json.loads(text), list[int]()
     silence()
     torch.set_num_threads(1)
@@ -395,12 +395,12 @@ def _train(text: str) -> None:
     print(json.dumps({"milliseconds": milliseconds, "sent": sizes, "weights": digest(module)}))
 
 
-# The measurement.
+# Measurement.
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a step took on rank 0: the median, the fastest one, which other processes disturb least, and 1e6 bytes sent."""
+    """Median and fastest step on rank 0, in milliseconds, and megabytes (1e6 bytes) sent a step."""
 
     milliseconds: float
     fastest: float
@@ -419,17 +419,17 @@ def measure(
 
     Args:
         link: From :func:`slow_link`.
-        strategy: A name out of ``STRATEGIES``, or a mapping of ``class_path`` and ``init_args``.
-        steps: How many steps count.
-        settle: How many come before them, on top of the two that every benchmark leaves out.
+        strategy: A name from ``STRATEGIES``, or a mapping of ``class_path`` and ``init_args``.
+        steps: Number of steps that count.
+        settle: Number of steps before them, in addition to the two warm-up steps of every benchmark.
         timeout_s: Seconds until the ranks are killed.
-        widths: Of the perceptron.
+        widths: Widths of the perceptron.
 
     Returns:
         Measured: Milliseconds and bytes a step.
 
     Raises:
-        RuntimeError: If a rank fails, with what it wrote, or if the ranks end with different weights.
+        RuntimeError: If a rank fails, with its output, or if the ranks end with different weights.
         TimeoutError: If it takes too long.
     """
     built = STRATEGIES[strategy] if isinstance(strategy, str) else dict(strategy)
@@ -438,7 +438,7 @@ def measure(
     outputs = link.run(command, {"OMP_NUM_THREADS": "1"}, timeout_s)
     found = [json.loads(output.splitlines()[-1]) for output in outputs]
     if len({rank["weights"] for rank in found}) > 1:
-        raise RuntimeError(f"the ranks ended with different weights: {built} does not make them agree")
+        raise RuntimeError(f"the ranks ended with different weights: {built} did not synchronize them.")
     times, sent = found[0]["milliseconds"], found[0]["sent"]
     return Measured(median(times), min(times), sum(sent) / len(sent) / 1e6)
 
@@ -451,7 +451,7 @@ def measure_all(
     steps: int,
     settle: int = SETTLE,
 ) -> dict[str, Measured]:
-    """Measure strategies in turns at one speed, and return the medians over the rounds."""
+    """Measure strategies in turn at one speed, and return the medians over the rounds."""
     found: dict[str, list[Measured]] = {name: [] for name in strategies}
     with slow_link(megabits, delay_ms) as link:
         for i in range(rounds):
@@ -466,7 +466,7 @@ def measure_all(
 
 
 def table(found: Mapping[float, Mapping[str, Measured]]) -> str:
-    """Return all that was measured in Markdown; the strategy that was named first is the baseline."""
+    """Return the results as a Markdown table; the first strategy is the baseline."""
     names = list(next(iter(found.values())))
     header = ["strategy", "MB a step"]
     for megabits in found:
@@ -487,23 +487,21 @@ def _strategy(text: str) -> tuple[str, dict[str, Any]]:
         return text, STRATEGIES[text]
     path, _, arguments = text.partition("=")
     if "." not in path:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a dotted path nor one of {', '.join(STRATEGIES)}")
+        raise argparse.ArgumentTypeError(f"must be a dotted path or one of {', '.join(STRATEGIES)}; got {text!r}.")
     return text, {"class_path": path, "init_args": json.loads(arguments or "{}")}
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one round of three steps, at 1 Gbit/s unless told")
+    parser.add_argument("--quick", action="store_true", help="one round of three steps, at 1 Gbit/s by default")
     parser.add_argument("--megabits", type=float, nargs="+", help="speeds in Mbit/s (default 100 1000)")
     parser.add_argument("--delay-ms", type=float, default=0.0, help="delay one way, in milliseconds (default 0)")
-    named = (
-        "ddp, the baseline, and what to hold against it: names, or dotted paths, each with =JSON if it has arguments"
-    )
+    named = "the baseline, then strategies to compare with it: names or dotted paths, with =JSON for arguments"
     parser.add_argument("--strategies", type=_strategy, nargs="+", help=f"{named} (default: {' '.join(STRATEGIES)})")
     parser.add_argument("--rounds", type=int, help="rounds (default 3, with --quick 1)")
     parser.add_argument("--steps", type=int, help="steps of a round that count (default 5, with --quick 3)")
-    parser.add_argument("--out", type=Path, help="JSON file to write the table to")
+    parser.add_argument("--out", type=Path, help="JSON file for the table")
     options = parser.parse_args(arguments)
     options.megabits = options.megabits or ([1000.0] if options.quick else [100.0, 1000.0])
     options.strategies = dict(options.strategies or STRATEGIES.items())
@@ -515,9 +513,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     options = _options(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what a link has made goes away then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
     if reason := why_unavailable(options.delay_ms):
-        print(f"Left out: {reason}.")
+        print(f"Skipped: {reason}.")
         return
     torch.set_num_threads(1)
     print(f"{machine()} a rank; {options.rounds} round(s) of {options.steps} steps", flush=True)

@@ -1,12 +1,12 @@
-"""What NMSparsity costs: ratios to a dense step and to a plain sort, all interleaved in one run.
+"""The cost of NMSparsity: ratios to a dense step and to a plain sort, all interleaved in one run.
 
-Steps are those of a real ``Trainer.fit`` with all its hooks, optimizer step included. Every variant is trained in turn
-for a few steps, over many rounds in rotating order. A step's time runs from one batch's start to the next one's; its
-median is taken over the rounds, and the steps of a block are averaged, so that with ``mask_every_n_steps=10`` the one
-step in ten that takes new masks counts as one in ten.
+Steps run in a real ``Trainer.fit`` with all hooks and the optimizer step. The variants take turns of a few steps, over many
+rounds in rotating order. The time of a step runs from the start of one batch to the start of the next. It is the median over
+the rounds, and the steps of a turn are averaged. With ``mask_every_n_steps=10``, a step with new masks therefore counts as
+one in ten.
 
-With one thread, time is processor time: on an idle machine it is the wall clock's, and on a busy one it leaves out the
-slices that other processes get. With more threads or a GPU it is the wall clock's.
+With one thread the scripts measure processor time, which excludes the time that other processes get. With more threads or
+on a GPU they measure wall-clock time.
 
 ::
 
@@ -61,7 +61,7 @@ METHODS: tuple[tuple[Recipe, Gradient], ...] = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train; dense without a pattern. Every weight whose dimension the groups divide is made sparse."""
+    """A way to train; dense without a pattern. All weights whose dimension the groups divide become sparse."""
 
     pattern: str | None = None
     recipe: Recipe = "sr-ste"
@@ -82,7 +82,7 @@ class Variant:
         return EXACT_BUDGET if self.mask_every_n_steps == 1 else SPACED_BUDGET
 
     def callback(self) -> NMSparsity | None:
-        """Build the callback, with the recipe's own phase over the whole run."""
+        """Build the callback without dense and fine-tuning phases."""
         if self.pattern is None:
             return None
         return NMSparsity(
@@ -97,7 +97,7 @@ class Variant:
 
 
 def fit_once(variant: Variant, module: LightningModule, batch: Any, clock: Clock) -> list[float]:
-    """Train for a block of steps and return how long each took."""
+    """Train for a few steps, and return the seconds of each."""
     sparsity = variant.callback()
     callbacks = [] if sparsity is None else [sparsity]
     periods = timed_fit(module, batch, TIMED_STEPS, callbacks, clock, log_every_n_steps=variant.log_every)
@@ -127,14 +127,14 @@ def step_rows(
 
 
 def sorted_mask(weight: Tensor, n: int, m: int) -> Tensor:
-    """Take the mask the plain way, by a stable sort of every group."""
+    """Compute the mask by a stable sort of every group."""
     groups = weight.abs().view(-1, m)
     order = torch.argsort(groups, dim=1, descending=True, stable=True)
     return torch.zeros_like(groups).scatter_(1, order[:, :n], 1.0).view_as(weight)
 
 
 def mask_rows(rounds: int, clock: Clock) -> list[Row]:
-    """Time the masks of all patterns against the plain way, in turn."""
+    """Time ``nm_mask`` and the sort for all patterns, in turn."""
     weight = torch.randn(MASK_SHAPE, device=clock.device)
     times: dict[tuple[int, int], list[tuple[float, float]]] = {pattern: [] for pattern in MASKS}
     for i in range(rounds + 1):
@@ -156,9 +156,9 @@ def _mask_row(weight: Tensor, n: int, m: int, times: Sequence[tuple[float, float
 
 
 def transformer_variants() -> list[Variant]:
-    """Return the dense baseline, what is held against the budget, and log steps.
+    """Return the dense baseline, the variants with a budget, and log steps.
 
-    The second dense variant does what the first does: its ratio shows the noise.
+    The second dense variant repeats the first; its ratio shows the noise.
     """
     found = [
         Variant(pattern, recipe, gradient, mask_every_n_steps)
@@ -170,7 +170,7 @@ def transformer_variants() -> list[Variant]:
 
 
 def convnet_variants() -> list[Variant]:
-    """Return the dense baseline and two of 2:4."""
+    """Return the dense baseline and two variants of 2:4."""
     return [Variant(), Variant("2:4"), Variant("2:4", mask_every_n_steps=10)]
 
 

@@ -1,7 +1,7 @@
-"""What a selector of gradient compression costs: ratios to ``torch.topk`` of the magnitudes.
+"""The cost of the selectors of gradient compression: ratios to ``torch.topk`` of the magnitudes.
 
 The selectors and the baseline take turns on one vector of 1e7 float32 entries, in rotating order, and the median over the
-rounds counts. All of them take the magnitudes themselves. With one thread, time is processor time.
+rounds counts. All of them compute the magnitudes themselves. With one thread the script measures processor time.
 
 ::
 
@@ -34,7 +34,7 @@ TOPK = "torch.topk"
 
 
 def magnitude_topk(values: Tensor, k: int) -> Tensor:
-    """Select the largest magnitudes as torch has it."""
+    """Select the largest magnitudes with torch."""
     return torch.topk(values.abs(), k).indices
 
 
@@ -48,7 +48,7 @@ SELECTORS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def vectors(entries: int, device: str) -> dict[str, Tensor]:
-    """Return what is selected from: gradients are between normal and heavy-tailed, and some are mostly zero."""
+    """Return the test vectors: gradients are between normal and heavy-tailed, and some are mostly zero."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(entries, generator=generator)
     uniform = torch.rand(entries, generator=generator)
@@ -62,7 +62,7 @@ def vectors(entries: int, device: str) -> dict[str, Tensor]:
 
 
 def selector_rows(values: Tensor, k: int, rounds: int, clock: Clock, is_held: bool) -> list[Row]:
-    """Time all selectors in turn; the budgets are for a tensor of an ordinary kind."""
+    """Time all selectors in turn; ``is_held`` applies the budgets."""
     times: dict[str, list[float]] = {name: [] for name in SELECTORS}
     for i in range(rounds + 1):
         for name in rotated(list(SELECTORS), i):
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None, entries: int = ENTRIES) -> None
         tables[kind] = selector_rows(values, k, ROUNDS * options.rounds, clock, is_held)
         show(f"The {k} largest of {entries} float32 entries, {kind}", TOPK, tables[kind])
     over = [f"{row.name} ({kind})" for kind, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nOver budget: {'; '.join(over) or 'nothing'}.")
+    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
     write_tables(options, tables)
 
 

@@ -1,4 +1,4 @@
-"""The techniques and pages for programs: ``docs/techniques.json`` and ``docs/llms.txt``."""
+"""Write ``docs/techniques.json`` and ``docs/llms.txt``, which describe techniques and pages for programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WITHOUT_LINE = ("index.md", "changelog.md", "contributing.md")
 
 
 def write_catalog() -> str:
-    """Return all techniques as JSON: what they do, arguments, neutral setting, and what they work with."""
+    """Return all techniques as JSON: description, arguments, neutral setting and compatibility."""
     entries = [_entry(technique) for members in techniques().values() for technique in members]
     return json.dumps({"techniques": entries}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -72,7 +72,7 @@ def helps(docstring: str) -> Iterator[tuple[str, str]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a setting as JSON can say it; infinities as YAML writes them."""
+    """Return a setting as a JSON value, with infinities as in YAML."""
     if isinstance(value, float) and not math.isfinite(value):
         return ".inf" if value > 0 else "-.inf"
     if isinstance(value, Mapping):
@@ -83,7 +83,7 @@ def _plain(value: Any) -> Any:
 
 
 def write_llms() -> str:
-    """Return the list of pages and techniques, a line each."""
+    """Return the list of pages and techniques, one per line."""
     return "\n".join(_llms_lines()) + "\n"
 
 
@@ -95,7 +95,7 @@ def _llms_lines() -> Iterator[str]:
         if path.name not in (*_WITHOUT_LINE, *(f"{family}.md" for family in techniques())):
             yield f"- [{title_of_page(path.name)}]({page_url(path.name)}){_after(_first_paragraph(path.name))}"
     for family, members in techniques().items():
-        yield f"\n## {title_of(family)}\n\n- [{title_of(family)}]({page_url(f'{family}.md')}): Which technique suits what."
+        yield f"\n## {title_of(family)}\n\n- [{title_of(family)}]({page_url(f'{family}.md')}): How to choose."
         yield from (f"- [{each.__name__}]({page_url(card_of(each))}): {description_of(each)}." for each in members)
         yield f"- [API]({page_url(f'api/{family}.md')}): Classes and functions of the family."
 
@@ -105,12 +105,12 @@ def _after(text: str) -> str:
 
 
 def page_url(page: str) -> str:
-    """Return where a page of ``docs`` lies in the built documentation."""
+    """Return the address of a page of ``docs`` in the built documentation."""
     return page.removesuffix(".md") + ".html"
 
 
 def _first_paragraph(page: str) -> str:
-    """Return the first paragraph of a page without links, or nothing if the page begins otherwise."""
+    """Return the first paragraph of a page without links, or "" if the page does not begin with one."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     found = re.search(r"^# .+\n\n((?:[A-Za-z`](?!``).*\n)(?:.+\n)*)", text, re.MULTILINE)
     plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(found[1].split())) if found else ""

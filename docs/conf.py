@@ -1,4 +1,4 @@
-"""Sphinx: the method cards in Markdown, and the API from docstrings. Built with warnings as errors."""
+"""Configuration of Sphinx: Markdown pages, and the API from docstrings. Warnings are errors."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ extensions = [
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
-smartquotes_action = "D"  # dashes alone: the quotes and dots of a message stay as they are printed
+smartquotes_action = "D"  # only dashes: quotes and dots of error messages must not change
 html_theme = "furo"
 pygments_dark_style = "github-dark"
 html_math_renderer = "mathml"
@@ -42,7 +42,7 @@ napoleon_numpy_docstring = False
 
 
 def add_works_with(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
-    """Add to the docstring of a technique what it declares to work with."""
+    """Append the declared compatibility of a technique to its docstring."""
     if found in all_techniques():
         lines += ["", "**Works with**", ""]
         lines += [f"- {line.replace('`', '``')}" for line in works_with(found)]
@@ -50,5 +50,5 @@ def add_works_with(app: Any, what: str, name: str, found: Any, options: Any, lin
 
 
 def setup(app: Any) -> None:
-    """Connect what Sphinx calls for each docstring."""
+    """Register the hook for docstrings."""
     app.connect("autodoc-process-docstring", add_works_with)

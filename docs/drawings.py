@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation that no training makes: ``python docs/drawings.py``."""
+"""Draw the pictures of the documentation that need no training: ``python docs/drawings.py``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 IMAGES = Path(__file__).parent / "images"
 
-# Left edge, bottom, name, what it is; all boxes are as large.
+# Name: left edge, bottom and text of a box. All boxes have the same size.
 WIDTH, HEIGHT = 2.55, 1.0
 CONCEPTS = {
     "Source": (0.3, 4.5, "a parameter, or a tensor\ncomputed from parameters alone"),
-    "Binding": (3.5, 4.5, "what a rule says of the call:\ncontribution as a function of $g$"),
-    "Use": (6.7, 4.5, "one call, its parameters cut\noff the graph, a hook on $y$"),
-    "Layout": (6.7, 2.7, "in which dimension of $y$\nthe samples lie"),
+    "Binding": (3.5, 4.5, "contribution of the call\nas a function of $g$"),
+    "Use": (6.7, 4.5, "one call with detached\nparameters and a hook on $y$"),
+    "Layout": (6.7, 2.7, "the dimension of $y$\nthat holds the samples"),
     "Contribution": (6.7, 0.9, "the gradient of each sample,\nin its cheapest form"),
-    "SquaredNorms": (3.5, 0.9, "adds gradients within, squares\nbetween parameters"),
-    "Leaf": (0.3, 2.7, "a parameter that the graph\nstill reaches: no rule"),
+    "SquaredNorms": (3.5, 0.9, "adds the uses of a parameter,\nthen squares of all parameters"),
+    "Leaf": (0.3, 2.7, "a parameter without a rule,\nstill in the graph"),
 }
 ARROWS = [("Source", "Binding"), ("Binding", "Use"), ("Use", "Layout"), ("Layout", "Contribution")]
 PASSES = [  # left edge, bottom, height, title, colour
@@ -33,7 +33,7 @@ INK, BLUE = "0.25", "#0072B2"
 
 
 def draw_per_sample_gradients() -> Figure:
-    """Draw the way from a forward pass to the norm of each sample's gradient."""
+    """Draw the steps from a forward pass to the norm of each sample's gradient."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 5.8), layout="constrained")
@@ -65,7 +65,7 @@ def _rounded(left: float, bottom: float, width: float, height: float, fill: str,
 
 
 def _join(axis: Axes, start: str, end: str, backwards: bool = False) -> None:
-    """Draw an arrow from one box to the next, which stands beside or below it."""
+    """Draw an arrow from one box to the next, which is to its right or below it."""
     (left, bottom, _), (right, below, _) = CONCEPTS[start], CONCEPTS[end]
     if backwards:
         _point(axis, (left, bottom + 0.5), (right + WIDTH, below + 0.5))
@@ -86,7 +86,7 @@ def _point(
 
 
 def main() -> None:
-    """Draw all of them."""
+    """Draw all pictures."""
     draw_per_sample_gradients().savefig(IMAGES / "per_sample_gradients.png", dpi=140)
 
 

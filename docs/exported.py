@@ -1,4 +1,4 @@
-"""What the package exports, and what the documentation says of it: the facts that the other scripts in this folder write.
+"""The exported techniques with their families, cards and descriptions, for the other scripts in this folder.
 
 The description of a technique is the first line of its docstring, its family is the folder of its module, and the title of a
 family is the heading of its page.
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def techniques() -> dict[str, list[type[Any]]]:
-    """Return the exported techniques of each family, families by name, members in the order of their ``__all__``."""
+    """Return the exported techniques of each family, sorted by family, members in the order of ``__all__``."""
     exported = [getattr(package, name) for package in (callbacks, strategies) for name in package.__all__]
     families: dict[str, list[type[Any]]] = {}
     for technique in exported:
@@ -34,13 +34,13 @@ def all_techniques() -> list[type[Any]]:
 
 
 def family_of(technique: type[Any]) -> str:
-    """Return the family's word, which names the folder of docs, examples and functions."""
+    """Return the name of the family, as in the folders of docs, examples and functions."""
     parts = technique.__module__.split(".")
     return parts[2] if parts[1] == "callbacks" else "communication"
 
 
 def package_of(technique: type[Any]) -> str:
-    """Return the package that a user imports a technique from."""
+    """Return the package from which users import a technique."""
     return ".".join(technique.__module__.split(".")[:2])
 
 
@@ -56,12 +56,12 @@ def description_of(technique: type[Any]) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """Return a line of a docstring with its code and references as Markdown."""
+    """Return a line of a docstring with code and references in Markdown."""
     return re.sub(r":\w+:`[~.\w]*?(\w+)`", r"`\1`", text.replace("``", "`"))
 
 
 def title_of(family: str) -> str:
-    """Return the heading of a family's page."""
+    """Return the heading of the page of a family."""
     return title_of_page(f"{family}.md")
 
 
@@ -73,7 +73,7 @@ def title_of_page(page: str) -> str:
 
 
 def works_with(technique: type[Any]) -> Iterator[str]:
-    """Yield a line for each kind of answer that a technique gives."""
+    """Yield a line for each kind of compatibility answer of a technique."""
     answers = technique.compatibility.answers
     for works, words in {"yes": "Yes", "stand-in": "Tested with a stand-in only", "no": "Raises"}.items():
         names = [TITLES[name] for name, answer in answers.items() if answer.works == works]

@@ -1,4 +1,4 @@
-"""Sphinx: write formulas as MathML, which browsers show without a script and without a network."""
+"""Sphinx extension: write formulas as MathML, which browsers show without scripts and network access."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from latex2mathml.converter import convert
 
-# What latex2mathml 3.81 leaves as it is after \Big and \left.
+# Commands that latex2mathml 3.81 does not convert after \Big and \left.
 _DELIMITERS = {
     r"\lVert": "‖",
     r"\rVert": "‖",
@@ -22,19 +22,19 @@ _DELIMITERS = {
     r"\lfloor": "⌊",
     r"\rfloor": "⌋",
 }
-_LIMITS = ("max", "min", "argmax")  # what stands below them in a formula of its own
+_LIMITS = ("max", "min", "argmax")  # operators whose subscript is below them in a displayed formula
 _STYLES = {"double-struck": "DOUBLE-STRUCK", "script": "SCRIPT"}
 
 
 class UnknownFormulaError(ValueError):
-    """A formula has a command that is not known."""
+    """A formula contains an unknown command."""
 
 
 def as_mathml(formula: str, display: str = "inline") -> str:
-    r"""Return a formula in LaTeX as MathML.
+    r"""Convert a LaTeX formula to MathML.
 
     Raises:
-        UnknownFormulaError: If a part of it cannot be written as MathML.
+        UnknownFormulaError: If a part of it cannot be converted.
 
     Example:
         >>> as_mathml(r"\sqrt{2}")
@@ -53,7 +53,7 @@ def as_mathml(formula: str, display: str = "inline") -> str:
 
 
 def _repair(element: ElementTree.Element, display: str, formula: str) -> None:
-    """Write one element as today's browsers understand it."""
+    """Adapt one element to current browsers."""
     text = element.text or ""
     element.text = text.replace(r"\_", "_") if element.tag == "mtext" else _DELIMITERS.get(text, text)
     if element.text in ("‖", "|") and "form" not in element.attrib:
@@ -68,16 +68,16 @@ def _repair(element: ElementTree.Element, display: str, formula: str) -> None:
 
 
 def _letter(letter: str, style: str) -> str:
-    """Return a letter or digit in a style, by its own code point: browsers no longer know the attribute mathvariant."""
+    """Return the code point of a letter or digit in a style; browsers dropped the attribute mathvariant."""
     kind = unicodedata.name(letter).removeprefix("LATIN ").replace("CAPITAL LETTER", "CAPITAL")
     for name in (f"MATHEMATICAL {style} {kind}", f"{style} {kind}"):
         with contextlib.suppress(KeyError):
             return unicodedata.lookup(name)
-    raise UnknownFormulaError(f"There is no {letter!r} in the style {style}.")
+    raise UnknownFormulaError(f"Unicode has no {letter!r} in the style {style}.")
 
 
 def visit_inline(writer: Any, node: Any) -> None:
-    """Write a formula within a line."""
+    """Write an inline formula."""
     from docutils import nodes
 
     writer.body.append(as_mathml(node.astext()))
@@ -85,7 +85,7 @@ def visit_inline(writer: Any, node: Any) -> None:
 
 
 def visit_block(writer: Any, node: Any) -> None:
-    """Write a formula of its own; one that is wider than the page scrolls."""
+    """Write a displayed formula. It scrolls if it is wider than the page."""
     from docutils import nodes
 
     writer.body.append(f'<div class="formula">{as_mathml(node.astext(), "block")}</div>\n')
@@ -93,6 +93,6 @@ def visit_block(writer: Any, node: Any) -> None:
 
 
 def setup(app: Any) -> dict[str, Any]:
-    """Make it the renderer of formulas."""
+    """Register the renderer of formulas."""
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

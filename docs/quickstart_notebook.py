@@ -1,4 +1,4 @@
-"""The notebook ``examples/quickstart.ipynb``: the text and code of ``docs/quickstart.md``, cell by cell."""
+"""Write ``examples/quickstart.ipynb`` from the text and code of ``docs/quickstart.md``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_notebook() -> str:
 
 
 def _texts(text: str) -> list[dict[str, Any]]:
-    """Return the cell of a text between two blocks, with links from the notebook's folder; none for blank lines."""
+    """Return the text between two blocks as a list of at most one cell, with links relative to the notebook."""
     text = _LINK.sub(lambda link: f"](../docs/{link[1]})".replace("docs/../", ""), text.strip())
     return [_cell("markdown", text)] if text else []
 

@@ -1,7 +1,7 @@
-"""The errors of the package by what they say: the tables of ``docs/troubleshooting.md``.
+"""Collect the errors of the package for the tables of ``docs/troubleshooting.md``.
 
-Refusals that a technique declares come from ``Compatibility``; all others are read from the code, where each is a sentence
-that says what was found, followed by what to do.
+Refusals that a technique declares come from ``Compatibility``. All others are read from the code, where each is a sentence
+about what was found, followed by what to do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from exported import ROOT, all_techniques, title_of, write_table
 
 from lightning_grad.core.compatibility import TITLES
 
-# Headings by where an error is raised; the first that matches counts. Errors elsewhere are for authors of techniques.
+# Heading by the place of an error; the first match counts. Errors elsewhere are for authors of techniques.
 _PLACES = {
     "callbacks/": None,  # the family's title
     "strategies/": "communication",
@@ -31,11 +31,11 @@ _PLACES = {
 _AUTHORS = ("core/probe", "core/fit.py", "core/record.py")
 _NAMES = re.compile(r"(^|\.)_?(display_name|needed_by|technique)$")
 _ERRORS = ("ValueError", "TypeError", "RuntimeError", "FileNotFoundError")
-_FEWEST_WORDS = 4  # of a message, else nobody can find it by its words
+_FEWEST_WORDS = 4  # shorter messages cannot be found by their words
 
 
 def declared() -> Iterator[str]:
-    """Yield the table of what techniques declare not to work with; equal messages share a row."""
+    """Yield the table of declared refusals; equal messages share a row."""
     found: dict[str, dict[str, dict[str, None]]] = {}
     for name, title in TITLES.items():
         for technique in all_techniques():
@@ -93,18 +93,18 @@ def _words(text: str) -> int:
 
 
 def template_of(node: ast.expr) -> str:
-    """Return an f-string that begins with a technique, with dots for what it fills in; empty for another expression."""
+    """Return an f-string that begins with the name of a technique, with dots for its values; "" for others."""
     if not isinstance(node, ast.JoinedStr):
         return ""
     first = node.values[0]
     if not (isinstance(first, ast.FormattedValue) and _NAMES.search(ast.unparse(first.value))):
         return ""
     text = "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
-    return "" if text.startswith("....") else text  # a method of a technique: that error is for authors
+    return "" if text.startswith("....") else text  # names a method of the technique: an error for authors
 
 
 def split_message(text: str) -> tuple[str, str]:
-    """Return the sentence of a message that says what was found, and those that say what to do.
+    """Split a message into the first sentence (what was found) and the rest (what to do).
 
     Example:
         >>> split_message("... needs a length. Set total_steps=... of it.")
@@ -115,5 +115,5 @@ def split_message(text: str) -> tuple[str, str]:
 
 
 def escaped(text: str) -> str:
-    """Return a message as Markdown in the cell of a table."""
+    """Return a message as Markdown for a table cell."""
     return re.sub(r"([|*_\[\]<>$`#{}])", r"\\\1", " ".join(text.split()))

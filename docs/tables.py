@@ -1,7 +1,7 @@
-"""Write the parts of the documentation that follow from the code: ``python docs/tables.py``.
+"""Write the parts of the documentation that are generated from the code: ``python docs/tables.py``.
 
-A part stands between ``<!-- begin: name -->`` and ``<!-- end: name -->`` in a page; do not edit it by hand. Whole files are
-the API pages of the families, the catalog for programs, and the notebook, which has the text and code of
+A generated part is between ``<!-- begin: name -->`` and ``<!-- end: name -->`` in a page; do not edit it by hand. Generated
+files are the API pages of the families, the catalog for programs, and the notebook, which has the text and code of
 ``docs/quickstart.md``. ``make docs`` runs this script before it builds, and a test fails if anything is stale.
 """
 
@@ -36,17 +36,17 @@ from lightning_grad.core.compatibility import TITLES, Answer
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
 
 
-# The parts.
+# Generated parts.
 
 
 def write_descriptions(members: Sequence[type[Any]], folder: str = "") -> str:
-    """Return the table of what techniques do, with links to their cards from a page beside ``folder``."""
+    """Return the table of descriptions; ``folder`` is the path from the page to ``docs``."""
     rows = [(f"[`{cls.__name__}`]({folder}{card_of(cls)})", description_of(cls)) for cls in members]
     return write_table(("Technique", "What it does"), rows)
 
 
 def readme_techniques() -> Iterator[str]:
-    """Yield one table of all techniques, with a row before each family, as README has it."""
+    """Yield the table of all techniques in README, with a row before each family."""
     rows = []
     for family, members in techniques().items():
         files = f"Example: [script](examples/{family}.py), [YAML](examples/{family}.yaml)"
@@ -56,7 +56,7 @@ def readme_techniques() -> Iterator[str]:
 
 
 def readme_works() -> Iterator[str]:
-    """Yield the table of which techniques work with what a run has; equal rows are joined."""
+    """Yield the table of compatibility in README; equal rows are joined."""
     rows: dict[str, list[str]] = {}
     for name in _IN_A_RUN:
         rows.setdefault(_who_works(name), []).append(TITLES[name])
@@ -64,7 +64,7 @@ def readme_works() -> Iterator[str]:
 
 
 def _who_works(name: str) -> str:
-    """Return which techniques work with one thing: all, all but some, or only some."""
+    """Return the techniques that work with a feature of a run: all, all but some, or only some."""
     asked = [cls for cls in all_techniques() if cls.compatibility.answers[name].works != "-"]
     raising = [f"`{cls.__name__}`" for cls in asked if cls.compatibility.answers[name].is_no]
     others = [f"`{cls.__name__}`" for cls in asked if not cls.compatibility.answers[name].is_no]
@@ -74,7 +74,7 @@ def _who_works(name: str) -> str:
 
 
 def index_techniques() -> Iterator[str]:
-    """Yield a heading and a table for each family, as the first page of the documentation has them."""
+    """Yield a heading and a table for each family, for the home page of the documentation."""
     for family, members in techniques().items():
         yield f"### [{title_of(family)}]({family}.md)\n\n{write_descriptions(members)}"
 
@@ -93,12 +93,12 @@ def _toctree(pages: str, options: str = "") -> str:
 
 
 def family_techniques(family: str) -> Iterator[str]:
-    """Yield the table of one family, as its page has it."""
+    """Yield the table of one family for its page."""
     yield write_descriptions(techniques()[family])
 
 
 def clipping_roles() -> Iterator[str]:
-    """Yield the table of roles and of the techniques that stand in them."""
+    """Yield the table of roles and their techniques."""
     classes = [cls for members in techniques().values() for cls in members]
     of_role = {role: [cls for cls in classes if getattr(cls, "role", None) == role] for role in get_args(Role)}
     rows = [(role, ", ".join(f"`{cls.__name__}`" for cls in members)) for role, members in of_role.items()]
@@ -106,12 +106,12 @@ def clipping_roles() -> Iterator[str]:
 
 
 def clipping_thresholds() -> Iterator[str]:
-    """Yield the table of the rules that have a threshold."""
+    """Yield the table of rules with a threshold."""
     named = [(cls.__name__, getattr(cls, "threshold_name", None)) for cls in techniques()["clipping"]]
-    yield write_table(("Rule", "Its threshold"), [(f"`{rule}`", f"`{name}`") for rule, name in named if name])
+    yield write_table(("Rule", "Threshold"), [(f"`{rule}`", f"`{name}`") for rule, name in named if name])
 
 
-# What is in the first table; the second has the rest.
+# Columns of the first table; the second has the others.
 _IN_A_RUN = (
     "accumulation",
     "bf16",
@@ -127,7 +127,7 @@ _IN_A_RUN = (
     "pytorch_lightning",
 )
 _CELLS = {"yes": "yes", "stand-in": "stand-in", "no": "raises", "-": "-"}
-# What a note calls the thing: the same words, so the same reason is one note for several columns.
+# Words of notes. The same words in several columns make equal notes, which share a number.
 _SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
     "several_optimizers": "manual optimization",
     "complex_parameters": "a complex parameter",
@@ -136,7 +136,7 @@ _VALUES = {"late_gradients": "DGCStrategy"}
 
 
 def compatibility() -> Iterator[str]:
-    """Yield the two tables of what techniques work with, and their notes; equal notes share a number."""
+    """Yield the two tables of compatibility and their notes; equal notes share a number."""
     numbers: dict[str, int] = {}
     others = [name for name in TITLES if name not in _IN_A_RUN]
     for columns in (_IN_A_RUN, others):
@@ -165,7 +165,7 @@ def write_note(number: int, note: str) -> str:
 
 
 def card_works_with(technique: type[Any]) -> Iterator[str]:
-    """Yield what a technique works with, for its card."""
+    """Yield the section "Works with" of a card."""
     for line in works_with(technique):
         yield textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ")
     arguments = f"[API](../api/{family_of(technique)}.md)"
@@ -180,7 +180,7 @@ def api_contents() -> Iterator[str]:
 
 
 def api_families() -> Iterator[str]:
-    """Yield the list of the families' API pages."""
+    """Yield the list of API pages of the families."""
     rows = [
         (f"[{title_of(family)}](api/{family}.md)", ", ".join(f"`{cls.__name__}`" for cls in members))
         for family, members in techniques().items()
@@ -203,7 +203,7 @@ def api_page(family: str) -> str:
 
 
 def _entry(name: str) -> str:
-    """Return what documents one name of ``functional``."""
+    """Return the directive that documents one name of ``functional``."""
     found = getattr(functional, name)
     if isinstance(found, type):
         return f".. autoclass:: {name}\n   :members:"
@@ -211,12 +211,12 @@ def _entry(name: str) -> str:
 
 
 def _reference(package: str, entries: Sequence[str]) -> str:
-    """Return the block that documents names of a package."""
+    """Return the block of directives for names of a package."""
     return "```{eval-rst}\n" + "\n\n".join([f".. currentmodule:: {package}", *entries]) + "\n```\n"
 
 
 def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
-    """Return what writes each part, by file and name."""
+    """Return the functions that write each part, by file and name."""
     written: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
         ("README.md", "techniques"): readme_techniques,
         ("docs/index.md", "techniques"): index_techniques,
@@ -237,7 +237,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
 
 
 def files() -> dict[str, Callable[[], str]]:
-    """Return what writes each whole file."""
+    """Return the functions that write each whole file."""
     pages = {f"docs/api/{family}.md": partial(api_page, family) for family in techniques()}
     return pages | {
         "docs/techniques.json": write_catalog,
@@ -250,7 +250,7 @@ def files() -> dict[str, Callable[[], str]]:
 
 
 def rewrite(file: str, text: str) -> str:
-    """Return the text of a file with all its parts rewritten; raise ``KeyError`` for a part that nothing writes."""
+    """Return the text of a file with all parts rewritten. Raise ``KeyError`` for an unknown part."""
     written = parts()
     found = {(file, name) for name, _ in PART.findall(text)}
     missing = {name for place, name in written if place == file and (place, name) not in found}
@@ -265,7 +265,7 @@ def rewrite(file: str, text: str) -> str:
 
 
 def stale() -> dict[str, str]:
-    """Return the new text of each file that is not up to date."""
+    """Return the new text of each stale file."""
     texts = {file: _read(file) for file in dict.fromkeys(file for file, _ in parts())}
     written = {file: rewrite(file, text) for file, text in texts.items()}
     written |= {file: write() for file, write in files().items()}
@@ -278,7 +278,7 @@ def _read(file: str) -> str:
 
 
 def main() -> None:
-    """Write the files that are stale, and name them."""
+    """Write the stale files, and print their names."""
     for file, text in stale().items():
         (ROOT / file).write_text(text, encoding="utf-8")
         print(f"{file}: rewritten")

@@ -1,11 +1,11 @@
-"""Train a network twice, as usual and on attacked images, and attack both, in seconds.
+"""Train a network on clean and on attacked images, and attack both. Takes seconds.
 
 ::
 
     python examples/adversarial.py
     python examples/adversarial.py --epsilon 0.1 --epochs 30
 
-The callbacks in :func:`main` do it. The project that is trained, ``plain_project``, knows nothing of lightning-grad.
+Only the callbacks in :func:`main` use lightning-grad; ``plain_project`` does not know it.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -22,7 +22,7 @@ from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, 
 
 
 def train(name: str, callbacks: list[Callback], data: Digits, epochs: int, output: Path) -> None:
-    """Train a small network, and print its accuracy on test images, as they are and attacked."""
+    """Train a small network, and print its accuracy on clean and on attacked test images."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -41,9 +41,9 @@ def train(name: str, callbacks: list[Callback], data: Digits, epochs: int, outpu
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train twice, as the command line says."""
+    """Train twice with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--epsilon", type=float, default=0.15, help="largest change of a pixel, which is from 0 to 1")
+    parser.add_argument("--epsilon", type=float, default=0.15, help="largest change of a pixel, on a scale from 0 to 1")
     parser.add_argument("--epochs", type=int, default=20, help="epochs of each training")
     parser.add_argument("--output", type=Path, default=Path("runs/adversarial"), help="folder of the results")
     given = parser.parse_args(arguments)

@@ -1,12 +1,12 @@
-"""Clip gradient spikes at ten times the usual learning rate, in seconds.
+"""Clip gradient spikes at ten times the usual learning rate. Takes seconds.
 
 ::
 
     python examples/clipping.py
     python examples/clipping.py --threshold 2 --steps 600
 
-The list of callbacks in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of
-lightning-grad. ``studies/clipping.py`` compares rules.
+Only the callbacks in :func:`train` use lightning-grad; ``plain_project`` does not know it. ``studies/clipping.py`` compares
+rules.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -21,7 +21,7 @@ from lightning_grad.callbacks import GradientMonitor, SkipNonFinite, ZClip
 
 
 def train(threshold: float, steps: int, output: Path) -> dict[str, float]:
-    """Train a small transformer on characters, and return what was logged last."""
+    """Train a small transformer on characters, and return the last logged values."""
     seed_everything(0, verbose=False)
     data = Text(context=24, batch_size=16)
     trainer = Trainer(
@@ -39,7 +39,7 @@ def train(threshold: float, steps: int, output: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train once, as the command line says."""
+    """Train once with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threshold", type=float, default=2.5, help="standard deviations above the mean norm")
     parser.add_argument("--steps", type=int, default=300, help="steps of the training")

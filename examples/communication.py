@@ -1,12 +1,12 @@
-"""Train on two processes that send one entry in a hundred of their gradients, in seconds.
+"""Train on two processes that send one entry in a hundred of their gradients. Takes seconds.
 
 ::
 
     python examples/communication.py
     python examples/communication.py --ratio 0.001 --devices 4
 
-One argument of the Trainer in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of
-lightning-grad. ``studies/communication.py`` compares strategies over seeds.
+Only ``strategy`` of the Trainer in :func:`train` uses lightning-grad; ``plain_project`` does not know it.
+``studies/communication.py`` compares strategies over seeds.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -22,7 +22,7 @@ from lightning_grad.strategies import DGCStrategy
 
 
 def train(ratio: float, devices: int, epochs: int, output: Path) -> dict[str, float]:
-    """Train a small network on several processes, and return what was logged last."""
+    """Train a small network on several processes, and return the last logged values."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -41,16 +41,16 @@ def train(ratio: float, devices: int, epochs: int, output: Path) -> dict[str, fl
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train once, as the command line says."""
+    """Train once with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ratio", type=float, default=0.01, help="share of the entries of a gradient that is sent")
+    parser.add_argument("--ratio", type=float, default=0.01, help="share of gradient entries to send")
     parser.add_argument("--devices", type=int, default=2, help="number of processes")
     parser.add_argument("--epochs", type=int, default=12, help="epochs of the training; the first four send more")
     parser.add_argument("--output", type=Path, default=Path("runs/communication"), help="folder of the results")
     given = parser.parse_args(arguments)
     logged = train(given.ratio, given.devices, given.epochs, given.output)
     sent, ratio = logged["comm/bytes_sent"] / 1e3, logged["comm/ratio"]
-    print(f"Each process sent {sent:.1f} kB in a step at the end; all gradients have {ratio * sent:.1f} kB.")
+    print(f"At the end each process sent {sent:.1f} kB a step; the full gradients are {ratio * sent:.1f} kB.")
     print(f"The validation accuracy ended at {logged['val_acc']:.1%}.")
     print(f"Written to {given.output}/: dgc_strategy.png, dgc_strategy.csv, dgc_strategy_layers.csv, metrics.csv.")
 

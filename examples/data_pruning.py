@@ -1,12 +1,12 @@
-"""Train on half of the samples from the fourth epoch on, and find mislabeled ones, in seconds.
+"""Train on half of the samples from the fourth epoch on, and find mislabeled ones. Takes seconds.
 
 ::
 
     python examples/data_pruning.py
     python examples/data_pruning.py --prune 0 --score aum
 
-One line in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of lightning-grad. A tenth of
-its labels are wrong here. ``studies/data_pruning.py`` compares ways to choose samples.
+Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not know it. A tenth of the training labels are
+wrong here. ``studies/data_pruning.py`` compares ways to choose samples.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -22,7 +22,7 @@ from lightning_grad.callbacks import DataPruning
 
 
 def train(prune: float, score: Any, epochs: int, output: Path) -> float:
-    """Train a small residual network on the samples that are kept, and return its accuracy."""
+    """Train a small residual network with data pruning, and return its accuracy."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -38,10 +38,10 @@ def train(prune: float, score: Any, epochs: int, output: Path) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train once, as the command line says."""
+    """Train once with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--prune", type=float, default=0.5, help="share of the samples that is dropped")
-    parser.add_argument("--score", default="el2n", help="how samples are ranked: el2n, loss, margin, aum, ...")
+    parser.add_argument("--prune", type=float, default=0.5, help="share of samples to drop")
+    parser.add_argument("--score", default="el2n", help="score that ranks the samples: el2n, loss, margin, aum, ...")
     parser.add_argument("--epochs", type=int, default=16, help="epochs of the training")
     parser.add_argument("--output", type=Path, default=Path("runs/data_pruning"), help="folder of the results")
     given = parser.parse_args(arguments)

@@ -1,12 +1,12 @@
-"""Find out when and where a run goes bad, in seconds.
+"""Find out when and where a run goes bad. Takes seconds.
 
 ::
 
     python examples/diagnostics.py
     python examples/diagnostics.py --lr 0.003
 
-The learning rate of the default is far too high. One line in :func:`train` shows what the gradients do. The project that is
-trained, ``plain_project``, knows nothing of lightning-grad.
+The default learning rate is far too high. Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not
+know it.
 """
 
 import json
@@ -22,12 +22,12 @@ from lightning_grad.callbacks import GradientMonitor
 
 
 def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
-    """Train a small transformer, watch its gradients, and return what was logged last."""
+    """Train a small transformer, watch its gradients, and return the last logged values."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        log_every_n_steps=1,  # for layers in the figure before the run goes bad
+        log_every_n_steps=1,  # so the figure has layers from before the run goes bad
         callbacks=[GradientMonitor(layer_depth=3)],
         logger=CSVLogger(output, name=None, version=""),
         enable_model_summary=False,
@@ -38,7 +38,7 @@ def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train once, as the command line says."""
+    """Train once with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--lr", type=float, default=5.0, help="learning rate of SGD")
     parser.add_argument("--epochs", type=int, default=1, help="epochs of the training")
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     facts = given.output / "gradient_monitor_first_bad_step.json"
     if facts.exists():
         bad = json.loads(facts.read_text())
-        print(f"Step {bad['step']}, batch {bad['batch_idx']}: the first non-finite gradient, of {bad['parameter']}.")
+        print(f"Step {bad['step']}, batch {bad['batch_idx']}: first non-finite gradient, in {bad['parameter']}.")
     else:
         print(f"All gradients were finite. The norm ended at {logged['grad/norm']:.3g}.")
     print(f"Written to {given.output}/: gradient_monitor.png, gradient_monitor.csv, metrics.csv.")

@@ -1,11 +1,11 @@
-"""A learning rate that is cut when the accuracy stops rising, in seconds.
+"""Cut the learning rate when the accuracy stops rising. Takes seconds.
 
 ::
 
     python examples/schedules.py
     python examples/schedules.py --epochs 40 --threshold 0.002
 
-One line in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of lightning-grad.
+Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not know it.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -20,7 +20,7 @@ from lightning_grad.callbacks import AccuracyGradientLR
 
 
 def train(epochs: int, threshold: float, output: Path) -> dict[str, float]:
-    """Train a small network at a constant rate that the accuracy cuts, and return what was logged last."""
+    """Train a small network with AccuracyGradientLR, and return the last logged values."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -36,10 +36,12 @@ def train(epochs: int, threshold: float, output: Path) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train once, as the command line says."""
+    """Train once with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--epochs", type=int, default=15, help="epochs of the training")
-    parser.add_argument("--threshold", type=float, default=0.01, help="least rise of the mean accuracy in an epoch")
+    parser.add_argument(
+        "--threshold", type=float, default=0.01, help="least rise of the mean accuracy that avoids a cut"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/schedules"), help="folder of the results")
     given = parser.parse_args(arguments)
     logged = train(given.epochs, given.threshold, given.output)

@@ -1,11 +1,11 @@
-"""Train a network whose encoder keeps 1 of every 8 weights, in seconds.
+"""Train a network whose encoder keeps 1 of every 8 weights. Takes seconds.
 
 ::
 
     python examples/sparsity.py
     python examples/sparsity.py --pattern 2:4 --recipe sr-ste
 
-One line in :func:`train` does it. The project that is trained, ``plain_project``, knows nothing of lightning-grad.
+Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not know it.
 ``studies/sparsity.py`` compares recipes with dense training.
 """
 
@@ -23,7 +23,7 @@ from lightning_grad.utilities import sparsity_report
 
 
 def train(pattern: str, recipe: Any, epochs: int, output: Path) -> VisionTransformer:
-    """Train a small vision transformer sparse, and return it."""
+    """Train a small sparse vision transformer, and return it."""
     seed_everything(0, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train once, and print the density of each weight."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--pattern", default="1:8", help="N:M, at most N nonzero weights in each group of M")
-    parser.add_argument("--recipe", default="mdgf-exponential", help="how the weights become sparse")
+    parser.add_argument("--recipe", default="mdgf-exponential", help="recipe of the sparse training")
     parser.add_argument("--epochs", type=int, default=16, help="epochs of the training")
     parser.add_argument("--output", type=Path, default=Path("runs/sparsity"), help="folder of the results")
     given = parser.parse_args(arguments)

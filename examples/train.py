@@ -6,12 +6,12 @@
     python examples/train.py fit --config run.yaml
 """
 
-import plain_project  # noqa: F401  (its import lets the models and data sets go by their short names)
+import plain_project  # noqa: F401  (registers the short names of models and data)
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 
 def main(args: ArgsType = None) -> LightningCLI:
-    """Run the command line, on ``args`` in place of those of the process if given."""
+    """Run the command line with ``args``, by default those of the process."""
     return LightningCLI(
         subclass_mode_model=True,
         subclass_mode_data=True,

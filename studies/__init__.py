@@ -1,1 +1,1 @@
-"""Comparisons with tables and figures over many seeds; ``demo.py`` runs five of them, ``common.py`` is what they share."""
+"""Comparisons with tables and figures over many seeds; ``demo.py`` runs five of them, ``common.py`` has their shared parts."""

@@ -1,4 +1,4 @@
-"""Training on attacked inputs, under several learning-rate schedules and under AccuracyGradientLR (AccelAT).
+"""Compare training on attacked inputs with several learning-rate schedules and AccuracyGradientLR (AccelAT).
 
 ::
 
@@ -6,16 +6,15 @@
     python studies/adversarial.py --attacks fgsm --schedules one-cycle accuracy-gradient --rates 0.1 --epochs 20
     python studies/adversarial.py --cifar10 path/to/folder --epochs 30 --seeds 3
 
-A small network learns handwritten digits as they are (plain), attacked by one step (FGSM) and by several (PGD). Each is
-done under five schedules, each from several peak rates. ``adversarial_trainings.py`` has the attacks, a line each in
-``ATTACKS``, and the trainings; ``adversarial_figures.py`` draws them. Each validation is run a second time under PGD, by
-AdversarialEvaluation, which says how robust the network is.
+A small network learns handwritten digits without attacks (plain), with attacks of one step (FGSM) and of several (PGD). Each
+training is repeated with five schedules and several peak rates. ``adversarial_trainings.py`` has the attacks, a line each in
+``ATTACKS``, and the trainings; ``adversarial_figures.py`` draws them. AdversarialEvaluation repeats each validation with PGD,
+which measures how robust the network is.
 
-What is fair to compare: every schedule has the peak rate that ends best with it, by the validation, so that none is judged by
-the rate that suits another. What a training is for decides what "best" means: accuracy under attack, and of plain training
-accuracy without. The accuracy to be reached is that at which training at a constant rate ends, a little less, of the same
-seed. Schedules that end at a small rate reach it late because they are stretched over the whole training: compare with
-fewer ``--epochs`` before you believe that one is slow.
+Fair comparison: every schedule uses the peak rate with the best final validation, so no schedule is judged by the rate that
+suits another. "Best" is the accuracy under attack, or for plain training the accuracy without attack. The target accuracy is
+98 % of the final accuracy at a constant rate, with the same seed. Schedules that end at a small rate reach it late because
+they are stretched over the whole training: compare with fewer ``--epochs`` before you conclude that one is slow.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ from studies.adversarial_trainings import (
 from studies.common import hush, mean_and_spread, print_rows, progress, write_results
 
 IN_THE_DEMO = """\
-Attacked inputs (half a minute). A small network learns handwritten digits as
-they are, then with inputs that an attack (FGSM, PGD) changes in each step, three
-seeds each. The learning rate is cut when the accuracy under attack stops rising:
+Attacked inputs (half a minute). A small network learns handwritten digits: on
+clean inputs, then on inputs that an attack (FGSM, PGD) changes in each step. The
+learning rate is cut when the accuracy under attack stops rising. Three seeds:
 
     Trainer(callbacks=[AdversarialTraining(0.15), AdversarialEvaluation(0.15),
                        AccuracyGradientLR("adversarial/val_acc")])
@@ -64,7 +63,7 @@ seeds each. The learning rate is cut when the accuracy under attack stops rising
 
 
 def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv``, ``reached.csv`` and the figures."""
+    """Run all trainings, and write ``results.csv``, ``reached.csv`` and the figures."""
     hush()
     torch.set_num_threads(study.threads)
     results = []
@@ -82,11 +81,11 @@ def run_study(study: Study) -> list[Result]:
     return results
 
 
-# What is printed at the end.
+# Printed tables.
 
 
 def print_tables(results: Sequence[Result], study: Study) -> None:
-    """Print a row for each attack and schedule, what AccuracyGradientLR gains over each, and what the columns mean."""
+    """Print a row for each attack and schedule, the gain of AccuracyGradientLR, and what the columns mean."""
     chosen = tune(results)
     reached = reach(study, chosen)
     plain = statistics.mean(result.cpu_seconds for result in chosen[study.attacks[0], study.reference])
@@ -96,24 +95,24 @@ def print_tables(results: Sequence[Result], study: Study) -> None:
     print()
     if len(study.rates) > 1:
         rates = ", ".join(f"{rate:g}" for rate in study.rates)
-        print(f"rate: the peak learning rate, of {rates} the one that ends best in the validation")
+        print(f"rate: the peak learning rate with the best final validation, of {rates}")
     if len(study.schedules) > 1:
-        print(f"epochs: to {100 * ENOUGH:g} % of the accuracy under attack (of plain: without) at which")
-        print(f"    {study.reference} ends, by the same seed; means of {LAST} validations")
-    print(f"clean, robust: test accuracy in %, without PGD and with ({TEST_STEPS} steps, epsilon {study.radius:.3g})")
-    print(f"CPU: time of training steps, {study.attacks[0]} with {study.reference} being 1")
+        print(f"epochs: to {100 * ENOUGH:g} % of the final accuracy under attack (for plain: without attack)")
+        print(f"    of {study.reference} with the same seed; means of {LAST} validations")
+    print(f"clean, robust: test accuracy in %, without and with PGD ({TEST_STEPS} steps, epsilon {study.radius:.3g})")
+    print(f"CPU: time of training steps, relative to {study.attacks[0]} with {study.reference}")
     if study.seeds > 1:
         median = "; of epochs: median (least-most)" if len(study.schedules) > 1 else ""
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds{median}")
         print("    ignore differences that are smaller than these deviations")
     else:
-        print("one seed: only a large difference means anything")
+        print("one seed: only large differences are meaningful")
     if OURS in study.schedules and len(study.schedules) > 1:
         print_speed_ups(study, chosen, reached)
 
 
 def summarise(study: Study, own: Sequence[Result], reached: Sequence[Reached], plain: float) -> dict[str, str]:
-    """Return the row of one attack and schedule by column, without columns in which nothing is compared."""
+    """Return the row of one attack and schedule by column, without columns for a single schedule."""
     attack, schedule = own[0].attack, own[0].schedule
     epochs = [each.epochs for each in reached if (each.attack, each.schedule) == (attack, schedule)]
     compared = {"schedule": schedule, "rate": f"{own[0].rate:g}", "epochs": middle_and_range(epochs, "{:g}")}
@@ -128,7 +127,7 @@ def summarise(study: Study, own: Sequence[Result], reached: Sequence[Reached], p
 
 
 def print_speed_ups(study: Study, chosen: Chosen, reached: Sequence[Reached]) -> None:
-    """Print for how many epochs of each schedule one under AccuracyGradientLR stands, and what it costs in accuracy."""
+    """Print the speed-up of AccuracyGradientLR over each schedule, and its gain in accuracy."""
     rows = []
     for attack in study.attacks:
         for schedule in (schedule for schedule in study.schedules if schedule != OURS):
@@ -140,42 +139,44 @@ def print_speed_ups(study: Study, chosen: Chosen, reached: Sequence[Reached]) ->
             rows.append((attack, schedule, middle_and_range(ratios, "{:.2f}", "∞"), faster, gained))
     print("\nAccuracyGradientLR against each schedule:\n")
     print_rows(("attack", "schedule", "speed-up", "faster in", "robust accuracy gained"), rows)
-    print("\nspeed-up: epochs that the schedule needed, divided by those of AccuracyGradientLR")
+    print("\nspeed-up: epochs of the schedule, divided by those of AccuracyGradientLR")
 
 
-# The command line.
+# Command line.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
+    """Parse the command line."""
     default = Study()
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     many: dict[str, Any] = {"nargs": "+"}
-    attacks = "what to train on: plain, the images as they are; fgsm; pgd"
+    attacks = "trainings to compare: plain (without attack), fgsm, pgd"
     add("--attacks", choices=ATTACKS, default=default.attacks, metavar="ATTACK", help=attacks, **many)
-    schedules = f"what to compare: {', '.join(SCHEDULES)}"
+    schedules = f"schedules to compare: {', '.join(SCHEDULES)}"
     add("--schedules", choices=SCHEDULES, default=default.schedules, metavar="SCHEDULE", help=schedules, **many)
     rates = "peak learning rates to try with each schedule; the best is reported"
     add("--rates", type=float, default=default.rates, metavar="RATE", help=rates, **many)
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains everything once")
     add("--epochs", type=int, default=default.epochs, help="epochs of each training")
-    epsilon = "by how much a pixel between 0 and 1 may be changed (default: 0.15, of CIFAR-10 8/255)"
+    epsilon = "largest change of a pixel between 0 and 1 (default: 0.15, for CIFAR-10 8/255)"
     add("--epsilon", type=float, help=epsilon)
     add(
-        "--width", type=int, help="units of a hidden layer (default: 128), of CIFAR-10 channels of the first stage (64)"
+        "--width",
+        type=int,
+        help="units of a hidden layer (default: 128), for CIFAR-10 channels of the first stage (64)",
     )
-    add("--cifar10", type=Path, metavar="FOLDER", help="learn CIFAR-10 from the files in this folder, not the digits")
-    add("--limit", type=int, help="read only so many images of CIFAR-10, for a quick try")
+    add("--cifar10", type=Path, metavar="FOLDER", help="folder with CIFAR-10; without it, the digits")
+    add("--limit", type=int, help="number of CIFAR-10 images to read, for a quick look")
     add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
-    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
+    add("--accelerator", default=default.accelerator, help="accelerator of the Trainer")
+    add("--threads", type=int, default=default.threads, help="CPU threads; more do not speed up so small a network")
     return Study(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
+    """Run the study of the command line."""
     study = parse(arguments)
     print_tables(run_study(study), study)
     figures = [f"{name}.png" for name in FIGURES if name != "comparison" or len(study.schedules) > 1]

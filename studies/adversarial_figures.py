@@ -50,7 +50,7 @@ NAMES = {"plain": "plain training", "fgsm": "trained on FGSM", "pgd": f"trained 
 
 
 def draw_robustness(study: Study, chosen: Chosen) -> Figure:
-    """Draw test accuracy by the strength of the attack for each kind of training, and what that training costs."""
+    """Draw the test accuracy by the strength of the attack for each training, and the cost of the training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.4), layout="constrained")
@@ -60,15 +60,15 @@ def draw_robustness(study: Study, chosen: Chosen) -> Figure:
     robust.axvline(study.radius, color="0.5", linewidth=1, linestyle=":")
     robust.annotate("epsilon of the training", (study.radius, 102), (4, 0), textcoords="offset points", fontsize=8)
     robust.set(ylim=(0, 107), xlim=(0, None))
-    robust.set_ylabel("% of the test images answered right", fontsize=9)
-    robust.set_xlabel("epsilon: largest change of a pixel, which is between 0 and 1", fontsize=9)
+    robust.set_ylabel("test accuracy in %", fontsize=9)
+    robust.set_xlabel("epsilon: largest change of a pixel, on a scale from 0 to 1", fontsize=9)
     robust.set_title("Accuracy by the strength of the attack", fontsize=10, loc="left")
     robust.legend(loc="lower left", frameon=False, fontsize=9)
     draw_costs(cost, study, chosen)
     for axis in (robust, cost):
         tidy(axis)
     seeds = f"mean of {study.seeds} seeds, band: lowest to highest" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"What training on attacked images gives, and what it costs ({seeds})", fontsize=11)
+    figure.suptitle(f"Gain and cost of training on attacked images ({seeds})", fontsize=11)
     return figure
 
 
@@ -81,14 +81,14 @@ def draw_strengths(axis: Axes, study: Study, results: Sequence[Result]) -> None:
     colour, place = ATTACK_COLOURS[attack], int(np.flatnonzero(epsilons == study.radius)[0])
     axis.fill_between(epsilons, accuracies.min(0), accuracies.max(0), color=colour, alpha=0.15, linewidth=0)
     axis.plot(epsilons, mean, "o-", color=colour, linewidth=1.8, markersize=4, label=NAMES[attack])
-    left = attack == "fgsm"  # its line lies below another
+    left = attack == "fgsm"  # its line is below another
     offset, side = ((-6, -9), "right") if left else ((6, 4), "left")
     spot: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": side, "fontsize": 9}
     axis.annotate(f"{mean[place]:.0f} %", (study.radius, mean[place]), color=colour, **spot)
 
 
 def draw_costs(axis: Axes, study: Study, chosen: Chosen) -> None:
-    """Draw the processor time of training steps, with the first kind of training as the unit."""
+    """Draw the processor time of training steps, relative to the first training."""
     seconds = [statistics.mean(each.cpu_seconds for each in chosen[a, study.schedules[-1]]) for a in study.attacks]
     ratios, places = [second / seconds[0] for second in seconds], range(len(seconds))
     bars = axis.barh(places, ratios, color=[ATTACK_COLOURS[attack] for attack in study.attacks], height=0.6)
@@ -101,7 +101,7 @@ def draw_costs(axis: Axes, study: Study, chosen: Chosen) -> None:
 
 
 def draw_comparison(study: Study, chosen: Chosen) -> Figure:
-    """Draw both accuracies over epochs, and how many epochs each schedule needed, a column for each attack."""
+    """Draw both accuracies over epochs, and the epochs to the target, a column for each attack."""
     from matplotlib.figure import Figure
 
     count = len(study.attacks)
@@ -118,12 +118,12 @@ def draw_comparison(study: Study, chosen: Chosen) -> Figure:
     for label, schedule in zip(axes[1, 0].get_yticklabels(), study.schedules, strict=True):
         label.set_color(COLOURS[schedule])
     seeds = f"{study.seeds} seeds" if study.seeds > 1 else "one seed"
-    figure.suptitle(f"Learning-rate schedules, each from the peak rate that ends best with it: {seeds}", fontsize=11)
+    figure.suptitle(f"Learning-rate schedules, each with its best peak rate: {seeds}", fontsize=11)
     return figure
 
 
 def draw_accuracies(axis: Axes, study: Study, chosen: Chosen, attack: str) -> None:
-    """Draw the mean of both accuracies over epochs, smoothed as the target asks, and the target."""
+    """Draw the mean of both accuracies over epochs, smoothed as in the target, and the target."""
     lows = {}
     for key, dashes, width in ((ROBUST, "-", 1.8), (CLEAN, "--", 1.0)):
         means = {each: smooth(mean_curve(study, chosen[attack, each], key)) for each in study.schedules}
@@ -150,12 +150,12 @@ def mean_curve(study: Study, results: Sequence[Result], key: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Return the mean of the last three values at each place from the third on."""
+    """Return the running mean of three values, from the third value on."""
     return np.convolve(values, np.ones(LAST) / LAST, "valid")
 
 
 def draw_epochs(axis: Axes, study: Study, reached: Sequence[Reached]) -> None:
-    """Draw when each training reached the target: a dot for each seed, a line from first to last, a bar for the median."""
+    """Draw the epochs to the target: a dot for each seed, a line from first to last, a bar for the median."""
     never = 1.08 * study.epochs
     for place, schedule in enumerate(study.schedules):
         epochs = [each.epochs for each in reached if each.schedule == schedule]
@@ -164,8 +164,8 @@ def draw_epochs(axis: Axes, study: Study, reached: Sequence[Reached]) -> None:
         axis.plot(shown, [place] * len(shown), "o", color=colour, markersize=5, alpha=0.5, markeredgewidth=0)
         axis.vlines(statistics.median(shown), place - 0.3, place + 0.3, color=colour, linewidth=2.5)
         median = middle_and_range(epochs, "{:g}").partition(" ")[0]
-        beside: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
-        axis.annotate(median, (statistics.median(shown), place - 0.3), (0, 1), color=colour, **beside)
+        style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "va": "bottom", "fontsize": 8}
+        axis.annotate(median, (statistics.median(shown), place - 0.3), (0, 1), color=colour, **style)
     axis.axvspan(1.03 * study.epochs, 1.13 * study.epochs, color="0.95", zorder=0)
     axis.set_yticks(range(len(study.schedules)), study.schedules)
     axis.set_ylim(len(study.schedules) - 0.5, -0.8)
@@ -178,7 +178,7 @@ def draw_epochs(axis: Axes, study: Study, reached: Sequence[Reached]) -> None:
 
 
 def draw_rates(study: Study, chosen: Chosen) -> Figure:
-    """Draw the accuracy that the last schedule ends at and the learning rates below it, with the cuts through both."""
+    """Draw the accuracy with the last schedule, and the learning rates below it, with lines at the cuts."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -226,7 +226,7 @@ def draw_rate(axis: Axes, rates: np.ndarray, schedule: str) -> None:
 
 
 def scale_rates(axis: Axes) -> None:
-    """Begin the axis of learning rates at zero, or make it logarithmic where they differ by more than ten times."""
+    """Start the axis of learning rates at zero, or make it logarithmic if they differ by a factor above ten."""
     from matplotlib.patches import StepPatch
 
     rates = np.concatenate([line.get_data()[0] for line in axis.patches if isinstance(line, StepPatch)])
@@ -239,17 +239,17 @@ def scale_rates(axis: Axes) -> None:
 
 
 def name_rates(axis: Axes, study: Study) -> None:
-    """Write the name of each schedule where its rate ends."""
+    """Write the name of each schedule at the end of its rate."""
     from matplotlib.patches import StepPatch
 
     ends = [float(line.get_data()[0][-1]) for line in axis.patches if isinstance(line, StepPatch)]
     for schedule, place in zip(study.schedules, spread(np.log10(ends).tolist(), 0.16), strict=True):
-        beside: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
-        axis.annotate(schedule, (study.epochs, 10**place), color=COLOURS[schedule], annotation_clip=False, **beside)
+        style: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
+        axis.annotate(schedule, (study.epochs, 10**place), color=COLOURS[schedule], annotation_clip=False, **style)
 
 
 def draw_digits(study: Study, chosen: Chosen, columns: int = 10) -> Figure:
-    """Draw test images, and for each training what is added to them and what it answers then; write ``digits.csv``."""
+    """Draw test images, and their changes and predictions for each training; write ``digits.csv``."""
     from matplotlib.figure import Figure
 
     images, labels, space = first_of_each_class(study, columns)
@@ -260,7 +260,7 @@ def draw_digits(study: Study, chosen: Chosen, columns: int = 10) -> Figure:
     what = (
         f"{len(labels)} test images: an attack changes each pixel, from 0 to 1, by at most {study.radius:.3g} ({signs})"
     )
-    figure.suptitle(f"{what}\nBelow: the answer before → after the attack, blue right, orange wrong", fontsize=10)
+    figure.suptitle(f"{what}\nBelow: prediction before → after the attack (blue: right, orange: wrong)", fontsize=10)
     draw_row(axes[0], "test image", images, [(f"{label}", "0.2") for label in labels.tolist()], space)
     for place, attack in enumerate(study.attacks):
         module = read_module(study, chosen[attack, study.schedules[-1]][0])
@@ -278,7 +278,7 @@ def draw_digits(study: Study, chosen: Chosen, columns: int = 10) -> Figure:
 
 
 def first_of_each_class(study: Study, columns: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return the first test image of each class, whatever any network says of it."""
+    """Return the first test image of each class."""
     data = build_data(study, 0)
     data.setup("test")
     images, labels = next(iter(data.test_dataloader()))
@@ -298,7 +298,7 @@ def read_module(study: Study, result: Result) -> LightningModule:
 def attack_images(
     study: Study, module: LightningModule, images: Tensor, labels: Tensor, space: dict[str, Any]
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Return attacked images, and a module's answers before and after."""
+    """Return attacked images, and the predictions of a module before and after the attack."""
 
     def loss(inputs: Tensor) -> Tensor:
         return nn.functional.cross_entropy(module(inputs), labels)
@@ -313,7 +313,7 @@ def attack_images(
 def draw_row(
     axes: np.ndarray, name: str, images: Tensor, captions: Sequence[tuple[str, str]], space: dict[str, Any]
 ) -> None:
-    """Draw images, each with a caption in its colour below."""
+    """Draw images, each with a colored caption below."""
     mean, std = (torch.tensor(space[key]).view(-1, 1, 1) for key in ("mean", "std"))
     for axis, image, (caption, colour) in zip(axes, images, captions, strict=True):
         axis.imshow((image * std + mean).clamp(0, 1).movedim(0, -1).numpy(), cmap="gray_r", vmin=0, vmax=1)
@@ -322,7 +322,7 @@ def draw_row(
 
 
 def draw_changes(axes: np.ndarray, name: str, changes: Tensor, radius: float, space: dict[str, Any]) -> None:
-    """Draw how images are changed: red adds, blue takes away; in colour images each channel for itself."""
+    """Draw the changes of images: red adds, blue subtracts; in color images by channel."""
     changes = changes * torch.tensor(space["std"]).view(-1, 1, 1) / radius
     for axis, change in zip(axes, changes.movedim(1, -1).numpy(), strict=True):
         shown = change if change.shape[-1] == 1 else np.clip(0.5 + 0.5 * change, 0, 1)
@@ -331,7 +331,7 @@ def draw_changes(axes: np.ndarray, name: str, changes: Tensor, radius: float, sp
 
 
 def frame(axes: np.ndarray, name: str) -> None:
-    """Take the ticks from a row of images, and name it."""
+    """Remove the ticks of a row of images, and label it."""
     for axis in axes:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(color="0.8", linewidth=0.6)
@@ -339,7 +339,7 @@ def frame(axes: np.ndarray, name: str) -> None:
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Return where to write labels of these places so that they lie at least a gap apart: some are moved up.
+    """Return positions of labels that are at least ``gap`` apart, by moving some up.
 
     Example:
         >>> spread([5.0, 1.0, 1.5], 2.0)
@@ -351,7 +351,7 @@ def spread(places: Sequence[float], gap: float) -> list[float]:
     return moved
 
 
-# In the order in which they answer: does it help, by example, why is the rate what it is, which schedule is best.
+# In the order of reading: the effect, examples, the cuts of the learning rate, the comparison of schedules.
 FIGURES: dict[str, Callable[[Study, Chosen], Figure]] = {
     "robustness": draw_robustness,
     "digits": draw_digits,

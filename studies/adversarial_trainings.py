@@ -1,4 +1,4 @@
-"""The trainings of the adversarial study, and when each of them reached what is asked for."""
+"""The trainings of the adversarial study, and the epochs that each needed to reach the target accuracy."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, 
 from studies.common import Follow, Show, build_loggers, finish_loggers
 
 PGD_STEPS, VALIDATION_STEPS, TEST_STEPS = 5, 10, 20
-STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)  # of attacks on the test images, times the epsilon of the training
-ENOUGH = 0.98  # of the accuracy at which training at the constant rate ends
-LAST = 3  # validations in a mean: one alone may be high by luck
+STRENGTHS = (0.25, 0.5, 1.0, 1.5, 2.0)  # epsilons of attacks on the test images, relative to the training
+ENOUGH = 0.98  # target, as a share of the final accuracy at the constant rate
+LAST = 3  # validations in a mean: a single one may be high by chance
 OURS, REFERENCE = "accuracy-gradient", "constant"
 CLEAN, ROBUST = "val_acc", "adversarial/val_acc"
 
-# Those of the plain project, and a constant rate that AccuracyGradientLR cuts.
+# Schedules of the plain project, and a constant rate that AccuracyGradientLR cuts.
 SCHEDULES = ("constant", "piecewise", "linear", "one-cycle", OURS)
 
-# The line in Trainer(callbacks=[...]) of each attack, for an epsilon and what says where pixels are.
+# The line in Trainer(callbacks=[...]) of each attack, by epsilon and the arguments of :func:`pixels`.
 ATTACKS: dict[str, Callable[[float, dict[str, Any]], list[Callback]]] = {
     "plain": lambda epsilon, space: [],
     "fgsm": lambda epsilon, space: [AdversarialTraining(epsilon, "fgsm", check_every_n_epochs=None, **space)],
@@ -44,7 +44,7 @@ ATTACKS: dict[str, Callable[[float, dict[str, Any]], list[Callback]]] = {
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
+    """Settings of the study; :func:`parse` describes each field."""
 
     attacks: Sequence[str] = tuple(ATTACKS)
     schedules: Sequence[str] = SCHEDULES
@@ -62,12 +62,12 @@ class Study:
 
     @property
     def radius(self) -> float:
-        """By how much a pixel, which is between 0 and 1, may be changed."""
+        """The largest change of a pixel, on a scale from 0 to 1."""
         return self.epsilon if self.epsilon is not None else 8 / 255 if self.cifar10 else 0.15
 
     @property
     def reference(self) -> str:
-        """The schedule whose accuracy the others are to reach."""
+        """The schedule that defines the target accuracy."""
         return REFERENCE if REFERENCE in self.schedules else self.schedules[0]
 
     def trainings(self) -> Iterator[tuple[str, float]]:
@@ -84,7 +84,7 @@ class Study:
 
 
 def judged(attack: str) -> str:
-    """Return the validation metric that a training is for."""
+    """Return the validation metric by which a training is judged."""
     return CLEAN if attack == "plain" else ROBUST
 
 
@@ -95,18 +95,18 @@ def schedule_of(schedule: str, attack: str) -> list[Callback]:
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of one training.
 
     Args:
-        attack: What it trained on, see :data:`ATTACKS`.
-        schedule: Its schedule, see :data:`SCHEDULES`.
-        rate: Its peak learning rate.
-        seed: Its seed, also of the split of the digits.
-        validation: Mean of the last three values of the metric that it is for, which chooses among rates.
-        clean_accuracy: On the test images.
-        robust_accuracy: On the test images under PGD with 20 steps.
-        cuts: How often the learning rate was cut by its accuracy.
-        cpu_seconds: Time of the process in training steps, without validation, whatever else the machine did.
+        attack: The attack, see :data:`ATTACKS`.
+        schedule: The schedule, see :data:`SCHEDULES`.
+        rate: Peak learning rate.
+        seed: Its seed, which also splits the digits.
+        validation: Mean of the last three values of the metric of :func:`judged`, by which the rate is chosen.
+        clean_accuracy: Accuracy on the test images.
+        robust_accuracy: Accuracy on the test images attacked by PGD with 20 steps.
+        cuts: Number of cuts of the learning rate.
+        cpu_seconds: Processor time of the training steps, without validation.
     """
 
     attack: str
@@ -124,12 +124,12 @@ class Result:
 
 
 def label(schedule: str, rate: float) -> str:
-    """Name a training in the progress display."""
+    """Return the name of a training in the progress display."""
     return f"{schedule} {rate:g}"
 
 
 def train(study: Study, attack: str, schedule: str, rate: float, seed: int, show: Show) -> Result:
-    """Train once, and test."""
+    """Run one training, and test the module."""
     data = build_data(study, seed)
     space, recorder = pixels(data), Recorder()
     follow = Follow(show, label(schedule, rate), seed, judged(attack))
@@ -153,7 +153,7 @@ def train(study: Study, attack: str, schedule: str, rate: float, seed: int, show
 
 
 def build_trainer(study: Study, name: str | None, callbacks: list[Callback]) -> Trainer:
-    """Return a new trainer; one without a name logs nothing."""
+    """Return a new trainer. Without a name it logs nothing."""
     return Trainer(
         callbacks=callbacks,
         logger=build_loggers(study.output, name, "adversarial", study.wandb) if name else False,
@@ -171,7 +171,7 @@ def build_trainer(study: Study, name: str | None, callbacks: list[Callback]) -> 
 def evaluate(
     study: Study, module: LightningModule, data: Digits | CIFAR10, space: dict[str, Any]
 ) -> dict[float, float]:
-    """Return the accuracy on the test images by the epsilon of an attack, from none to twice that of the training."""
+    """Return the test accuracy by the epsilon of an attack, from 0 to twice that of the training."""
     epsilons = {f"x{strength:g}": strength * study.radius for strength in STRENGTHS}
     attacks = [AdversarialEvaluation(each, TEST_STEPS, name=name, **space) for name, each in epsilons.items()]
     (tested,) = build_trainer(study, None, [*attacks]).test(module, data, verbose=False)
@@ -197,14 +197,14 @@ def build_module(study: Study, schedule: str, rate: float) -> LightningModule:
 
 
 def build_data(study: Study, seed: int) -> Digits | CIFAR10:
-    """Return new data, set up; of the digits every seed has its own split."""
+    """Return new data after ``setup``. With digits, every seed has its own split."""
     data = CIFAR10(study.cifar10, 128, study.limit) if study.cifar10 else Digits(batch_size=128, seed=seed)
     data.setup("fit")
     return data
 
 
 def pixels(data: Digits | CIFAR10) -> dict[str, Any]:
-    """Return what lets attacks count in pixels between 0 and 1, of images that are normalised."""
+    """Return the arguments of attacks for normalized images, with epsilon in pixels from 0 to 1."""
     mean, std = (
         ([data.mean], [data.std]) if isinstance(data, Digits) else (MEAN.flatten().tolist(), STD.flatten().tolist())
     )
@@ -212,9 +212,9 @@ def pixels(data: Digits | CIFAR10) -> dict[str, Any]:
 
 
 class Recorder(Callback):
-    """Keep the learning rate and both accuracies of every epoch, and the time of training steps.
+    """Record the learning rate and both accuracies of every epoch, and the time of training steps.
 
-    It stands first in the list, so that the time holds what the others do in a step.
+    Must be the first callback, so that the time includes the other callbacks.
     """
 
     def __init__(self) -> None:
@@ -253,13 +253,13 @@ def read_column(folder: Path, key: str, table: str = "epochs") -> np.ndarray:
         return np.array([float(row[key]) for row in csv.DictReader(file)])
 
 
-# What is compared.
+# Comparison.
 
-Chosen = Mapping[tuple[str, str], list[Result]]  # attack and schedule: the results at the chosen rate, one a seed
+Chosen = Mapping[tuple[str, str], list[Result]]  # (attack, schedule): the results at the chosen rate, one for each seed
 
 
 def tune(results: Sequence[Result]) -> Chosen:
-    """Choose for each attack and schedule the peak rate whose trainings end best, by the mean of their validations."""
+    """Choose the peak rate of each attack and schedule by the mean final validation of its trainings."""
     chosen = {}
     for attack, schedule in dict.fromkeys((result.attack, result.schedule) for result in results):
         own = [result for result in results if (result.attack, result.schedule) == (attack, schedule)]
@@ -271,15 +271,15 @@ def tune(results: Sequence[Result]) -> Chosen:
 
 @dataclass(frozen=True)
 class Reached:
-    """When a training reached what is asked for.
+    """The epoch in which a training reached the target.
 
     Args:
-        attack: What it trained on.
-        schedule: Its schedule.
-        rate: The peak rate that was chosen for it.
-        seed: Its seed.
-        target: The accuracy to be reached, in the metric that the training is for.
-        epochs: After how many epochs it was, see :func:`epochs_to`; infinite if never.
+        attack: The attack.
+        schedule: The schedule.
+        rate: The chosen peak rate.
+        seed: The seed.
+        target: Target of the metric of :func:`judged`.
+        epochs: Number of epochs to the target, see :func:`epochs_to`; infinite if it was never reached.
     """
 
     attack: str
@@ -291,7 +291,7 @@ class Reached:
 
 
 def reach(study: Study, chosen: Chosen) -> list[Reached]:
-    """Ask of every chosen training when it reached 98 % of what the reference ended at, by the same seed."""
+    """Return when each chosen training reached 98 % of the final accuracy of the reference with the same seed."""
     reached = []
     for (attack, schedule), results in chosen.items():
         for result, reference in zip(results, chosen[attack, study.reference], strict=True):
@@ -303,7 +303,7 @@ def reach(study: Study, chosen: Chosen) -> list[Reached]:
 
 
 def epochs_to(target: float, accuracies: Sequence[float] | np.ndarray) -> float:
-    """Return after how many epochs the mean of the last three accuracies is at least the target.
+    """Return the number of epochs until the mean of the last three accuracies is at least the target.
 
     Example:
         >>> epochs_to(0.5, [0.0, 0.9, 0.4, 0.5, 0.6]), epochs_to(0.7, [0.1, 0.2])
@@ -314,7 +314,7 @@ def epochs_to(target: float, accuracies: Sequence[float] | np.ndarray) -> float:
 
 
 def speed_ups(reached: Sequence[Reached], attack: str, schedule: str) -> list[float]:
-    """Return of each seed how many epochs a schedule needed for each of AccuracyGradientLR; 1 if neither arrived."""
+    """Return the epochs of a schedule divided by those of AccuracyGradientLR, by seed; 1 if both never arrived."""
     ours, theirs = (
         [each.epochs for each in reached if (each.attack, each.schedule) == (attack, name)] for name in (OURS, schedule)
     )
@@ -324,7 +324,7 @@ def speed_ups(reached: Sequence[Reached], attack: str, schedule: str) -> list[fl
 
 
 def middle_and_range(values: Sequence[float], form: str, infinite: str = "never") -> str:
-    """Write a median, and the least and the most where there are several values.
+    """Format a median and, if there are several values, their range.
 
     Example:
         >>> middle_and_range([4.0, 8.0, math.inf], "{:g}")

@@ -1,4 +1,4 @@
-"""One bad batch in an ordinary training: which clipping rules save the run, and which do not.
+"""Compare clipping rules in a training with one bad batch: which rules save the run, and which do not.
 
 ::
 
@@ -7,7 +7,7 @@
     python studies/clipping.py --optimizer adamw --factor 1e5 --variants none norm spike
 
 Three linear layers learn handwritten digits. In the middle of the training, one image of a batch is multiplied by 1000 and
-carries a wrong label, as a corrupt record would. What clips is one line in :data:`RULES`; everything else here measures
+carries a wrong label, as a corrupt record would. Each rule is one line in :data:`RULES`; everything else here measures
 and draws. ``studies/clipping_spikes.py`` compares the rules in a training whose loss spikes by itself.
 """
 
@@ -65,19 +65,19 @@ if TYPE_CHECKING:
 
 IN_THE_DEMO = """\
 Clipped gradients (half a minute). A small network learns handwritten digits.
-In the middle of the training comes one bad batch: one of its images is multiplied by
-1000. Each rule is one line, and some of them do not help:
+In the middle of the training, one image of one batch is multiplied by 1000.
+Each rule is one line, and some of them do not help:
 
     Trainer(callbacks=[NormClipping(1.0)])
 """
 
 WIDTH, CLASSES = 128, 10
-BEFORE, TWICE, HALF = 50, 2.0, 0.5  # steps that say what is usual, a loss that is not, an accuracy that is of no use
+BEFORE, TWICE, HALF = 50, 2.0, 0.5  # steps that define the usual loss, limit of its multiple, least accuracy
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule as it is written in the list of callbacks.
+    """A rule, as in the list of callbacks.
 
     Args:
         text: The call, for titles; AGC stands for AdaptiveGradientClipping.
@@ -107,7 +107,7 @@ NEEDS_ADAM = "spike"  # it compares a gradient with Adam's second moment
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
+    """Settings of the study; :func:`parse` describes each field."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     variants: Sequence[str] | None = None
@@ -121,7 +121,7 @@ class Study:
 
     @property
     def rules(self) -> list[str]:
-        """The rules that are compared; by default all that work with the optimizer."""
+        """The rules to compare; by default all that work with the optimizer."""
         usable = [name for name in RULES if name != NEEDS_ADAM or self.optimizer == "adamw"]
         return list(self.variants or usable)
 
@@ -137,17 +137,17 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of one training.
 
     Args:
-        variant: Its rule, see :data:`RULES`.
-        seed: Its seed, also of the split of the digits.
+        variant: The rule, see :data:`RULES`.
+        seed: Its seed, which also splits the digits.
         usual_norm: Median gradient norm of the 50 steps before the bad batch, before the rule acts.
         bad_norm: Gradient norm of the bad batch, before the rule acts.
-        used_norm: Gradient norm of the bad batch that the optimizer got.
+        used_norm: Gradient norm of the bad batch after the rule acts.
         accuracy_before: Validation accuracy just before the bad batch.
         accuracy: Validation accuracy at the end.
-        steps_lost: Steps after the bad batch whose loss is no number, or more than twice the largest of the 50 before.
+        steps_lost: Steps after the bad batch whose loss is nan or more than twice the largest of the 50 before it.
         outcome: ``"saved"``, ``"damaged"`` or ``"lost"``, see :func:`judge`.
     """
 
@@ -166,7 +166,7 @@ class Result:
 
 
 def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     hush()
     torch.set_num_threads(study.threads)
     study.output.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def run_study(study: Study) -> list[Result]:
 
 
 def train(study: Study, variant: str, seed: int, show: Show) -> Result:
-    """Train once with one bad batch, and write ``steps.csv``."""
+    """Run one training with one bad batch, and write ``steps.csv``."""
     seed_everything(seed, verbose=False)
     folder, recorder = study.folder(variant, seed), Recorder()
     trainer = Trainer(
@@ -218,14 +218,14 @@ def build_module(optimizer: Literal["sgd", "adamw"]) -> LightningModule:
 
 
 class BadBatch(Callback):
-    """Spoil the first sample of one batch: the image is multiplied by a factor, the label is that of the next class.
+    """Corrupt the first sample of one batch: multiply the image by a factor and change the label to the next class.
 
-    A network of linear layers and ReLU classifies the multiple of an image as it does the image, and would not be hurt if
-    the label were right.
+    The label must be wrong: a network of linear layers and ReLU tends to classify a multiple of an image like the image,
+    so with the right label the sample would do no harm.
 
     Args:
-        step: The step of the batch, counted from 0.
-        factor: What the image is multiplied by.
+        step: Step of the batch, counted from 0.
+        factor: Factor of the image.
     """
 
     def __init__(self, step: int, factor: float) -> None:
@@ -240,9 +240,9 @@ class BadBatch(Callback):
 
 
 class Recorder(Callback):
-    """Keep the loss of every step, the norm of its gradients before and after the rule, and each validation accuracy.
+    """Record the loss of every step, the norm of its gradients before and after the rule, and validation accuracies.
 
-    It stands before the rule in the list. After the step the gradients are still there, as the optimizer got them.
+    Must come before the rule in the list. After the step, the gradients are still those that the optimizer used.
     """
 
     def __init__(self) -> None:
@@ -274,13 +274,13 @@ class Recorder(Callback):
 
 
 def gradient_norm(module: LightningModule) -> float:
-    """Return the norm of all gradients of a module; 0 after a step that was skipped, which leaves none."""
+    """Return the norm of all gradients of a module, or 0 after a skipped step, which removes them."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     return total_norm(gradients).item() if gradients else 0.0
 
 
 def measure(variant: str, seed: int, recorder: Recorder, bad: int) -> Result:
-    """Return the result of a training from what was recorded."""
+    """Compute the result of a training from the record."""
     lost = count_lost(recorder.losses, bad)
     return Result(
         variant,
@@ -296,10 +296,10 @@ def measure(variant: str, seed: int, recorder: Recorder, bad: int) -> Result:
 
 
 def count_lost(losses: Sequence[float], bad: int) -> int:
-    """Count the steps after the bad one whose loss is no number, or more than twice the largest of the 50 before.
+    """Count the steps after the bad one whose loss is nan or more than twice the largest of the 50 before it.
 
     Args:
-        losses: The loss of every step.
+        losses: Loss of every step.
         bad: The bad step, counted from 0.
     """
     limit = TWICE * max(losses[max(0, bad - BEFORE) : bad])
@@ -307,7 +307,7 @@ def count_lost(losses: Sequence[float], bad: int) -> int:
 
 
 def judge(steps_lost: int, accuracy: float) -> str:
-    """Name the outcome of a training: lost if it ends below half accuracy, else damaged if it lost steps, else saved.
+    """Return the outcome of a training: lost below half accuracy at the end, else damaged if steps are lost, else saved.
 
     Example:
         >>> judge(0, 0.97), judge(40, 0.95), judge(120, 0.1)
@@ -318,7 +318,7 @@ def judge(steps_lost: int, accuracy: float) -> str:
     return "damaged" if steps_lost else "saved"
 
 
-# What is printed at the end.
+# Printed tables.
 
 
 def print_table(results: Sequence[Result], study: Study) -> None:
@@ -327,7 +327,7 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     print_rows(header, [summarise(variant, results) for variant in study.rules])
     usual, bad = (statistics.median(getattr(r, key) for r in results) for key in ("usual_norm", "bad_norm"))
     print(f"\nThe usual gradient norm is {short_number(usual)}, that of the bad batch {bad:,.0f}.")
-    print("norm used: what the optimizer got of the bad batch")
+    print("norm used: gradient norm of the bad batch after the rule")
     print("steps lost: steps after it with a loss more than twice the largest of the")
     print(f"    {BEFORE} before. damaged: such steps. lost: less than {100 * HALF:.0f} % accuracy at the end")
     print("accuracy: before the bad batch → at the end, on 197 images: too few to rank rules")
@@ -352,28 +352,28 @@ def summarise(variant: str, results: Sequence[Result]) -> tuple[str, ...]:
 
 
 def short_number(value: float) -> str:
-    """Write a number with two decimals, or with none from 10 on."""
+    """Format a number with two decimals, or none from 10 on."""
     return f"{value:.2f}" if value < 10 else f"{value:,.0f}"
 
 
 def outcome_of(own: Sequence[Result]) -> str:
-    """Return the outcome of all seeds, or the count of each where they differ."""
+    """Return the outcome of all seeds, or the count of each outcome if they differ."""
     counts = {word: sum(result.outcome == word for result in own) for word in OUTCOMES}
     found = {word: counts[word] for word in sorted(counts, key=counts.__getitem__, reverse=True) if counts[word]}
     return ", ".join(found if len(found) == 1 else (f"{count} {word}" for word, count in found.items()))
 
 
-# The figure.
+# Figure.
 
 ACCURACIES = ("accuracy_before", "accuracy")
 OUTCOMES = {"saved": "#00805D", "damaged": "#B87700", "lost": "#C4341A"}
-FAR_ABOVE = 30.0  # times the loss of the bad batch: a loss that diverges later leaves the picture
+FAR_ABOVE = 30.0  # top of the axis, times the loss of the bad batch; larger losses are cut off
 NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.35", "ha": "right", "va": "top"}
 OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW"}
 
 
 def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
-    """Draw the training loss of every step, a panel for each rule, in the color of what came of it."""
+    """Draw the training loss of every step, a panel for each rule, in the color of the outcome."""
     from matplotlib.figure import Figure
 
     columns = min(5, len(study.rules))
@@ -400,7 +400,7 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
 
 
 def draw_rule(axis: Axes, study: Study, own: Sequence[Result]) -> float:
-    """Draw the losses of one rule with what came of it, and return the largest loss of the bad batch."""
+    """Draw the losses and the outcome of one rule, and return the largest loss of the bad batch."""
     name, call, top = own[0].variant, RULES[own[0].variant].text, 0.0
     for result in own:
         losses = read_losses(study.folder(name, result.seed))
@@ -425,29 +425,29 @@ def read_losses(folder: Path) -> np.ndarray:
         return np.array([float(row["loss"]) for row in csv.DictReader(file)])
 
 
-# The command line.
+# Command line.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
+    """Parse the command line."""
     default = Study()
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--optimizer", choices=("sgd", "adamw"), default=default.optimizer, help="optimizer of the training")
     rules = f"rules to compare: {', '.join(RULES)} (default: all that work with the optimizer)"
     add("--variants", nargs="+", choices=RULES, default=SUPPRESS, metavar="RULE", help=rules)
-    add("--factor", type=float, default=default.factor, help="what the bad image is multiplied by; nan is possible")
+    add("--factor", type=float, default=default.factor, help="factor of the bad image; nan is possible")
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every rule once")
     add("--steps", type=int, default=default.steps, help="optimizer steps of each training")
     add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
-    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
+    add("--accelerator", default=default.accelerator, help="accelerator of the Trainer")
+    add("--threads", type=int, default=default.threads, help="CPU threads; more do not speed up so small a network")
     return Study(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
+    """Run the study of the command line."""
     study = parse(arguments)
     print_table(run_study(study), study)
     print(f"\nWritten to {study.output}/: comparison.png, results.csv, and steps.csv in a folder for each training.")

@@ -1,4 +1,4 @@
-"""Gradient clipping by several rules, against training without it, at a learning rate where the loss spikes.
+"""Compare clipping rules with training without clipping, at a learning rate where the loss spikes.
 
 ::
 
@@ -6,13 +6,13 @@
     python studies/clipping_spikes.py --variants none zclip --lr 0.03 --seeds 5
     python studies/clipping_spikes.py --text path/to/book.txt --steps 1000 --wandb
 
-One layer of the plain project's character transformer learns a text of sums ("27 + 58 =  85") with AdamW, at eight
-times its usual learning rate, which stays high after a warm-up. What clips is one line in :data:`RULES`; all else here
-measures and draws.
+The plain project's character transformer, with one layer, learns a text of sums ("27 + 58 =  85") with AdamW, at eight
+times its usual learning rate, which stays high after a warm-up. Each rule is one line in :data:`RULES`; everything else
+here measures and draws.
 
-Why sums: one batch of them is like the next, so the loss is smooth and a spike stands out, and what the model has learnt of
-carrying digits is easily lost again. On the source code that ``Text`` reads by default, a model this small did not spike at
-any rate we tried. Two trainings that differ in a rounding soon differ in everything: believe several seeds, not one.
+Why sums: all batches are alike, so the loss is smooth and a spike stands out, and the model easily forgets how to carry
+digits. On the source code that ``Text`` reads by default, so small a model did not spike at any rate we tried. A rounding
+difference soon changes the whole training, so trust several seeds, not one.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ if TYPE_CHECKING:
 
 LINE = len("27 + 58 =  85\n")
 WARMUP = 0.1
-SHORTEST = 1000  # characters of a text of which a tenth still holds a window of validation
+SHORTEST = 1000  # characters of a text whose last tenth has a window for validation
 EVALUATIONS, LAST_EVALUATIONS, VALIDATION_BATCHES = 8, 3, 5
 WINDOW, DEVIATIONS, FLOOR = 50, 4.0, 0.02
 
-# The line in Trainer(callbacks=[...]) of each variant, for a training of so many steps.
+# The line in Trainer(callbacks=[...]) of each variant, by the number of training steps.
 RULES: dict[str, Callable[[int], list[Callback]]] = {
     "none": lambda steps: [],
     "trainer": lambda steps: [],  # Trainer(gradient_clip_val=1.0)
@@ -71,14 +71,14 @@ RULES: dict[str, Callable[[int], list[Callback]]] = {
     "zclip-bounded": lambda steps: [ZClip(max_norm=1.0)],  # as published
     "autoclip": lambda steps: [AutoClip()],
     "agc": lambda steps: [AdaptiveGradientClipping()],
-    # Published for long trainings, a reset every 500 steps would not come once in so short a one.
+    # SPAM is published for long trainings: with a reset every 500 steps, this short training would have none.
     "spam": lambda steps: [MomentumReset(every_n_steps=max(1, steps // 2), warmup_steps=steps // 4), SpikeClipping()],
 }
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
+    """Settings of the study; :func:`parse` describes each field."""
 
     variants: Sequence[str] = tuple(RULES)
     seeds: int = 1
@@ -97,14 +97,14 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of one training.
 
     Args:
-        variant: Its rule, see :data:`RULES`.
+        variant: The rule, see :data:`RULES`.
         seed: Its seed.
         validation_loss: Median over the last three validations.
-        spikes: How often its training loss spiked, see :func:`find_spikes`.
-        steps_lost: How many steps it needed to come back from them.
+        spikes: Number of spikes of the training loss, see :func:`find_spikes`.
+        steps_lost: Number of steps until the loss recovered from them.
         clipped_share: Share of steps whose gradients were changed before the optimizer used them.
     """
 
@@ -120,7 +120,7 @@ class Result:
 
 
 def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     hush()
     torch.set_num_threads(study.threads)
     data, results = read_text(study), []
@@ -133,7 +133,7 @@ def run_study(study: Study) -> list[Result]:
 
 
 def train(study: Study, data: Text, variant: str, seed: int, show: Show) -> Result:
-    """Train once, and look for spikes."""
+    """Run one training, and find its spikes."""
     seed_everything(seed, verbose=False)
     module, folder = build_module(study, data), study.folder(variant, seed)
     recorder = Recorder()
@@ -168,14 +168,14 @@ def train(study: Study, data: Text, variant: str, seed: int, show: Show) -> Resu
 
 
 def read_text(study: Study) -> Text:
-    """Return the text of the study; each window of the sums is one of them."""
+    """Return the text of the study; each window of the sums is one sum."""
     if study.text:
         return Text(study.text, context=64, batch_size=8)
     return Text(write_sums(study.output / "sums.txt"), context=LINE, batch_size=24)
 
 
 def write_sums(path: Path, lines: int = 20_000) -> Path:
-    """Write a text of sums of two numbers below 100, always the same one."""
+    """Write a text of sums of two numbers below 100. The text is always the same."""
     numbers = random.Random(0)
     pairs = [(numbers.randrange(100), numbers.randrange(100)) for _ in range(lines)]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,10 +189,10 @@ def build_module(study: Study, data: Text) -> LightningModule:
 
 
 class Recorder(Callback):
-    """Keep the loss of every step, and the norm of its gradients before and after clipping.
+    """Record the loss of every step, and the norm of its gradients before and after clipping.
 
-    It stands first in the list, where no rule has acted yet. After the step the gradients are still there, as the
-    optimizer got them.
+    Must be the first callback, before the rules act. After the step, the gradients are still those that the optimizer
+    used.
     """
 
     def __init__(self) -> None:
@@ -234,18 +234,18 @@ def gradient_norm(module: LightningModule) -> float:
 
 
 def find_spikes(losses: Sequence[float]) -> list[tuple[int, int]]:
-    """Find the spikes of a training loss, and what each cost.
+    """Find the spikes of a training loss, and their lengths.
 
     A spike is a step whose loss exceeds the median of the 50 steps before it by more than 4 robust deviations. A robust
     deviation is 1.4826 times the median distance of those 50 losses from their median, and at least 0.02. The spike lasts
-    until the loss is below that median again, or the training ends; meanwhile no other is counted. A loss that is not a
-    number exceeds everything. The first 50 steps are not looked at.
+    until the loss is below that median again, or the training ends; no other spike is counted meanwhile. A nan loss
+    always counts as a spike. The first 50 steps are ignored.
 
     Args:
-        losses: The loss of every step.
+        losses: Loss of every step.
 
     Returns:
-        list: For each spike its step, counted from 0, and how many steps it lasted.
+        list: The step of each spike, counted from 0, and its length in steps.
     """
     values, spikes, step = np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf, posinf=np.inf), [], WINDOW
     while step < len(values):
@@ -262,7 +262,7 @@ def find_spikes(losses: Sequence[float]) -> list[tuple[int, int]]:
     return spikes
 
 
-# What is printed at the end.
+# Printed tables.
 
 
 def print_table(results: Sequence[Result], steps: int) -> None:
@@ -274,7 +274,7 @@ def print_table(results: Sequence[Result], steps: int) -> None:
     print("spikes: steps whose training loss is above the median of the 50 steps before by")
     print("    more than 4 robust deviations (1.4826 MAD of those steps, at least 0.02)")
     print("steps lost: from each spike until the loss is below that median again")
-    print("steps clipped: those whose gradients were changed before AdamW used them")
+    print("steps clipped: steps whose gradients were changed before AdamW used them")
     if "spam" in variants:
         print(f"spam: one reset of the moments, after {steps // 2} steps, and a warm-up of {steps // 4} after it")
 
@@ -291,16 +291,16 @@ def summarise(variant: str, results: Sequence[Result]) -> tuple[str, ...]:
     )
 
 
-# The figure.
+# Figure.
 
 PALETTE = ("0.3", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
 COLOURS = dict(zip(RULES, PALETTE, strict=True))
 WITH_THRESHOLD = {"zclip": "ZClip", "autoclip": "AutoClip"}
-DARK = {"zclip": "#00344F", "autoclip": "#00493A"}  # of their thresholds, over what they clipped
+DARK = {"zclip": "#00344F", "autoclip": "#00493A"}  # colours of the thresholds, over the clipped steps
 
 
 def draw_comparison(study: Study) -> Figure:
-    """Draw the loss of all variants, and below it the gradient norms of those with a threshold that moves."""
+    """Draw the loss of all variants, and below it the gradient norms of those with an adaptive threshold."""
     from matplotlib.figure import Figure
 
     shown = [variant for variant in study.variants if variant in WITH_THRESHOLD]
@@ -324,7 +324,7 @@ def draw_comparison(study: Study) -> Figure:
 
 
 def draw_losses(axis: Axes, study: Study) -> None:
-    """Draw the loss of each variant, as it was for the first seed and smoothed over all, and mark the spikes."""
+    """Draw the loss of each variant, raw for the first seed and smoothed over all, and mark the spikes."""
     floor, top = np.inf, -np.inf
     for variant in study.variants:
         curves = np.array([read_steps(study.folder(variant, seed))["loss"] for seed in range(study.seeds)])
@@ -332,7 +332,7 @@ def draw_losses(axis: Axes, study: Study) -> None:
         axis.plot(steps, curves[0], color=colour, linewidth=0.7, alpha=0.35)
         axis.plot(steps, smoothed, color=colour, linewidth=2, label=variant)
         spikes = [steps[step] for step, _ in find_spikes(curves[0])]
-        height = 0.985 - 0.03 * study.variants.index(variant)  # a row for each variant, so that none hides another
+        height = 0.985 - 0.03 * study.variants.index(variant)  # a row for each variant, so that marks do not overlap
         axis.plot(spikes, [height] * len(spikes), "v", color=colour, markersize=5, transform=axis.get_xaxis_transform())
         late = smoothed[len(steps) // 4 :]
         floor, top = min(floor, float(late.min())), max(top, float(late.max()))
@@ -346,7 +346,7 @@ def draw_losses(axis: Axes, study: Study) -> None:
 
 
 def draw_norms(axis: Axes, study: Study, variant: str) -> None:
-    """Draw the norms before clipping, the threshold that each met, and where it clipped, for the first seed."""
+    """Draw the norms before clipping, the threshold and the clipped steps of the first seed."""
     folder, colour = study.folder(variant, 0), COLOURS[variant]
     recorded = read_steps(folder)
     steps, clipped = np.arange(1, len(recorded["norm"]) + 1), recorded["clipped"] > 0
@@ -373,7 +373,7 @@ def read_steps(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_threshold(metrics: Path, variant: str) -> dict[int, float]:
-    """Return the norm from which on a rule clips, by step, from what it has logged."""
+    """Return the threshold of a rule by step, from its log."""
     if variant == "autoclip":
         return read_curve(metrics, "grad/autoclip/threshold")
     rule = ZClip()
@@ -382,51 +382,51 @@ def read_threshold(metrics: Path, variant: str) -> dict[int, float]:
 
 
 def smooth(values: np.ndarray, width: int = 21) -> np.ndarray:
-    """Return the running mean, weighted towards the middle, at the ends over what there is."""
+    """Return the running mean, weighted towards the middle, and truncated at the ends."""
     kernel = np.hanning(min(width, len(values)) + 2)[1:-1]
     return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
-# The command line.
+# Command line.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
+    """Parse the command line."""
     default = Study()
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     rules = (
-        "what to compare: none; trainer, that is Trainer(gradient_clip_val=1.0); zclip; zclip-bounded, that is "
-        "ZClip(max_norm=1.0); autoclip; agc, that is AdaptiveGradientClipping; spam, that is MomentumReset and "
-        "SpikeClipping (default: all)"
+        "rules to compare: none; trainer: Trainer(gradient_clip_val=1.0); zclip; zclip-bounded: "
+        "ZClip(max_norm=1.0); autoclip; agc: AdaptiveGradientClipping; spam: MomentumReset and SpikeClipping "
+        "(default: all)"
     )
     add("--variants", nargs="+", choices=RULES, default=SUPPRESS, metavar="VARIANT", help=rules)
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every variant once")
     add("--steps", type=int, default=default.steps, help="optimizer steps of each training")
     add("--lr", type=float, default=default.lr, help="learning rate after the warm-up, a tenth of the steps")
-    text = "UTF-8 text to learn (default: sums); those we tried did not spike with so small a model"
+    text = "UTF-8 text to learn (default: sums); the loss may not spike on other texts"
     add("--text", type=text_file, default=SUPPRESS, help=text)
     add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
-    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
+    add("--accelerator", default=default.accelerator, help="accelerator of the Trainer")
+    add("--threads", type=int, default=default.threads, help="CPU threads; more do not speed up so small a network")
     return Study(**vars(parser.parse_args(arguments)))
 
 
 def text_file(name: str) -> Path:
-    """Return the path of a text, or raise what argparse shows if it cannot be read or learnt."""
+    """Return the path of a text. Raise an error of argparse if it cannot be read or is too short."""
     path = Path(name)
     try:
         length = len(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentTypeError(f"cannot read {name} as a UTF-8 text: {error}") from error
+        raise ArgumentTypeError(f"cannot read {name} as UTF-8 text: {error}") from error
     if length < SHORTEST:
-        raise ArgumentTypeError(f"{name} has {length} characters, which is too short a text: {SHORTEST} are needed")
+        raise ArgumentTypeError(f"{name} must have at least {SHORTEST} characters; got {length}.")
     return path
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
+    """Run the study of the command line."""
     study = parse(arguments)
     results = run_study(study)
     print_table(results, study.steps)

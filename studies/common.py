@@ -1,4 +1,4 @@
-"""What the studies share: the progress display, loggers, tables and curves."""
+"""Shared parts of the studies: progress display, loggers, tables and curves."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.axes import Axes
 
-Show = Callable[[str, int, float, float], None]  # name, seed, share of the training that is done, validation value
+Show = Callable[[str, int, float, float], None]  # name, seed, completed share of the training, validation value
 
 
 def hush() -> None:
-    """Silence what Lightning says about every fit; warnings of techniques still come through."""
+    """Silence the messages of Lightning in every fit, but not the warnings of techniques."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval"
     warnings.filterwarnings("ignore", f".*({advice})")
@@ -34,13 +34,13 @@ def hush() -> None:
 
 
 class Follow(Callback):
-    """Show how far a training is, and the latest value of a metric of its validation.
+    """Show the progress of a training and the latest value of a validation metric.
 
     Args:
-        show: What :func:`progress` yields.
-        name: The training's name.
-        seed: Its seed.
-        metric: The key under which the module logs the value.
+        show: Function that :func:`progress` yields.
+        name: Name of the training.
+        seed: Seed of the training.
+        metric: Log key of the metric.
     """
 
     def __init__(self, show: Show, name: str, seed: int, metric: str = "val_acc") -> None:
@@ -63,7 +63,7 @@ class Follow(Callback):
 
 
 def percent(share: float) -> str:
-    """Write a share as the progress display does.
+    """Format a share for the progress display.
 
     Example:
         >>> percent(0.975)
@@ -74,7 +74,7 @@ def percent(share: float) -> str:
 
 @contextmanager
 def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = percent) -> Iterator[Show]:
-    """Yield what shows the progress: by rich a bar for each name over its seeds, else a line for each training."""
+    """Yield a function that shows the progress: with rich a bar for each name, else a line for each training."""
 
     def show_line(name: str, seed: int, share: float, value: float) -> None:
         if share == 1.0:
@@ -103,7 +103,7 @@ def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = p
 
 
 def build_loggers(output: Path, name: str, group: str, wandb_mode: str | None) -> list[Logger]:
-    """Return the CSV logger of one training, and a W&B logger if asked for."""
+    """Return the CSV logger of one training and, if ``wandb_mode`` is set, a W&B logger."""
     csv_logger = CSVLogger(output, name=name, version="")
     if not wandb_mode:
         return [csv_logger]
@@ -116,14 +116,14 @@ def build_loggers(output: Path, name: str, group: str, wandb_mode: str | None) -
 
 
 def finish_loggers(trainer: Trainer) -> None:
-    """End the W&B run of a training, so that the next one gets a run of its own."""
+    """Finish the W&B run of a training, so that the next training gets its own run."""
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()
 
 
 def write_results(results: Sequence[DataclassInstance], path: Path) -> None:
-    """Write a row for each result."""
+    """Write results to a CSV file, one per row."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(asdict(results[0])))
         writer.writeheader()
@@ -131,7 +131,7 @@ def write_results(results: Sequence[DataclassInstance], path: Path) -> None:
 
 
 def read_curve(metrics: Path, key: str) -> dict[int, float]:
-    """Return the values of a logged scalar by the number of optimizer steps done."""
+    """Return the values of a logged scalar by the number of completed optimizer steps."""
     with metrics.open(newline="") as file:
         return {int(row["step"]) + 1: float(row[key]) for row in csv.DictReader(file) if row.get(key)}
 
@@ -144,7 +144,7 @@ def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
-    """Write a mean, and the standard deviation where there are several values.
+    """Format a mean and, if there are several values, the standard deviation.
 
     Example:
         >>> mean_and_spread([1.0]), mean_and_spread([1.0, 2.0])
@@ -158,7 +158,7 @@ def mean_and_spread(values: Sequence[float], form: str = ".1f") -> str:
 
 
 def tidy(axis: Axes) -> None:
-    """Give a panel a light grid and small labels, and take away the frame above and on the right."""
+    """Give a panel a light grid and small labels, without a frame at the top and on the right."""
     axis.grid(color="0.93")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Training on two processes whose gradients are sent in full, in half precision, at low rank, or only the largest entries.
+"""Compare ways to send gradients between two processes: dense, half precision, low rank, or largest entries.
 
 ::
 
@@ -6,14 +6,14 @@
     python studies/communication.py --seeds 5
     python studies/communication.py --gradients dense powersgd-4 dgc-99.9 --epochs 10 --ranks 4
 
-Three linear layers of 85,000 weights learn handwritten digits with SGD and momentum. Each process (rank) has its own part of
-every batch, and all must agree on the mean gradient before each update. How they do is one line in :data:`STRATEGIES`; all
-else here measures and draws.
+Three linear layers with 85,000 weights learn handwritten digits with SGD and momentum. Each process (rank) has its own part of
+every batch, and all ranks must agree on the mean gradient before each update. Each way to send it is one line in
+:data:`STRATEGIES`; everything else here measures and draws.
 
-What is fair to compare: all have the same seeds, batches, epochs and learning rate, which was chosen for dense gradients.
-Bytes are what a rank hands over to be sent, counted over the whole training with the denser epochs in which DGC begins; what
-travels depends on the number of ranks and on how they are joined. Here they are joined by memory, so that nothing is gained in
-time: benchmarks/slow_link.py measures time, on links of a given speed.
+Fair comparison: all have the same seeds, batches, epochs and learning rate, which was chosen for dense gradients. Bytes are
+those that a rank passes to collectives during the whole training, including the denser first epochs of DGC. The bytes on the
+wire also depend on the number of ranks and their connection. Here the ranks share memory, so compression saves no time;
+``benchmarks/slow_link.py`` measures time, on links of a given speed.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ REFERENCE = "dense"
 
 
 class HalfPrecisionStrategy(DDPStrategy):
-    """DDP with torch's own hook that sends gradients as float16, which Lightning would register on GPUs only."""
+    """DDP with torch's own hook that sends gradients as float16, which Lightning registers on GPUs only."""
 
     @override
     def _register_ddp_hooks(self) -> None:
@@ -83,7 +83,7 @@ class HalfPrecisionStrategy(DDPStrategy):
         self.model.register_comm_hook(None, fp16_compress_hook)
 
 
-# The line Trainer(strategy=...) of each way to send gradients, for the way in which ranks are started.
+# The line Trainer(strategy=...) of each way to send gradients, by the start method of ranks.
 STRATEGIES: dict[str, Callable[[StartMethod], DDPStrategy]] = {
     "dense": lambda start: DDPStrategy(start_method=start),
     "fp16": lambda start: HalfPrecisionStrategy(start_method=start),
@@ -96,18 +96,18 @@ STRATEGIES: dict[str, Callable[[StartMethod], DDPStrategy]] = {
     "dgc-99.9-unmasked": lambda start: DGCStrategy(ratio=0.001, momentum_masking=False, start_method=start),
 }
 MEANINGS = {
-    "dense": "every entry of the gradient, as DDP does",
+    "dense": "every entry of the gradient, as in DDP",
     "fp16": "every entry, in half precision, by torch's own hook",
-    "powersgd": "the product of two thin matrices, with so many columns (PowerSGD)",
+    "powersgd": "two thin matrices with this number of columns (PowerSGD)",
     "dgc-99": "the largest 1 % of the entries; the others wait until they grow (DGC)",
-    "dgc-99.9": "the largest 0.1 % of the entries, likewise",
+    "dgc-99.9": "the same with the largest 0.1 % of the entries",
     "unmasked": "without momentum masking",
 }
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
+    """Settings of the study; :func:`parse` describes each field."""
 
     gradients: Sequence[str] = tuple(STRATEGIES)
     seeds: int = 1
@@ -121,7 +121,7 @@ class Study:
 
     @property
     def start(self) -> StartMethod:
-        """How ranks are started: forked, which is quick, where neither the system nor a GPU forbids it."""
+        """The start method of ranks: fork, which is faster, on Linux without a GPU."""
         is_safe = sys.platform == "linux" and not torch.cuda.is_available()
         return self.start_method or ("fork" if is_safe else "spawn")
 
@@ -132,17 +132,17 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of one training.
 
     Args:
-        gradients: How they were sent, see :data:`STRATEGIES`.
-        seed: Its seed, also of the split of the digits.
-        validation_accuracy: After the last epoch.
-        test_accuracy: After the last epoch.
-        step_kilobytes: What a rank sent in the last step.
-        megabytes: What a rank sent in all.
-        ratio: How many times less that is than all its gradients.
-        residual: Norm of what rank 0 had not sent at the end.
+        gradients: Way to send them, see :data:`STRATEGIES`.
+        seed: Its seed, which also splits the digits.
+        validation_accuracy: Accuracy after the last epoch.
+        test_accuracy: Accuracy after the last epoch.
+        step_kilobytes: Kilobytes that a rank sent in the last step.
+        megabytes: Megabytes that a rank sent in the whole training.
+        ratio: Bytes of all its gradients, divided by the sent bytes.
+        residual: Norm of the unsent rest of rank 0 at the end.
     """
 
     gradients: str
@@ -159,7 +159,7 @@ class Result:
 
 
 def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     prepare()
     study.output.mkdir(parents=True, exist_ok=True)
     results = [result_of(study, gradients, seed) for seed in range(study.seeds) for gradients in study.gradients]
@@ -169,14 +169,14 @@ def run_study(study: Study) -> list[Result]:
 
 
 def prepare() -> None:
-    """Set what holds for a process, this one or a rank."""
+    """Configure a process: log levels and threads."""
     hush()
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 
 
 def result_of(study: Study, gradients: str, seed: int) -> Result:
-    """Return the result of one training, which an earlier run may have written."""
+    """Return the result of one training, from an earlier run if there is one."""
     path, settings = study.folder(gradients, seed) / "result.json", [study.epochs, study.lr, study.ranks]
     if study.resume and path.exists():
         kept = json.loads(path.read_text())
@@ -188,7 +188,7 @@ def result_of(study: Study, gradients: str, seed: int) -> Result:
 
 
 def train(study: Study, gradients: str, seed: int) -> Result:
-    """Train once on all ranks, and test on one: what ranks measure comes back in files, and of the module its weights."""
+    """Run one training on all ranks, and test on one. Ranks return measurements in files, and the weights."""
     seed_everything(seed, verbose=False)
     module, data, folder = build_module(study), Digits(BATCH // study.ranks, seed=seed), study.folder(gradients, seed)
     trainer = Trainer(
@@ -205,7 +205,7 @@ def train(study: Study, gradients: str, seed: int) -> Result:
 
 
 def quiet() -> dict[str, Any]:
-    """Return the arguments of a trainer on the CPU that shows and keeps nothing."""
+    """Return the arguments of a Trainer on the CPU without output and checkpoints."""
     shows = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     return {"accelerator": "cpu", "num_sanity_val_steps": 0, **shows}
 
@@ -216,7 +216,7 @@ def test(module: LightningModule, data: Digits) -> float:
 
 
 def measure(gradients: str, seed: int, folder: Path, test_accuracy: float) -> Result:
-    """Return the result of a training from what its rank 0 has written."""
+    """Return the result of a training from the files of rank 0."""
     columns = read_epochs(folder)
     accuracy, sent, megabytes, dense, residual = (float(columns[key][-1]) for key in Recorder.columns[1:])
     return Result(gradients, seed, accuracy, test_accuracy, sent / 1e3, megabytes, dense / megabytes, residual)
@@ -229,10 +229,10 @@ def build_module(study: Study) -> LightningModule:
 
 
 class Recorder(Callback):
-    """Write accuracy and bytes after each epoch, from rank 0: a rank is a process of its own, and only its files last.
+    """Write accuracy and bytes of each epoch on rank 0. A rank is a separate process, so only files remain.
 
     Args:
-        folder: Where ``epochs.csv`` is written.
+        folder: Folder for ``epochs.csv``.
     """
 
     columns = ("epoch", "val_acc", "step_bytes", "megabytes", "dense_megabytes", "residual_norm")
@@ -264,7 +264,7 @@ class Recorder(Callback):
 
 
 def communicated(trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
-    """Return the bytes that this rank sent in the last step and in all, and the norm of what it has not sent."""
+    """Return the bytes that this rank sent in the last step and in total, and the norm of its unsent rest."""
     strategy = trainer.strategy
     if isinstance(strategy, CompressedDDPStrategy):
         return strategy.ledger.step_sent, strategy.ledger.sent_bytes, strategy.residual_norm()
@@ -286,7 +286,7 @@ def read_epochs(folder: Path) -> dict[str, np.ndarray]:
 
 @rank_zero_only
 def show_line(name: str, seed: int, share: float, value: float) -> None:
-    """Tell of the end of a training, and in a terminal how far it is; bars need a thread, which a forked rank has not."""
+    """Print the end of a training, and in a terminal its progress. A forked rank has no thread for progress bars."""
     line = f"{name:<22} seed {seed}   validation {percent(value)}"
     if share == 1.0:
         print(f"\r{line}      " if sys.stdout.isatty() else line, flush=True)
@@ -294,7 +294,7 @@ def show_line(name: str, seed: int, share: float, value: float) -> None:
         print(f"\r{line}  {100 * share:3.0f}%", end="", flush=True)
 
 
-# What is printed at the end.
+# Printed tables.
 
 
 def print_table(results: Sequence[Result], study: Study) -> None:
@@ -302,10 +302,10 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     print()
     header = ("gradients", "test accuracy", "kB a step", "MB in all", "smaller by", "unsent")
     print_rows(header, [summarise(gradients, results) for gradients in study.gradients])
-    print(f"\nkB a step: what each of the {study.ranks} ranks sends of its gradients in the last step")
+    print(f"\nkB a step: sent by each of the {study.ranks} ranks in the last step")
     print("MB in all: over the whole training; the first four epochs of DGC are denser")
-    print("smaller by: all gradients to that, over the whole training")
-    print("unsent: norm of what a rank has kept back at the end")
+    print("smaller by: ratio of all gradients to the sent bytes, over the whole training")
+    print("unsent: norm of the gradients that a rank has not sent at the end")
     for word, meaning in MEANINGS.items():
         if any(names(word, gradients) for gradients in study.gradients):
             print(f"{word}: {meaning}")
@@ -315,7 +315,7 @@ def print_table(results: Sequence[Result], study: Study) -> None:
 
 
 def names(word: str, gradients: str) -> bool:
-    """Say whether a word of :data:`MEANINGS` is about a way to send gradients."""
+    """Return True if a word of :data:`MEANINGS` describes a way to send gradients."""
     return gradients == word or gradients.startswith(f"{word}-") or gradients.endswith(f"-{word}")
 
 
@@ -338,7 +338,7 @@ def of(gradients: str, results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.gradients == gradients]
 
 
-# The figure.
+# Figure.
 
 PALETTE = ("0.45", "black", "#00493A", "#009E73", "#7FCDB5", "#0072B2", "#56B4E9", "#D55E00", "#E69F00")
 COLOURS = dict(zip(STRATEGIES, PALETTE, strict=True))
@@ -358,8 +358,8 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
     by_epoch.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     by_epoch.set_ylabel("validation accuracy in %", fontsize=9)
     by_bytes.sharey(by_epoch)
-    by_bytes.set_title("Accuracy by what was sent until then", fontsize=10, loc="left")
-    by_bytes.set_xlabel("MB that each rank has sent", fontsize=9)
+    by_bytes.set_title("Accuracy by megabytes sent", fontsize=10, loc="left")
+    by_bytes.set_xlabel("MB sent by each rank", fontsize=9)
     by_bytes.set_xscale("log")
     by_bytes.xaxis.set_major_formatter("{x:g}")
     draw_test_accuracies(at_end, study, results)
@@ -373,7 +373,7 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
 
 
 def draw_curves(by_epoch: Axes, by_bytes: Axes, study: Study, gradients: str) -> None:
-    """Draw the validation accuracy of one way to send gradients, as a mean over the seeds, up to a mark at the end."""
+    """Draw the validation accuracy of one way to send gradients, averaged over seeds, with a mark at the end."""
     columns = [read_epochs(study.folder(gradients, seed)) for seed in range(study.seeds)]
     accuracies, sent = (np.mean([column[key] for column in columns], axis=0) for key in ("val_acc", "megabytes"))
     look: dict[str, Any] = {"color": COLOURS[gradients], "linewidth": 3.0 if gradients == REFERENCE else 1.6}
@@ -383,7 +383,7 @@ def draw_curves(by_epoch: Axes, by_bytes: Axes, study: Study, gradients: str) ->
 
 
 def draw_test_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
-    """Draw the test accuracy of every seed and their mean, next to what was sent; grey: between the seeds of dense."""
+    """Draw the test accuracy of every seed and their mean, and the sent megabytes; gray: range of dense."""
     names = []
     for place, gradients in enumerate(study.gradients):
         own, colour = of(gradients, results), COLOURS[gradients]
@@ -395,42 +395,42 @@ def draw_test_accuracies(axis: Axes, study: Study, results: Sequence[Result]) ->
         names.append(f"{gradients}\n{statistics.mean(result.megabytes for result in own):,.1f} MB{less}")
         if gradients == REFERENCE and len(shown) > 1:
             axis.axvspan(min(shown), max(shown), color="0.93", zorder=0)
-            beside: dict[str, Any] = {"fontsize": 8, "color": "0.4", "ha": "right", "va": "bottom"}
-            axis.text(min(shown) - 0.05, len(study.gradients) - 0.55, f"grey: seeds of {REFERENCE}", **beside)
-    axis.set_title("Test accuracy at the end, and what was sent", fontsize=10, loc="left")
+            style: dict[str, Any] = {"fontsize": 8, "color": "0.4", "ha": "right", "va": "bottom"}
+            axis.text(min(shown) - 0.05, len(study.gradients) - 0.55, f"gray: seeds of {REFERENCE}", **style)
+    axis.set_title("Final test accuracy, and megabytes sent", fontsize=10, loc="left")
     axis.set_yticks(range(len(names)), names)
     for label, gradients in zip(axis.get_yticklabels(), study.gradients, strict=True):
         label.set_color(COLOURS[gradients])
     axis.set_ylim(len(names) - 0.5, -0.5)
     lowest = min(100 * result.test_accuracy for result in results)
-    axis.set_xlim(min(94.0, lowest - 1), 100.2)  # wide enough for one image to look as little as it is
+    axis.set_xlim(min(94.0, lowest - 1), 100.2)  # wide enough that one image looks like a small difference
     axis.set_xlabel("% of 200 test images" + " (dots: seeds, bar: mean)" * (study.seeds > 1), fontsize=9)
 
 
-# The command line.
+# Command line.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
+    """Parse the command line."""
     default = Study()
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    ways = f"how gradients are sent: {', '.join(STRATEGIES)} (default: all)"
+    ways = f"ways to send gradients: {', '.join(STRATEGIES)} (default: all)"
     add("--gradients", nargs="+", choices=STRATEGIES, default=SUPPRESS, metavar="WAY", help=ways)
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every way once")
-    add("--epochs", type=int, default=default.epochs, help="epochs of each training; DGC takes four to get sparse")
+    add("--epochs", type=int, default=default.epochs, help="epochs of each training; DGC needs four to become sparse")
     add("--lr", type=float, default=default.lr, help="peak learning rate")
-    add("--ranks", type=int, default=default.ranks, help=f"processes, which share a batch of {BATCH}")
+    add("--ranks", type=int, default=default.ranks, help=f"number of processes, which share a batch of {BATCH}")
     add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--resume", action="store_true", help="keep what an earlier run has finished with the same settings")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    start = "how ranks are started (default: fork on Linux without a GPU, which is quicker, else spawn)"
+    add("--resume", action="store_true", help="reuse results of an earlier run with the same settings")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
+    start = "start method of ranks (default: fork, which is faster, on Linux without a GPU, else spawn)"
     add("--start-method", choices=("fork", "spawn"), default=SUPPRESS, help=start)
     return Study(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
+    """Run the study of the command line."""
     study = parse(arguments)
     print_table(run_study(study), study)
     written = [

@@ -1,20 +1,20 @@
-"""Training on a part of the samples, chosen in several ways, against training on all: with right labels and with wrong ones.
+"""Compare training on part of the samples, selected in several ways, with training on all of them.
 
 ::
 
     python studies/data_pruning.py --seeds 5
-    python studies/data_pruning.py --seeds 5 --variants        # only looks for wrong labels
+    python studies/data_pruning.py --seeds 5 --variants        # only finds wrong labels
     python studies/data_pruning.py --variants full random hard --prunes 0.5 --budget steps
     python studies/data_pruning.py --cifar10 path/to/folder --epochs 200 --score-epoch 20 --prunes 0.5
 
-A small residual network of the plain project learns handwritten digits, once as they are and once with a tenth of the
-training labels replaced by another class. What chooses the samples is one line in :data:`RULES`; all else here measures and
+A small residual network of the plain project learns handwritten digits, once with correct labels and once with a tenth of
+the training labels replaced by another class. Each selection is one line in :data:`RULES`; everything else here measures and
 draws.
 
-What is fair to compare: all train for the same epochs, and an epoch of fewer samples has fewer steps (``--budget steps``
-keeps the steps instead). DataPruning trains on everything until it scores, RepeatedRandomSubset (RS2) and InfoBatch leave
-samples out from the first and the second epoch on. So the table says how many samples each has seen, and ``rs2-equal`` is RS2
-with as many as the scored variants.
+Fair comparison: all variants train for the same epochs, and an epoch of fewer samples has fewer steps (``--budget steps``
+keeps the number of steps instead). DataPruning trains on all samples until it scores; RepeatedRandomSubset (RS2) and InfoBatch
+drop samples from the first and the second epoch on. The table therefore has the number of samples that each variant has seen,
+and ``rs2-equal`` is RS2 with as many samples as the scored variants.
 """
 
 from __future__ import annotations
@@ -65,20 +65,20 @@ if TYPE_CHECKING:
 
 IN_THE_DEMO = """\
 Data pruning (a few seconds). A tenth of the labels of the training digits are wrong.
-A small residual network learns them for three epochs, then one line scores every
-sample, drops none, and shows the hardest. How many wrong labels are among them?
+A small residual network trains for three epochs, then one line scores every sample,
+drops none, and shows the hardest. How many wrong labels are among them?
 
     Trainer(callbacks=[DataPruning(prune=0, epoch=3)])
 """
 
 CLASSES = 10
-OFFSET = 0.1  # share of the hardest that "offset" and "ccs" leave out, against wrong labels
+OFFSET = 0.1  # share of the hardest samples that "offset" and "ccs" drop, because of wrong labels
 VALIDATIONS = 4
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
+    """Settings of the study; :func:`parse` describes each field."""
 
     variants: Sequence[str] = ("full", "random", "rs2", "rs2-equal", "hard", "easy", "offset", "ccs", "infobatch")
     prunes: Sequence[float] = (0.5, 0.8)
@@ -96,7 +96,7 @@ class Study:
     threads: int = 1
 
     def trainings(self) -> Iterator[tuple[str, float]]:
-        """Yield each variant with the share that it leaves out; training on all leaves out none, and comes once."""
+        """Yield each variant with each dropped share; training on all samples occurs once."""
         yield from ((variant, 0.0) for variant in self.variants if variant == "full")
         yield from ((variant, prune) for prune in self.prunes for variant in self.variants if variant != "full")
 
@@ -110,7 +110,7 @@ class Study:
 
 
 def label(variant: str, prune: float) -> str:
-    """Name a variant with what it leaves out.
+    """Return the name of a variant with its dropped share.
 
     Example:
         >>> label("hard", 0.5), label("full", 0.0)
@@ -120,18 +120,18 @@ def label(variant: str, prune: float) -> str:
 
 
 def scored(prune: float | list[float], study: Study, seed: int, **settings: Any) -> list[Callback]:
-    """Return DataPruning as this study uses it: no page, table or figure, which are not part of what is timed."""
+    """Return DataPruning without tables and figures, which would be timed too."""
     plain = unaugmented if study.cifar10 else None
     settings = {"epoch": study.score_epoch, "budget": study.budget, "num_shown": 0, "figure": False} | settings
     return [DataPruning(prune, seed=seed, score_dataset=plain, **settings)]
 
 
 def equal(prune: float, study: Study) -> float:
-    """Return the share that RS2 leaves out of every epoch to see as many samples as what prunes after the scoring epoch."""
+    """Return the share with which RS2 sees as many samples as DataPruning with ``prune``."""
     return prune * (1 - study.score_epoch / study.epochs)
 
 
-# The line in Trainer(callbacks=[...]) of each variant, for the share it leaves out.
+# The line in Trainer(callbacks=[...]) of each variant, by its dropped share.
 RULES: dict[str, Callable[[float, Study, int], list[Callback]]] = {
     "full": lambda prune, study, seed: [],
     "random": lambda prune, study, seed: scored(prune, study, seed, keep="random"),
@@ -147,16 +147,16 @@ RULES: dict[str, Callable[[float, Study, int], list[Callback]]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of one training.
 
     Args:
-        variant: Its rule, see :data:`RULES`.
-        prune: Share that it leaves out.
-        flip: Share of the training labels that are wrong.
-        seed: Its seed, also of the split of the digits and of the wrong labels.
-        test_accuracy: On the test images, whose labels are right.
-        samples: Samples trained on, each as often as it came.
-        cpu_seconds: Time of the process in training, with validation and scoring, whatever else the machine did.
+        variant: The rule, see :data:`RULES`.
+        prune: Share of dropped samples.
+        flip: Share of wrong training labels.
+        seed: Its seed, which also splits the digits and selects the wrong labels.
+        test_accuracy: Accuracy on the test images, whose labels are correct.
+        samples: Number of samples trained on, with repetitions.
+        cpu_seconds: Processor time of training, with validation and scoring.
     """
 
     variant: str
@@ -172,7 +172,7 @@ class Result:
 
 
 def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     prepare(study)
     names = [label(variant, prune) for variant, prune in study.trainings()]
     results = []
@@ -188,15 +188,15 @@ def run_study(study: Study) -> list[Result]:
 
 
 def prepare(study: Study) -> None:
-    """Set what holds for the process, and silence two warnings about what this study does to show why they are there."""
+    """Configure the process, and silence two warnings about mistakes that this study makes on purpose."""
     hush()
-    warnings.filterwarnings("ignore", ".*(keeps only the hardest|scores at initialisation)")
+    warnings.filterwarnings("ignore", ".*(keeps only the hardest|scores at initiali[sz]ation)")
     torch.set_num_threads(study.threads)
     study.output.mkdir(parents=True, exist_ok=True)
 
 
 def train(study: Study, variant: str, prune: float, flip: float, seed: int, show: Show) -> Result:
-    """Train once, and test."""
+    """Run one training, and test the module."""
     recorder, follow = Recorder(), Follow(show, label(variant, prune), seed)
     callbacks = [recorder, follow, *RULES[variant](prune, study, seed)]
     trainer, module = build(
@@ -213,7 +213,7 @@ def train(study: Study, variant: str, prune: float, flip: float, seed: int, show
 
 
 def epochs_of(study: Study, variant: str, prune: float) -> int:
-    """Return how many epochs a variant trains for: RS2 has no budget of its own, so for equal steps it trains for more."""
+    """Return the epochs of a variant. RS2 has no argument budget, so for equal steps it trains for more epochs."""
     if study.budget == "steps" and variant in ("rs2", "rs2-equal"):
         return round(study.epochs / (1 - (prune if variant == "rs2" else equal(prune, study))))
     return study.epochs
@@ -249,7 +249,7 @@ def build_module(study: Study) -> LightningModule:
 
 
 def build_data(study: Study, flip: float, seed: int) -> Digits | FlippedCIFAR10:
-    """Return new data; every seed has its own wrong labels, and of the digits its own split."""
+    """Return new data. Every seed has its own wrong labels and, for digits, its own split."""
     if study.cifar10 is None:
         return Digits(seed=seed, flip=flip)
     return FlippedCIFAR10(study.cifar10, flip, seed, study.limit)
@@ -260,9 +260,9 @@ class FlippedCIFAR10(CIFAR10):
 
     Args:
         folder: Folder with the files.
-        flip: Share of the training labels that are replaced.
-        seed: Seed of the choice.
-        limit: Read only so many images of each file, ``None`` for all.
+        flip: Share of the training labels to replace.
+        seed: Seed of the selection.
+        limit: Number of images to read of each file, ``None`` for all.
     """
 
     train_set: Images
@@ -282,13 +282,13 @@ class FlippedCIFAR10(CIFAR10):
 
 
 def unaugmented(trainer: Trainer) -> Images:
-    """Return the training images of CIFAR-10 as they are, to be scored."""
+    """Return the training images of CIFAR-10 without augmentation, for scoring."""
     train_set = trainer.datamodule.train_set  # type: ignore[attr-defined]
     return Images(train_set.images, train_set.labels)
 
 
 class Recorder(Callback):
-    """Keep the number of samples and the learning rate of every step, and the classes of the samples of the last epoch."""
+    """Record the number of samples and learning rate of every step, and the class counts of the last epoch."""
 
     def __init__(self) -> None:
         self.samples: list[int] = []
@@ -307,7 +307,7 @@ class Recorder(Callback):
         self.classes += np.bincount(labels.cpu(), minlength=CLASSES)
 
     def write(self, folder: Path) -> None:
-        """Write a row for each step, and one for each class."""
+        """Write a table of steps and a table of classes."""
         write_rows(folder / "steps.csv", ("step", "samples", "lr"), zip(self.samples, self.rates, strict=True))
         write_rows(folder / "classes.csv", ("class", "samples"), ((count,) for count in self.classes))
 
@@ -330,7 +330,7 @@ def read_column(path: Path, key: str) -> np.ndarray:
 
 
 class StopAfterScoring(Callback):
-    """End a training when its samples are scored; its learning rate until then is that of the whole training."""
+    """End a training after its samples are scored, without changing the schedule of its learning rate."""
 
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
@@ -343,7 +343,7 @@ class StopAfterScoring(Callback):
 def score(
     study: Study, name: str, flip: float, seed: int, epochs: Sequence[int], prune: float = 0.0, **settings: Any
 ) -> Path:
-    """Score all samples after each of these epochs, and return the folder of what is written; the training ends there."""
+    """Score all samples after each of these epochs, end the training, and return the folder of the files."""
     name = f"scores/{name}_flip{flip:g}_seed{seed}"
     rule = scored([prune] * len(epochs), study, seed, epoch=list(epochs), **settings)
     trainer, module = build(study, name, seed, [*rule, StopAfterScoring(max(epochs))], study.epochs)
@@ -359,15 +359,15 @@ def read_scores(folder: Path, epoch: int) -> SampleScores:
 
 @dataclass(frozen=True)
 class Finding:
-    """How many of the samples that come first in an order have wrong labels.
+    """The number of wrong labels among the first samples of an order.
 
     Args:
-        seed: Of the training that scored, and of the random order.
+        seed: Seed of the scored training, and of the random order.
         order: ``"el2n"``, the hardest first, or ``"random"``.
         total: Number of all samples.
-        wrong: Number of those with wrong labels.
-        looked_at: Number of the first samples that are looked at.
-        found: How many of these are wrong.
+        wrong: Number of all wrong labels.
+        looked_at: Number of inspected samples, from the first on.
+        found: Number of wrong labels among these.
     """
 
     seed: int
@@ -379,7 +379,7 @@ class Finding:
 
 
 def find_label_errors(study: Study) -> list[Finding]:
-    """Score by EL2N, count the wrong labels among the hardest, and write ``label_errors.csv`` and ``label_errors.png``."""
+    """Score with EL2N, count wrong labels among the hardest, and write ``label_errors.csv`` and ``.png``."""
     prepare(study)
     flip, findings = max(study.flips), []
     for seed in range(study.seeds):
@@ -394,12 +394,12 @@ def find_label_errors(study: Study) -> list[Finding]:
 
 
 def count_found(is_wrong: np.ndarray, order: str, seed: int) -> list[Finding]:
-    """Count the wrong labels among the first samples, up to three times as many as are wrong.
+    """Count the wrong labels among the first samples, up to three times the number of wrong labels.
 
     Args:
-        is_wrong: Whether the label of each sample is wrong, in the order in which they are looked at.
+        is_wrong: Whether the label of each sample is wrong, in the order of inspection.
         order: Name of the order.
-        seed: Its seed.
+        seed: Seed of the order.
     """
     total, wrong = len(is_wrong), int(is_wrong.sum())
     sizes = np.unique(np.linspace(0, min(3 * wrong, total), 43).round().astype(int))
@@ -415,7 +415,7 @@ def hardest_wrong(study: Study, folder: Path, flip: float, seed: int) -> np.ndar
 
 
 def look_at_scores(study: Study) -> None:
-    """Score with both gradient norms and errors, and write ``scores.png`` and ``histogram.png``, for the first seed."""
+    """Score the first seed with GraNd and EL2N, and write ``scores.png`` and ``histogram.png``."""
     prepare(study)
     flip, epochs = max(study.flips), [0, study.score_epoch]
     score(study, "grand", flip, 0, epochs, score="grand")
@@ -425,7 +425,7 @@ def look_at_scores(study: Study) -> None:
     draw_scores(study, flip).savefig(study.output / "scores.png", dpi=140)
 
 
-# What is printed at the end.
+# Printed tables.
 
 
 def print_table(results: Sequence[Result], study: Study) -> None:
@@ -434,22 +434,22 @@ def print_table(results: Sequence[Result], study: Study) -> None:
         own = [result for result in results if result.flip == flip]
         full = statistics.mean(r.samples for r in own if r.variant == "full") if "full" in study.variants else None
         print(f"\n{kind_of_labels(flip)}")
-        header = ("variant", "left out", "test accuracy", "samples seen", "of all", "CPU time")
+        header = ("variant", "dropped", "test accuracy", "samples seen", "of all", "CPU time")
         print_rows(header, [summarise(variant, prune, own, full) for variant, prune in study.trainings()])
     exception = " (infobatch: epochs)" if study.budget == "steps" and "infobatch" in study.variants else ""
     print(f"\nbudget: all train for the same {study.budget}{exception}")
     if study.cifar10 is None:
-        print("test accuracy: on 200 images, so that one image is 0.5 %")
+        print("test accuracy: on 200 images, so one image is 0.5 %")
     if study.seeds > 1:
         print(f"numbers: mean ± standard deviation over {study.seeds} seeds")
-    anew = [variant for variant in study.variants if variant in ("rs2", "rs2-equal", "infobatch")]
+    each_epoch = [variant for variant in study.variants if variant in ("rs2", "rs2-equal", "infobatch")]
     once = [variant for variant in study.variants if variant in ("random", "hard", "easy", "offset", "ccs")]
-    if anew:
-        print(f"{', '.join(anew)}: choose again in each epoch")
+    if each_epoch:
+        print(f"{', '.join(each_epoch)}: select again in each epoch")
     if once:
-        print(f"{', '.join(once)}: choose once, after {study.score_epoch} of {study.epochs} epochs")
-    if "rs2-equal" in anew:
-        print("rs2-equal: leaves out less than rs2, to see as many samples as those")
+        print(f"{', '.join(once)}: select once, after {study.score_epoch} of {study.epochs} epochs")
+    if "rs2-equal" in each_epoch:
+        print("rs2-equal: drops fewer samples than rs2, so it sees as many as the others")
 
 
 def summarise(variant: str, prune: float, results: Sequence[Result], full: float | None) -> tuple[str, ...]:
@@ -467,7 +467,7 @@ def summarise(variant: str, prune: float, results: Sequence[Result], full: float
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print how many wrong labels are found, over the seeds, and how many in random order."""
+    """Print the number of wrong labels found with scores and in random order, over the seeds."""
     wrong, total = findings[0].wrong, findings[0].total
     sizes = sorted({finding.looked_at for finding in findings})
     seeds = len({finding.seed for finding in findings})
@@ -475,22 +475,22 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for size in [sizes[len(sizes) // 12], sizes[len(sizes) // 6], sizes[len(sizes) // 3], sizes[-1]]:
         counts = [found_of(findings, order, size) for order in ("el2n", "random")]
         rows.append((str(size), *(mean_and_spread(count) for count in counts)))
-    print_rows(("samples looked at", "wrong, hardest first", "wrong, random order"), rows)
+    print_rows(("samples inspected", "wrong, hardest first", "wrong, random order"), rows)
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     print(f"\n{wrong} of {total} labels are wrong{spread}")
 
 
 def found_of(findings: Sequence[Finding], order: str, size: int) -> list[int]:
-    """Return how many wrong labels each seed found among so many samples."""
+    """Return the number of wrong labels that each seed found among the first ``size`` samples."""
     return [finding.found for finding in findings if (finding.order, finding.looked_at) == (order, size)]
 
 
 def kind_of_labels(flip: float) -> str:
-    """Name a training set by its wrong labels."""
+    """Describe a training set by its share of wrong labels."""
     return f"{100 * flip:g} % of the training labels wrong" if flip else "all labels right"
 
 
-# The figures.
+# Figures.
 
 COLOURS = {
     "full": "0.45",
@@ -506,11 +506,11 @@ COLOURS = {
 NOTE: dict[str, Any] = {"fontsize": 8, "color": "0.35", "va": "center"}
 RIGHT, WRONG, EDGE = "#0072B2", "#D55E00", "0.25"
 TICKS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-STRETCH = 0.01  # error at which the axis of accuracies is neither logarithmic nor linear
+STRETCH = 0.01  # error at which the axis of accuracies changes from linear to logarithmic
 
 
 def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
-    """Draw the test accuracy of each variant, a column for each training set and a row for each share that is dropped."""
+    """Draw the test accuracy of each variant, a column for each training set and a row for each dropped share."""
     from matplotlib.figure import Figure
 
     rows, columns = len(study.prunes), len(study.flips)
@@ -531,7 +531,7 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
 
 
 def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None:
-    """Draw a row for each variant, with the share of samples it saw on the right."""
+    """Draw a row for each variant, with the share of seen samples on the right."""
     most = max(result.samples for result in results)
     for place, variant in enumerate(study.variants):
         own = [result for result in results if result.variant == variant]
@@ -548,7 +548,7 @@ def draw_accuracies(axis: Axes, study: Study, results: Sequence[Result]) -> None
 
 
 def stretch(axis: Axes, least: float) -> None:
-    """Show accuracies by the logarithm of their error plus a hundredth, so that 100 % has a place on the axis."""
+    """Scale accuracies by the logarithm of their error plus 0.01, so that 100 % is on the axis."""
     functions = (lambda share: -np.log(1 + STRETCH - np.minimum(share, 1)), lambda value: 1 + STRETCH - np.exp(-value))
     axis.set_xscale("function", functions=functions)
     axis.set_xticks([tick for tick in TICKS if tick >= least - 0.15])
@@ -558,7 +558,7 @@ def stretch(axis: Axes, least: float) -> None:
 
 
 def draw_label_errors(study: Study, findings: Sequence[Finding]) -> Figure:
-    """Draw the hardest and the easiest samples, those with wrong labels framed, next to how many wrong labels are found."""
+    """Draw the hardest and easiest samples, wrong labels framed, and the number of wrong labels found."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -569,7 +569,7 @@ def draw_label_errors(study: Study, findings: Sequence[Finding]) -> Figure:
 
 
 def draw_found(axis: Axes, findings: Sequence[Finding]) -> None:
-    """Draw how many wrong labels are among the samples looked at, a line for each seed and order."""
+    """Draw the number of wrong labels by the number of inspected samples, a line for each seed and order."""
     wrong, sizes = findings[0].wrong, sorted({finding.looked_at for finding in findings})
     for order, colour, name in (("el2n", WRONG, "hardest first (EL2N)"), ("random", "0.45", "random order")):
         for seed in sorted({finding.seed for finding in findings}):
@@ -584,14 +584,14 @@ def draw_found(axis: Axes, findings: Sequence[Finding]) -> None:
     axis.text(0.95 * wrong, 1.01 * wrong, "best possible", fontsize=8.5, color="0.3", ha="right", va="bottom")
     axis.axvline(wrong, color="0.8", linewidth=1, zorder=0)
     axis.set(xlim=(0, sizes[-1]), ylim=(0, 1.1 * wrong))
-    axis.set_xlabel(f"samples looked at, of {findings[0].total}", fontsize=9)
+    axis.set_xlabel(f"samples inspected, of {findings[0].total}", fontsize=9)
     axis.set_ylabel("wrong labels found", fontsize=9)
     axis.set_title(f"Wrong labels found ({wrong} in all), a line for each seed", fontsize=10, loc="left")
     tidy(axis)
 
 
 def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> None:
-    """Draw images with their labels; where the label is wrong, framed, with the right one behind it."""
+    """Draw images with their labels. Wrong labels are framed and followed by the correct one."""
     data, right = build_data(study, flip, 0), build_data(study, 0.0, 0)
     data.setup("fit")
     right.setup("fit")
@@ -600,7 +600,7 @@ def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> No
     order = values.argsort(descending=True, stable=True).tolist()
     honest = [index for index in order if index not in wrong]
     rows = [order[:columns], order[columns : 2 * columns], honest[:columns], honest[columns : 2 * columns]]
-    figure.suptitle("Samples by score. Framed: the label is wrong (label → what it is)", fontsize=10)
+    figure.suptitle("Samples by score. Framed: wrong label (label → correct label)", fontsize=10)
     axes = figure.subplots(5, columns)
     for row, words in ((0, "hardest"), (2, "hardest with\na right label"), (4, "easiest")):
         axes[row, 0].set_ylabel(words, fontsize=9, rotation=0, ha="right", va="center")
@@ -616,7 +616,7 @@ def draw_samples(figure: Any, study: Study, flip: float, columns: int = 9) -> No
 
 
 def draw_scores(study: Study, flip: float) -> Figure:
-    """Draw scores against each other, what is kept of each class, and the learning rate in shorter epochs."""
+    """Draw pairs of scores, the kept share of each class, and the learning rate in shorter epochs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6.6), layout="constrained")
@@ -628,7 +628,7 @@ def draw_scores(study: Study, flip: float) -> Figure:
     grand = study.output / f"scores/grand_flip{flip:g}_seed0"
     start, later = (read_scores(grand, epoch).values for epoch in (0, k))
     errors = read_scores(study.output / f"scores/el2n_flip{flip:g}_seed0", k).values
-    norm, names = "norm of the input", ("GraNd at initialisation", f"GraNd after {k} epochs")
+    norm, names = "norm of the input", ("GraNd at initialization", f"GraNd after {k} epochs")
     draw_scatter(axes[0, 0], (lengths, norm), (start, names[0]), wrong)
     draw_scatter(axes[0, 1], (lengths, norm), (later, names[1]), wrong)
     draw_scatter(axes[0, 2], (start, names[0]), (later, names[1]), wrong)
@@ -647,7 +647,7 @@ def inputs(train_set: Any) -> Any:
 
 
 def draw_scatter(axis: Axes, x: tuple[Tensor, str], y: tuple[Tensor, str], wrong: np.ndarray) -> None:
-    """Draw one score against another, samples with wrong labels in another colour, with the rank correlation."""
+    """Draw one score against another, wrong labels in another colour, with the rank correlation."""
     for chosen, colour, name in ((~wrong, RIGHT, "label right"), (wrong, WRONG, "label wrong")):
         axis.plot(x[0].numpy()[chosen], y[0].numpy()[chosen], ".", color=colour, markersize=2.5, alpha=0.6, label=name)
     agreement = compare_scores(x[0], y[0], shares=()).spearman
@@ -657,7 +657,7 @@ def draw_scatter(axis: Axes, x: tuple[Tensor, str], y: tuple[Tensor, str], wrong
 
 
 def draw_classes(axis: Axes, study: Study) -> None:
-    """Draw which share of each class a rule keeps, over the seeds."""
+    """Draw the share of each class that a rule keeps, over the seeds."""
     flip, prune = study.flips[0], study.prunes[-1]
     shown = [variant for variant in study.variants if variant in ("random", "hard", "easy", "ccs")]
     total = sum(class_counts(study, flip, seed) for seed in range(study.seeds))
@@ -670,20 +670,20 @@ def draw_classes(axis: Axes, study: Study) -> None:
     axis.axhline(1 - prune, color="0.5", linewidth=1, linestyle="--")
     axis.set_xticks(range(CLASSES))
     axis.set_xlabel("class", fontsize=9)
-    axis.set_title(f"Kept of each class, {100 * prune:g} % left out", fontsize=10, loc="left")
+    axis.set_title(f"Kept share of each class, {100 * prune:g} % dropped", fontsize=10, loc="left")
     if shown:
         axis.legend(fontsize=8, frameon=False, ncols=len(shown), columnspacing=1, handlelength=1)
 
 
 def class_counts(study: Study, flip: float, seed: int) -> np.ndarray:
-    """Return how many training samples each class has."""
+    """Return the number of training samples of each class."""
     data = build_data(study, flip, seed)
     data.setup("fit")
     return np.bincount([int(target) for _, target in inputs(data.train_set)], minlength=CLASSES)
 
 
 def draw_rates(axis: Axes, study: Study) -> None:
-    """Draw the learning rate of each step, of the first seed."""
+    """Draw the learning rate of each step for the first seed."""
     for variant, prune in (("full", 0.0), *(("hard", prune) for prune in study.prunes)):
         if (variant, prune) in study.trainings():
             rates = read_column(study.folder(variant, prune, study.flips[0], 0) / "steps.csv", "lr")
@@ -695,18 +695,18 @@ def draw_rates(axis: Axes, study: Study) -> None:
         axis.legend(fontsize=8, frameon=False)
 
 
-# The command line.
+# Command line.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
+    """Parse the command line."""
     default = Study()
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     rules = (
-        "what to compare: full, that is all samples; random, hard, easy: DataPruning with this keep; offset and ccs: hard "
-        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch. None of them: only look for wrong "
-        "labels"
+        "variants to compare: full: all samples; random, hard, easy: DataPruning with this keep; offset and ccs: hard "
+        "without the hardest tenth; rs2 and rs2-equal: RepeatedRandomSubset; infobatch. Without a variant, only find "
+        "wrong labels"
     )
     add("--variants", nargs="*", choices=RULES, default=default.variants, metavar="VARIANT", help=rules)
     add(
@@ -715,7 +715,7 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
         type=float,
         default=default.prunes,
         metavar="SHARE",
-        help="shares of the samples left out",
+        help="shares of the samples to drop",
     )
     add(
         "--flips", nargs="+", type=float, default=default.flips, metavar="SHARE", help="shares of wrong training labels"
@@ -723,20 +723,20 @@ def parse(arguments: Sequence[str] | None = None) -> Study:
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every variant once")
     add("--epochs", type=int, default=default.epochs, help="epochs of each training")
     add("--score-epoch", type=int, default=default.score_epoch, help="epochs after which samples are scored")
-    budget = "what all variants share: epochs, which are shorter with fewer samples, or steps"
+    budget = "equal for all variants: epochs (shorter with fewer samples) or steps"
     add("--budget", choices=("epochs", "steps"), default=default.budget, help=budget)
-    add("--width", type=int, help="channels of the network's first stage (default: 8, of CIFAR-10 64)")
-    add("--cifar10", type=Path, metavar="FOLDER", help="learn CIFAR-10 from the files in this folder, not the digits")
-    add("--limit", type=int, help="read only so many images of CIFAR-10, for a quick try")
+    add("--width", type=int, help="channels of the first stage (default: 8, for CIFAR-10 64)")
+    add("--cifar10", type=Path, metavar="FOLDER", help="folder with CIFAR-10; without it, the digits")
+    add("--limit", type=int, help="number of CIFAR-10 images to read, for a quick look")
     add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
-    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
+    add("--accelerator", default=default.accelerator, help="accelerator of the Trainer")
+    add("--threads", type=int, default=default.threads, help="CPU threads; more do not speed up so small a network")
     return Study(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
+    """Run the study of the command line."""
     study, written = parse(arguments), []
     if study.variants:
         print_table(run_study(study), study)

@@ -1,4 +1,4 @@
-"""What lightning-grad does, in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
+"""A demo of lightning-grad in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
 
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-TITLE = "lightning-grad: gradient techniques in Lightning projects that know nothing of it"
+TITLE = "lightning-grad: gradient techniques for unmodified Lightning projects"
 
 PLACES = """
 Written to {folder}/
@@ -15,7 +15,7 @@ Written to {folder}/
   results.csv                       the numbers of the first table
   <recipe>_seed0/nm_sparsity.png    one training: density, mask changes, accuracy
   <recipe>_seed0/metrics.csv        its scalars
-  <recipe>_seed0/last.ckpt          its checkpoint, an ordinary one
+  <recipe>_seed0/last.ckpt          its checkpoint, with plain keys
   wandb/offline-run-*/              W&B: the same, histograms and masks
   clipping/comparison.png           one bad batch: which rules save the run
   clipping/results.csv              the numbers of the second table
@@ -24,8 +24,8 @@ Written to {folder}/
   data_pruning/label_errors.csv     the numbers of the third table
   data_pruning/scores/*/*.png       the hardest and easiest samples, the scores
   adversarial/robustness.png        attacked inputs: accuracy by strength, and cost
-  adversarial/digits.png            the digits, the changes and the answers
-  adversarial/rates.png             the accuracy, and where it cut the learning rate
+  adversarial/digits.png            the digits, the changes and the predictions
+  adversarial/rates.png             the accuracy, and the cuts of the learning rate
   adversarial/results.csv           the numbers of the fourth table
   communication/comparison.png      compressed gradients: accuracy, megabytes sent
   communication/results.csv         the numbers of the fifth table
@@ -47,7 +47,7 @@ def main(
     attacked_epochs: int = 20,
     compressed_epochs: int = 20,
 ) -> None:
-    """Train, and print what came of it."""
+    """Run the five parts, and print their results."""
     print(TITLE, flush=True)
     make_sparse(output, epochs, seeds)
     clip_gradients(output / "clipping", steps, seeds)
@@ -59,7 +59,7 @@ def main(
 
 def make_sparse(output: Path, epochs: int, seeds: int) -> None:
     """Run the first part."""
-    from studies import sparsity  # takes seconds, so after the first words
+    from studies import sparsity  # the import takes seconds, so print the title first
 
     print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
     recipes = ("sr-ste", "mdgf-exponential")

@@ -1,4 +1,4 @@
-"""N:M sparsity by several recipes, against dense training of the same network.
+"""Compare recipes of N:M sparsity with dense training of the same network.
 
 ::
 
@@ -6,8 +6,8 @@
     python studies/sparsity.py --pattern 2:4 --recipes sr-ste mdgf-exponential --seeds 3
     python studies/sparsity.py --model ResidualConvNet --data-folder path/to/cifar10 --epochs 30 --wandb
 
-The project that is trained, ``plain_project``, knows nothing of lightning-grad. What makes its weights sparse is one
-line in :func:`train`; all else here measures, checks and draws.
+The trained project, ``plain_project``, does not use lightning-grad. One line in :func:`train` makes its weights sparse;
+everything else here measures, checks and draws.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ if TYPE_CHECKING:
 
 
 IN_THE_DEMO = """\
-Sparse weights (a minute). A small vision transformer learns handwritten digits,
-dense, then with one line added, which leaves 1 of every 8 weights of its encoder.
-Each is trained with three seeds:
+Sparse weights (a minute). A small vision transformer learns handwritten digits:
+first dense, then with one line that keeps 1 of every 8 weights of its encoder.
+Each training runs with three seeds:
 
     Trainer(callbacks=[NMSparsity(pattern="1:8", recipe="mdgf-exponential")])
 """
@@ -66,7 +66,7 @@ Each is trained with three seeds:
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained and where the results go; :func:`parse` says what each field means."""
+    """Settings of the study; :func:`parse` describes each field."""
 
     pattern: str = "1:8"
     recipes: Sequence[Any] = ("sr-ste", "mdgf-exponential", "sdgf-stepwise")
@@ -87,17 +87,17 @@ class Study:
 
 @dataclass(frozen=True)
 class Result:
-    """What one training came to.
+    """The result of one training.
 
     Args:
         recipe: Its recipe, or "dense".
         seed: Its seed.
         test_accuracy: Accuracy on the test images, 0 to 1.
-        exact_weights: How many weights of those chosen are exactly N:M.
-        chosen_weights: How many weights the callback chose.
+        exact_weights: Number of the selected weights that are exactly N:M.
+        chosen_weights: Number of weights that the callback selected.
         step_ms: Median time of a training step, in milliseconds.
-        step_quotient: Median of its quotient with a fixed piece of work, see :class:`StepTimer`.
-        loads_strictly: Whether a plain module with the last checkpoint gives the very same logits.
+        step_quotient: Median of the step time divided by that of a fixed computation, see :class:`StepTimer`.
+        loads_strictly: Whether a plain module with the last checkpoint returns exactly the same logits.
     """
 
     recipe: str
@@ -114,7 +114,7 @@ class Result:
 
 
 def run_study(study: Study) -> list[Result]:
-    """Train everything, and write ``results.csv`` and ``comparison.png``."""
+    """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     hush()
     torch.set_num_threads(study.threads)
     recipes, results = ["dense", *study.recipes], []
@@ -128,7 +128,7 @@ def run_study(study: Study) -> list[Result]:
 
 
 def train(study: Study, data: CIFAR10 | Digits, recipe: Any, seed: int, show: Show) -> Result:
-    """Train once, then test the module, its weights and its last checkpoint."""
+    """Run one training, then test the module, its weights and its last checkpoint."""
     seed_everything(seed, verbose=False)
     module, folder = build_module(study), study.folder(recipe, seed)
     last = ModelCheckpoint(folder, filename="last", enable_version_counter=False)
@@ -167,7 +167,7 @@ def build_module(study: Study) -> LightningModule:
 
 
 def count_exact(module: LightningModule, pattern: str, folder: Path) -> tuple[int, int]:
-    """Return how many of the weights that the callback chose are exactly N:M, and how many it chose."""
+    """Return the number of selected weights that are exactly N:M, and the number of all selected weights."""
     chosen = torch.load(folder / "nm_sparsity_masks.pt")
     report = sparsity_report(module, pattern, include=list(chosen), verbose=False)
     return sum(row.exact for row in report), len(chosen)
@@ -175,17 +175,17 @@ def count_exact(module: LightningModule, pattern: str, folder: Path) -> tuple[in
 
 @torch.no_grad()
 def loads_strictly(study: Study, module: LightningModule, checkpoint: Path, images: torch.Tensor) -> bool:
-    """Load a checkpoint into a plain module as anyone would, and compare its logits with the trained module's."""
+    """Load a checkpoint into a plain module, and compare its logits with those of the trained module."""
     plain = build_module(study)
     plain.load_state_dict(torch.load(checkpoint, map_location="cpu")["state_dict"], strict=True)
     return torch.equal(plain.eval()(images), module.cpu().eval()(images))
 
 
 class StepTimer(Callback):
-    """Time each training step; first in the list, it includes what the callbacks after it do within the step.
+    """Time each training step. Must be the first callback, so that the time includes all other callbacks.
 
-    Every fourth step it also times a fixed piece of work. A busy machine slows both, so their quotient can be compared
-    between trainings that ran one after the other.
+    In every fourth step it also times a fixed computation. A busy machine slows down both, so their quotient can be
+    compared between trainings that ran one after another.
     """
 
     def __init__(self) -> None:
@@ -208,7 +208,7 @@ class StepTimer(Callback):
 
 
 def now(device: torch.device) -> float:
-    """Return this thread's processor time on the CPU, or the clock once an accelerator has done its work."""
+    """Return the processor time of this thread, or on an accelerator the time after it has finished its work."""
     if device.type == "cpu":
         return time.thread_time()
     torch.accelerator.synchronize()
@@ -224,7 +224,7 @@ def do_fixed_work(device: torch.device) -> None:
     torch.autograd.grad(x.sum(), start)
 
 
-# What is printed at the end.
+# Printed tables.
 
 
 def print_table(results: Sequence[Result], study: Study) -> None:
@@ -233,9 +233,9 @@ def print_table(results: Sequence[Result], study: Study) -> None:
     header = ("recipe", "test accuracy", f"exactly {pattern}", "step time", "plain strict load")
     rows = [summarise(recipe, results) for recipe in dict.fromkeys(result.recipe for result in results)]
     print_rows(header, rows)
-    print(f"\nexactly {pattern}: weights chosen by the callback that hold the pattern in every group")
-    print("step time: against the dense training of the same seed, roughly")
-    print("plain strict load: the checkpoint, in a new module and without lightning-grad")
+    print(f"\nexactly {pattern}: selected weights that follow the pattern in every group")
+    print("step time: relative to the dense training of the same seed, roughly")
+    print("plain strict load: logits of a plain module with the checkpoint")
     spread = f"mean ± standard deviation of {study.seeds} seeds\n    " if study.seeds > 1 else ""
     images = "" if study.data_folder else "one of 200 images is 0.5 %, so small differences are chance"
     print(f"test accuracy: {spread}{images}")
@@ -253,7 +253,7 @@ def summarise(recipe: str, results: Sequence[Result]) -> tuple[str, ...]:
     return recipe, f"{accuracy} %", weights, f"{ratio:.2f} x", loads
 
 
-# The figure.
+# Figure.
 
 PALETTE = ("#CC79A7", "#D55E00", "#8C510A", "#56B4E9", "#0072B2", "#009E73", "#E69F00")
 NOTE: dict[str, Any] = {"fontsize": 8.5, "color": "0.35", "ha": "right"}
@@ -261,14 +261,14 @@ COLOURS = {"dense": "0.5", **dict(zip(RECIPES, PALETTE, strict=True))}
 
 
 def draw_comparison(study: Study) -> Figure:
-    """Draw validation accuracy, the share of weights that are not zero, and how much the masks still change."""
+    """Draw the validation accuracy, the share of nonzero weights, and the share of mask changes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     panels = [["accuracy", "density"], ["accuracy", "flips"]]
     axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.25, 1], sharex=True)
     data = "CIFAR-10" if study.data_folder else "handwritten digits"
-    figure.suptitle(f"Training towards {study.pattern} sparsity: {study.model} on {data}", fontsize=12)
+    figure.suptitle(f"Training with {study.pattern} sparsity: {study.model} on {data}", fontsize=12)
     for recipe in ("dense", *study.recipes):
         draw_curves(axes["accuracy"], study, recipe, "val_acc", label=recipe)
         if recipe != "dense":
@@ -280,7 +280,7 @@ def draw_comparison(study: Study) -> Figure:
 
 
 def draw_curves(axis: Axes, study: Study, recipe: str, key: str, label: str = "", **style: Any) -> None:
-    """Draw the mean over the seeds, and where there are several a thin line for each of them."""
+    """Draw the mean over the seeds and, if there are several, a thin line for each."""
     curves = [read_curve(study.folder(recipe, seed) / "metrics.csv", key) for seed in range(study.seeds)]
     steps, colour = list(curves[0]), COLOURS[recipe]
     for curve in curves if study.seeds > 1 else []:
@@ -290,11 +290,11 @@ def draw_curves(axis: Axes, study: Study, recipe: str, key: str, label: str = ""
 
 
 def style_axes(axes: dict[str, Axes], study: Study) -> None:
-    """Name the panels and their axes, and set limits that show what matters."""
+    """Label the panels and their axes, and set limits that show the relevant range."""
     seeds = f", {study.seeds} seeds (thin) and their mean" if study.seeds > 1 else ", one seed"
     titles = {
         "accuracy": f"Validation accuracy{seeds}",
-        "density": "Weights that are not zero",
+        "density": "Nonzero weights",
         "flips": "Mask entries that changed since the last log",
     }
     axes["flips"].set_yscale("log", nonpositive="mask")
@@ -313,30 +313,30 @@ def style_axes(axes: dict[str, Axes], study: Study) -> None:
         axes["accuracy"].text(0.98, 0.04, "one of the 197 images is 0.5 %", transform=where, **NOTE)
 
 
-# The command line.
+# Command line.
 
 
 def parse(arguments: Sequence[str] | None = None) -> Study:
-    """Read the command line."""
+    """Parse the command line."""
     default, models = Study(), ("VisionTransformer", "ResidualConvNet")
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--pattern", default=default.pattern, help="N:M pattern with which every sparse training ends")
+    add("--pattern", default=default.pattern, help="final N:M pattern of every sparse training")
     add("--recipes", nargs="+", choices=RECIPES, default=default.recipes, help="recipes to compare with dense")
     add("--model", choices=models, default=default.model, help="module of plain_project to train")
     add("--data-folder", type=Path, help="folder with CIFAR-10; without it, the digits of scikit-learn")
     add("--seeds", type=int, default=default.seeds, help="number of seeds; each trains every recipe once")
     add("--epochs", type=int, default=default.epochs, help="epochs of each training")
     add("--output", type=Path, default=default.output, help="folder of the results")
-    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="log each training to W&B too")
-    add("--accelerator", default=default.accelerator, help="device, as the Trainer calls it")
-    add("--threads", type=int, default=default.threads, help="CPU threads; so small a network gains nothing by more")
-    add("--limit-batches", type=int, help="stop every epoch after so many batches, for a quick look")
+    add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
+    add("--accelerator", default=default.accelerator, help="accelerator of the Trainer")
+    add("--threads", type=int, default=default.threads, help="CPU threads; more do not speed up so small a network")
+    add("--limit-batches", type=int, help="number of batches in an epoch, for a quick look")
     return Study(**vars(parser.parse_args(arguments)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the study that the command line describes."""
+    """Run the study of the command line."""
     study = parse(arguments)
     results = run_study(study)
     print_table(results, study)

@@ -29,13 +29,13 @@ def read_cifar10(folder: str | Path, split: Split, limit: int | None = None) -> 
         folder: Folder with ``data_batch_1`` to ``data_batch_5`` and ``test_batch``, or with a subfolder
             ``cifar-10-batches-py`` of these, or with ``cifar10_train.npz`` and ``cifar10_test.npz``.
         split: ``"train"`` or ``"test"``.
-        limit: Read only so many images, ``None`` for all.
+        limit: Number of images to read, ``None`` for all.
 
     Returns:
         Images ``(n, 3, 32, 32)`` as uint8 and labels ``(n,)`` as int64.
 
     Raises:
-        FileNotFoundError: If ``folder`` has neither.
+        FileNotFoundError: If ``folder`` has none of these.
     """
     for candidate in (Path(folder), Path(folder) / "cifar-10-batches-py"):
         paths = [candidate / name for name in BATCHES[split]]
@@ -46,8 +46,8 @@ def read_cifar10(folder: str | Path, split: Split, limit: int | None = None) -> 
         return _read_archive(archive, limit)
     names = ", ".join(BATCHES[split])
     raise FileNotFoundError(
-        f"No CIFAR-10 {split} split in {folder}: looked for {names} there and in cifar-10-batches-py/, "
-        f"and for {archive.name}."
+        f"No CIFAR-10 {split} split in {folder}. It must have {names}, in cifar-10-batches-py/ or not, "
+        f"or {archive.name}."
     )
 
 
@@ -86,7 +86,7 @@ def flip_and_shift(images: Tensor, shift: int = 4) -> Tensor:
 
 
 class Images(Dataset[tuple[Tensor, Tensor]]):
-    """Stored bytes that come out as normalised, optionally augmented images.
+    """Images stored as bytes, returned normalized and optionally augmented.
 
     Args:
         images: uint8 images ``(n, 3, height, width)``.
@@ -108,7 +108,7 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        """Return the images and labels of a batch, which the loader asks for at once."""
+        """Return the images and labels of a batch, which the loader requests together."""
         images = self.images[indices]
         if self.augment:
             images = flip_and_shift(images)
@@ -116,14 +116,14 @@ class Images(Dataset[tuple[Tensor, Tensor]]):
 
 
 class CIFAR10(LoaderModule):
-    """CIFAR-10 from files that you have, normalised per channel; see :func:`read_cifar10` for the formats.
+    """CIFAR-10 from local files, normalized per channel; see :func:`read_cifar10` for the formats.
 
-    The last tenth of the training images, 5000 of all, is for validation.
+    The last tenth of the training images (5000 without ``limit``) is for validation.
 
     Args:
         folder: Folder with the files.
         batch_size: Images per batch.
-        limit: Read only so many images of the training file and of the test file, ``None`` for all.
+        limit: Number of images to read of the training and of the test files, ``None`` for all.
         num_workers: Worker processes of each loader.
         augment: Whether to flip and shift the training images at random.
     """

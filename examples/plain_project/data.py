@@ -17,7 +17,7 @@ STDLIB_FILES = ("argparse.py", "difflib.py", "doctest.py", "optparse.py", "rando
 
 
 class LoaderModule(LightningDataModule):
-    """Loaders over the data sets ``train_set`` and ``val_set``, which a subclass makes in ``setup``.
+    """Loaders of the data sets ``train_set`` and ``val_set``, which a subclass creates in ``setup``.
 
     Args:
         batch_size: Samples per batch.
@@ -52,7 +52,7 @@ class LoaderModule(LightningDataModule):
 
 
 def flip_labels(labels: Tensor, share: float, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Replace the labels of randomly chosen samples by another class, each other class being as likely.
+    """Replace the labels of randomly chosen samples by a random other class.
 
     Args:
         labels: Labels ``(n,)``.
@@ -61,9 +61,9 @@ def flip_labels(labels: Tensor, share: float, classes: int, seed: int) -> tuple[
         seed: Seed of the choice.
 
     Returns:
-        New labels ``(n,)``, and the sorted indices of those that are replaced.
+        New labels ``(n,)``, and the sorted indices of the replaced ones.
     """
-    # Of numpy, for what chooses samples by the same seed from torch would otherwise choose these very ones.
+    # numpy, not torch: code that selects samples with torch and the same seed would otherwise select exactly these.
     generator = np.random.default_rng(seed)
     count = round(share * len(labels))
     chosen = torch.from_numpy(generator.permutation(len(labels))[:count]).sort().values
@@ -73,7 +73,7 @@ def flip_labels(labels: Tensor, share: float, classes: int, seed: int) -> tuple[
 
 
 class Digits(LoaderModule):
-    """The 1797 handwritten 8x8 digits that ship with scikit-learn, standardised.
+    """The 1797 handwritten 8x8 digits that ship with scikit-learn, standardized.
 
     The split into 1400 training, 197 validation and 200 test images is stratified by class.
 
@@ -86,8 +86,8 @@ class Digits(LoaderModule):
 
     Attributes:
         flipped: After ``setup``, the sorted indices of the training images whose labels are replaced.
-        mean: After ``setup``, the mean that was taken from pixels between 0 and 1.
-        std: After ``setup``, the standard deviation that they were divided by.
+        mean: After ``setup``, the mean that was subtracted from pixels between 0 and 1.
+        std: After ``setup``, the standard deviation by which they were divided.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Digits(LoaderModule):
         self.flip = flip
 
     def setup(self, stage: str) -> None:
-        """Load, split and standardise the images."""
+        """Load, split and standardize the images."""
         images, labels = load_digits(return_X_y=True)
         x = torch.from_numpy(images).float().view(-1, 1, 8, 8) / 16
         y = torch.from_numpy(labels)
@@ -131,14 +131,14 @@ class Digits(LoaderModule):
 
 
 class Text(LoaderModule):
-    """Consecutive windows of a text, each with the same window one character on as its target.
+    """Consecutive windows of a text; the target is the same window shifted by one character.
 
     The first nine tenths of the text are for training, the last tenth is for validation. The vocabulary
     is the sorted set of the characters of the whole text.
 
     Args:
         path: UTF-8 text file. ``None`` reads the source of a few modules of the running Python's standard
-            library, about 400 kB that need no download but differ a little between Python versions.
+            library, about 400 kB that need no download but differ slightly between Python versions.
         context: Characters per window.
         batch_size: Windows per batch.
         num_workers: Worker processes of each loader.
@@ -170,7 +170,7 @@ class Text(LoaderModule):
         return len(self.vocabulary)
 
     def encode(self, text: str) -> Tensor:
-        """Return the ids of the characters of ``text``, which must all be in the vocabulary."""
+        """Return the ids of the characters of ``text``. All must be in the vocabulary."""
         return torch.tensor([self.vocabulary[character] for character in text])
 
     def decode(self, ids: Tensor) -> str:
@@ -189,7 +189,7 @@ class Text(LoaderModule):
         """Cut ``ids`` into windows and their targets, dropping the incomplete last one.
 
         Raises:
-            ValueError: If ``ids`` are too few for one window.
+            ValueError: If there are too few ``ids`` for one window.
         """
         count = (len(ids) - 1) // self.context
         if count < 1:

@@ -1,4 +1,4 @@
-"""The LightningModule that models text."""
+"""The LightningModule of a character model."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ class CharTransformer(LightningModule):
 
     Args:
         vocabulary_size: Number of distinct character ids, at least that of the data.
-        context: Longest sequence that the model takes.
+        context: Longest sequence that the model accepts.
         width: Width of the character embeddings.
         depth: Number of transformer layers.
         heads: Number of attention heads.
@@ -90,7 +90,7 @@ class CharTransformer(LightningModule):
         Args:
             prompt_ids: Ids to continue, of shape ``(length,)`` with ``length`` at least one.
             n: Number of ids to sample.
-            temperature: Divides the logits; below one for safer, above one for wilder samples.
+            temperature: Divisor of the logits; less than one for likelier, more than one for more varied samples.
         """
         ids = prompt_ids.to(self.device)
         for _ in range(n):

@@ -13,7 +13,7 @@ from plain_project.schedules import Schedule, with_schedule
 
 
 class ImageClassifier(LightningModule):
-    """Train any network that turns images into logits.
+    """Train any network that maps images to logits.
 
     Args:
         net: Network from images ``(batch, channels, height, width)`` to logits ``(batch, classes)``.
@@ -26,7 +26,7 @@ class ImageClassifier(LightningModule):
         schedule: ``"cosine"`` for linear warm-up and cosine decay to zero, ``"warmup"`` for the warm-up and a fixed
             rate, ``"linear"`` for a linear decay to zero, ``"piecewise"`` for a tenth of the rate after half of the run
             and again after three quarters, ``"one-cycle"`` for torch's ``OneCycleLR``, ``"constant"`` for a fixed rate.
-        warmup: Fraction of the training steps spent on the warm-up of the first two.
+        warmup: Fraction of the training steps for the warm-up of ``"cosine"`` and ``"warmup"``.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ImageClassifier(LightningModule):
             return AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         if self.optimizer == "sgd":
             return SGD(self.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        raise ValueError(f"optimizer must be 'adamw' or 'sgd', not {self.optimizer!r}.")
+        raise ValueError(f"optimizer must be 'adamw' or 'sgd'; got {self.optimizer!r}.")
 
 
 class VisionTransformer(ImageClassifier):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def transformer_encoder(width: int, depth: int, heads: int, mlp_ratio: int, dropout: float) -> nn.TransformerEncoder:
-    """Build a pre-norm GELU transformer encoder, without the LayerNorm that is due after its last layer."""
+    """Build a pre-norm GELU transformer encoder, without the LayerNorm after its last layer."""
     layer = nn.TransformerEncoderLayer(
         width, heads, mlp_ratio * width, dropout, activation="gelu", batch_first=True, norm_first=True
     )
@@ -114,7 +114,7 @@ class CausalTransformer(nn.Module):
 
     Args:
         vocabulary_size: Number of distinct token ids.
-        context: Longest sequence that the network takes.
+        context: Longest sequence that the network accepts.
         width: Width of the token embeddings.
         depth: Number of transformer layers.
         heads: Number of attention heads.

@@ -13,12 +13,12 @@ Schedule = Literal["cosine", "warmup", "linear", "piecewise", "one-cycle", "cons
 
 
 def warmup_constant(step: int, warmup_steps: int) -> float:
-    """Return the factor of the learning rate at ``step``: linear up to one, and one from then on."""
+    """Return the factor of the learning rate at ``step``: linear up to one, then constant."""
     return min(1.0, (step + 1) / (warmup_steps + 1))
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
-    """Return the factor of the learning rate at ``step``: linear up to one, then half a cosine to zero."""
+    """Return the factor of the learning rate at ``step``: linear up to one, then a cosine down to zero."""
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -26,12 +26,12 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
 
 
 def linear_decay(step: int, total_steps: int) -> float:
-    """Return the factor of the learning rate at ``step``: from one down to zero along a line."""
+    """Return the factor of the learning rate at ``step``: linear from one down to zero."""
     return max(0.0, 1 - step / total_steps)
 
 
 def with_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float, warmup: float) -> OptimizerLRScheduler:
-    """Return what ``configure_optimizers`` returns for ``optimizer`` under ``schedule``.
+    """Return the result of ``configure_optimizers`` for an optimizer with a schedule.
 
     Args:
         optimizer: The optimizer to schedule.
@@ -42,12 +42,14 @@ def with_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float, 
         warmup: Fraction of ``total_steps`` spent on the linear warm-up.
 
     Raises:
-        ValueError: If a schedule is asked for in a run without an end.
+        ValueError: If a schedule needs the length of the run, and the run is infinite.
     """
     if schedule == "constant":
         return optimizer
     if math.isinf(total_steps):
-        raise ValueError(f"schedule={schedule!r} needs a run with an end: set max_epochs or max_steps of the Trainer.")
+        raise ValueError(
+            f"schedule={schedule!r} needs a run of known length. Set max_epochs or max_steps of the Trainer."
+        )
     scheduler = _scheduler(optimizer, schedule, int(total_steps), warmup)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -140,7 +140,7 @@ def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
 
     Args:
         trainer: The trainer; nothing is printed if no logger has a folder.
-        asking: The calling callback or strategy. Only the first one with ``figure=True`` prints, for all of them.
+        asking: The calling callback or strategy; the first one with ``figure=True`` prints for all.
     """
     techniques = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
     # log_key identifies our own techniques: other callbacks may have an unrelated attribute figure.
@@ -261,7 +261,7 @@ def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str, aliases: Seq
     Args:
         trainer: The trainer whose loggers get the file.
         path: The file.
-        name: Name of the artifact. Files with equal names become versions of it, even from different runs.
+        name: Name of the artifact; files with equal names, even of other runs, are its versions.
         kind: Type of the artifact.
         aliases: Aliases of this version, in addition to "latest".
     """

@@ -72,7 +72,7 @@ def test_it_measures_everything(calls, tmp_path, capsys):
     assert budgets == pytest.approx(dict(zip(names, [None, None, 2.1, 3.1, 6.1, 11.1], strict=True)))
     compared = [(row["name"], row["baseline"]) for row in tables["A validation pass"] if row["budget"] is not None]
     assert compared == [(f"AdversarialEvaluation(steps={k})", f"by hand, steps={k}") for k in (1, 20)]
-    assert "Over budget: " in printed
+    assert "Budgets missed: " in printed
 
 
 def test_steps_are_attacked_as_often_as_their_names_say(calls, monkeypatch):

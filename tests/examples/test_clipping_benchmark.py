@@ -54,7 +54,7 @@ def test_it_measures_everything(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(clipping, "WINDOW", 32)
     clipping.main(["--quick", "--out", str(tmp_path / "speed.json")])
     printed = capsys.readouterr().out
-    for shown in ("Functions on 400 tiny tensors", "on_before_optimizer_step", "a transformer", "Over budget: "):
+    for shown in ("Functions on 400 tiny tensors", "on_before_optimizer_step", "a transformer", "Budgets missed: "):
         assert shown in printed
     tables = json.loads((tmp_path / "speed.json").read_text())
     assert {clipping.TINY, clipping.LARGE, f"{clipping.TINY}, hooks"} <= set(tables)

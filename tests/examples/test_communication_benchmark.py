@@ -116,10 +116,10 @@ def test_steps_over_links_are_held_to_what_they_shall_save(monkeypatch, capsys):
     assert "ms at 100 Mbit/s" in capsys.readouterr().out
 
 
-def test_without_namespaces_two_parts_are_left_out(monkeypatch, tmp_path, capsys):
+def test_without_namespaces_two_parts_are_skipped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(slow_link, "why_unavailable", lambda: "a slow link needs root")
     communication.main(["--parts", "link", "accuracy", "--out", str(tmp_path)])
-    assert capsys.readouterr().out.count("Left out: a slow link needs root.") == 2
+    assert capsys.readouterr().out.count("Skipped: a slow link needs root.") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["communication.json"]
 
 

@@ -157,7 +157,7 @@ def test_it_measures_everything(monkeypatch, tmp_path, capsys):
     memory = {(row["name"], row["baseline"]): row for row in tables["Memory, a residual convnet"]}
     assert memory[GHOST, PLAIN]["ratio"] == pytest.approx(1.3)
     assert memory[VMAP, GHOST]["ratio"] == pytest.approx(4.0)
-    over = printed.split("Over budget: ")[1]
+    over = printed.split("Budgets missed: ")[1]
     assert f"{GHOST} (Memory, a residual convnet)" in over
     assert f"{VMAP} (Memory, a residual convnet)" not in over
 

@@ -184,7 +184,7 @@ def test_warmup_schedule_stays_at_its_peak() -> None:
     trainer.fit(ResidualConvNet(width=2, lr=0.1, schedule="warmup", warmup=0.2), Digits(batch_size=256))
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.1
     assert [warmup_constant(step, warmup_steps=3) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    with pytest.raises(ValueError, match="'warmup' needs a run with an end"):
+    with pytest.raises(ValueError, match="'warmup' needs a run of known length"):
         Trainer(max_epochs=-1, enable_checkpointing=False, **QUIET).fit(ResidualConvNet(schedule="warmup"), Digits())
 
 

@@ -22,7 +22,7 @@ def test_it_measures_everything(tmp_path, capsys):
     topk_selection.main(["--quick", "--out", str(tmp_path / "selection.json")], entries=20_000)
     printed = capsys.readouterr().out
     assert "The 20 largest of 20000 float32 entries, heavy tail" in printed
-    assert "Over budget: " in printed
+    assert "Budgets missed: " in printed
     tables = json.loads((tmp_path / "selection.json").read_text())
     for kind in vectors(100, "cpu"):
         assert [row["name"] for row in tables[kind]] == list(SELECTORS)

@@ -269,7 +269,7 @@ def test_tables_tell_what_their_columns_mean(tmp_path: Path, capsys: pytest.Capt
     assert "pgd      constant            0.1    6 (6-6)           90.0 ± 0.0   50.0 ± 0.0   1.0" in printed
     assert f"pgd      {OURS}   0.1    never (3-never)   90.0 ± 0.0   60.0 ± 0.0   1.0   2.0" in printed
     assert "pgd      constant   1.00 (0.00-2.00)   1 of 2      +10.0 ± 0.0" in printed
-    assert "without PGD and with (20 steps, epsilon 0.15)" in printed
+    assert "without and with PGD (20 steps, epsilon 0.15)" in printed
     assert max(map(len, printed.splitlines())) <= 92
 
 

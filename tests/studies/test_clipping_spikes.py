@@ -125,7 +125,9 @@ def test_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert str(tmp_path / "out") in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "cannot read"), ("too short", "too short a text")])
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "cannot read"), ("too short", "must have at least 1000 characters; got 9")]
+)
 def test_a_text_that_cannot_be_learnt_is_refused(
     content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,9 +166,9 @@ def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -
     ]
     print_table(results, study)
     printed = capsys.readouterr().out
-    assert "hard      50 %       90.5 ± 0.7 %    1,000          50 %     2.0 s" in printed
+    assert "hard      50 %      90.5 ± 0.7 %    1,000          50 %     2.0 s" in printed
     assert "same epochs" in printed
-    assert "hard: choose once, after 4 of 40 epochs" in printed
+    assert "hard: select once, after 4 of 40 epochs" in printed
     assert max(map(len, printed.splitlines())) <= 80
 
 
