@@ -40,6 +40,7 @@ def _spearman(a: Tensor, b: Tensor) -> float:
 
 
 def _aligned(a: Scores, b: Scores) -> tuple[Tensor, Tensor]:
+    """Return the values of both scores for the samples that have both."""
     scores = [item if isinstance(item, SampleScores) else SampleScores(item, "scores") for item in (a, b)]
     if all(item.index is None for item in scores) and len(scores[0].values) != len(scores[1].values):
         raise ValueError(

@@ -130,6 +130,7 @@ def _tensor_bytes(tensor: Tensor) -> bytes:
 
 
 def _tensor_taken_apart(tensor: Tensor) -> tuple[str, bytes, Sequence[Any]]:
+    """Return the kind, bytes and parts of a tensor; unreadable tensors have only a kind."""
     if tensor.is_nested:
         return f"Tensor nested {tensor.dtype}", b"", tensor.detach().unbind()
     kind = f"Tensor {tensor.dtype} {tuple(tensor.shape)}"
@@ -163,6 +164,7 @@ def _taken_apart(value: Any) -> tuple[str, bytes, Sequence[Any]]:
 
 
 def _leaf(value: Any, kind: str) -> tuple[str, bytes]:
+    """Return the kind and bytes of a value without parts."""
     if isinstance(value, enum.Enum):
         return kind, value.name.encode()
     if isinstance(value, str):

@@ -131,6 +131,7 @@ def _generators_of(holder: Any, depth: int = 4) -> Iterator[Any]:
 
 
 def _parts_of(holder: Any) -> list[Any]:
+    """Return the objects inside a holder in which user code may keep a generator."""
     if isinstance(holder, (list, tuple)):
         return list(holder) if len(holder) <= _FEW else []
     if isinstance(holder, functools.partial):

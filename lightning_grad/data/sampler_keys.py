@@ -129,6 +129,7 @@ def _known_keys(sampler: Any) -> Sequence[int] | None:
 
 
 def _read_copy(reader: KeyReader, original: Any, shared: dict[int, Any]) -> None:
+    """Check the keys of one epoch of a copied sampler."""
     try:
         batches = iter(copy.deepcopy(original, shared))
     except Exception:  # the sampler cannot be copied, for example because it has an open file or a lock

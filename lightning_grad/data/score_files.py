@@ -165,6 +165,8 @@ def save_scores(scores: SampleScores, path: str | os.PathLike[str]) -> Path:
 
 
 def _from_entries(entries: Mapping[str, Any]) -> SampleScores:
+    """Create scores from the arrays of a file, checking their types."""
+
     def plain(key: str, *kinds: type) -> Any:
         value = entries[key].item() if key in entries else None
         if value is not None and not isinstance(value, kinds):
@@ -224,6 +226,7 @@ def _positions(names: Sequence[str], dataset: Any) -> Tensor | None:
 
 
 def _load_csv(path: Path, dataset: Any) -> SampleScores:
+    """Read scores from a table, whose columns are recognized by their names."""
     with errors_that_name(path), path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         rows, columns = list(reader), list(reader.fieldnames or [])
@@ -295,6 +298,7 @@ def load_scores(path: str | os.PathLike[str], dataset: Any = None, strict: bool 
 
 
 def _check_alike(first: SampleScores, other: SampleScores) -> None:
+    """Raise unless two scores are of one kind and of the same samples."""
     if other.name != first.name:
         raise ValueError(
             f"Scores must be of one kind to be averaged; got {first.name!r} and {other.name!r}. Name files of one "

@@ -44,6 +44,7 @@ class CheckedArguments:
 
 
 def _with_checks(constructor: Callable[..., None]) -> Callable[..., None]:
+    """Wrap a constructor to check its arguments first."""
     signature = inspect.signature(constructor)
 
     @functools.wraps(constructor)
@@ -109,6 +110,7 @@ def _members(kind: Any) -> list[Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
+    """Return True if a value matches an annotation."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return any(_fits(value, part) for part in parts)
@@ -146,6 +148,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _describe(kind: Any) -> str:
+    """Describe an annotation in words for an error message."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, parts))
@@ -171,6 +174,7 @@ def _joined(words: Sequence[str]) -> str:
 
 
 def _hint(value: Any, kind: Any) -> str:
+    """Return advice for a value of the wrong type, or an empty string."""
     members = _members(kind)
     lists = [member for member in members if get_origin(member) is Sequence]
     if isinstance(value, Mapping) or _is_list(value):
@@ -249,7 +253,7 @@ def follow_settings(
         display_name: Name of the technique for messages.
         saved: Settings in the checkpoint, converted by :func:`plain`; missing ones are not compared.
         settings: Current settings.
-        fixed: Settings that cannot change within a run, with the reason: a clause that follows "because".
+        fixed: Settings that cannot change in a run, with the reason: a clause after "because".
 
     Raises:
         ValueError: If a fixed setting changed.

@@ -31,7 +31,7 @@ def find_input(batch: Any, key: str | int | None, needed_by: str) -> Path | None
 
     Args:
         batch: The batch.
-        key: A key, a position, or several joined by dots, such as ``"images"``, ``0`` or ``"0.pixels"``.
+        key: A key, a position, or several joined by dots, such as ``"images"`` or ``"0.pixels"``.
             Default: the first tensor of numbers with at least two dimensions, if it is floating-point. Parts named
             ``label``, ``target``, ``y``, ``mask``, ``..._mask``, ``weight`` or ``sample_weight`` are skipped.
         needed_by: Name of the technique for error messages.

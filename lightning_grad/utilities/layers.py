@@ -30,7 +30,7 @@ class LayerFinder:
     """Group gradients into layers, with a cache for each set of parameters that have gradients.
 
     Args:
-        per: "module" groups the parameters of a module into a layer, "parameter" makes each one a layer.
+        per: "module" makes the parameters of a module one layer, "parameter" each of them.
         layer_depth: Merge layers whose names agree in this many leading parts; ``None`` merges none.
     """
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 _MOST_TEXT_ROWS = 200  # rows of a table that TensorBoard shows as text
+_LONGEST_NAME = 128  # characters of an artifact's name that W&B accepts
 _MOST_ROWS = 10_000  # rows of a table that W&B shows; the CSV file has all rows
 
 
@@ -139,7 +140,7 @@ def say_if_no_figures(trainer: pl.Trainer, asking: object) -> None:
 
     Args:
         trainer: The trainer; nothing is printed if no logger has a folder.
-        asking: The calling callback or strategy. Only the first one with ``figure=True`` prints, for all of them.
+        asking: The calling callback or strategy; the first one with ``figure=True`` prints for all.
     """
     techniques = (*trainer.callbacks, trainer.strategy)  # type: ignore[attr-defined]
     # log_key identifies our own techniques: other callbacks may have an unrelated attribute figure.
@@ -260,14 +261,14 @@ def log_file(trainer: pl.Trainer, path: Path, name: str, kind: str, aliases: Seq
     Args:
         trainer: The trainer whose loggers get the file.
         path: The file.
-        name: Name of the artifact. Files with equal names become versions of it, even from different runs.
+        name: Name of the artifact; files with equal names, even of other runs, are its versions.
         kind: Type of the artifact.
         aliases: Aliases of this version, in addition to "latest".
     """
     for experiment in map(_experiment, _loggers(trainer)):
         if hasattr(experiment, "log_artifact") and hasattr(experiment, "use_artifact"):
-            names = [re.sub(r"[^\w.-]+", "_", alias, flags=re.ASCII) for alias in ("latest", *aliases)]
-            experiment.log_artifact(str(path), re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII), kind, names)
+            own, *names = (re.sub(r"[^\w.-]+", "_", word, flags=re.ASCII) for word in (name, "latest", *aliases))
+            experiment.log_artifact(str(path), own[:_LONGEST_NAME], kind, names)
 
 
 def send_alert(trainer: pl.Trainer, title: str, text: str) -> None:

@@ -135,6 +135,7 @@ def _with_weight(owner: nn.Module, attribute: str) -> Callable[[Tensor, Tensor],
 
 
 def _compare_products(run: Callable[[Tensor, Tensor], Any], like: Tensor) -> int | None:
+    """Return which of the products x W^T and x W the layer computes up to a factor; None if not exactly one."""
     generator = torch.Generator(like.device).manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

@@ -256,6 +256,7 @@ _OF_CALLBACKS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "sparse_gradients": (test_sparse_gradients,),
     "complex_parameters": (test_complex_parameters,),
 }
+_ALL_IN_ONE = {test_gradients_that_come_late: _LATE, composition.test_two_ranks_agree: composition.BROAD}
 _BESIDE = strategies_composition.test_beside_callbacks
 _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
     "accumulation": (strategies_composition.test_trainer_options,),
@@ -269,8 +270,8 @@ _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
 
 def entries_of(test: Any) -> list[Entry]:
     """Return the entries that a contract test runs over."""
-    if test is test_gradients_that_come_late:
-        return list(_LATE)
+    if test in _ALL_IN_ONE:
+        return list(_ALL_IN_ONE[test])
     given = [mark.args[1] for mark in test.pytestmark if mark.name == "parametrize"]
     rows = [row if isinstance(row, tuple) else (row,) for values in given for row in values]
     return [value for row in rows for value in row if isinstance(value, Entry)]

@@ -34,7 +34,7 @@ def _comparable(left: dict[str, Any]) -> dict[str, Any]:
     for callback in state["callbacks"]:
         callback.get("record", {}).pop("validations", None), callback.pop("validations", None)
         for row in callback.get("record", {}).get("rows", []):
-            row.pop("gradient_noise_kept", None), row.pop("gradient_noise_pruned", None)
+            row.pop("gradient_variance_kept", None), row.pop("gradient_variance_pruned", None)
     return state
 
 

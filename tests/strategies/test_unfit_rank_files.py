@@ -193,7 +193,7 @@ def test_a_file_that_does_not_fit_is_named_on_every_rank_and_reset_begins_empty(
         assert left["steps"] == EPOCHS * 6
     lines = results[0][1][2]
     (line,) = (line for line in lines if "starts without unsent gradients" in line)
-    assert f"is lost, because the rank file {saved.file(rank)} {words}" in line
+    assert f"are lost, because the rank file {saved.file(rank)} {words}" in line
     assert_same(results[0][1][1]["module"], results[1][1][1]["module"])
 
 
@@ -255,7 +255,7 @@ def test_other_ranks_are_refused_or_begin_empty(elsewhere: tuple[Saved, Saved, l
         assert start == ({}, 0)
         assert_same(left["module"], results[0][1][1]["module"])
     (line,) = (line for line in results[0][1][2] if "starts without unsent gradients" in line)
-    assert f"is lost, because {words}." in line
+    assert f"are lost, because {words}." in line
 
 
 def test_a_mean_of_files_of_which_one_is_torn_is_refused_by_its_name(elsewhere: tuple[Saved, Saved, list[Any]]) -> None:

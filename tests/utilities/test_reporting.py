@@ -338,8 +338,8 @@ def test_dry_run_takes_every_kind_of_fact(tmp_path: Path) -> None:
 def test_file_becomes_an_artifact_where_there_are_some(tmp_path: Path, tensorboard: TensorBoardLogger) -> None:
     trainer = recording_trainer()
     trainer.loggers.append(tensorboard)
-    log_file(trainer, tmp_path / "masks.pt", name="masks of [1]", kind="mask", aliases=["epoch 1"])
-    expected = (str(tmp_path / "masks.pt"), "masks_of_1_", "mask", ["latest", "epoch_1"])
+    log_file(trainer, tmp_path / "masks.pt", name=f"masks of [1]{'x' * 200}", kind="mask", aliases=["epoch 1"])
+    expected = (str(tmp_path / "masks.pt"), f"masks_of_1_{'x' * 117}", "mask", ["latest", "epoch_1"])
     assert trainer.loggers[0].calls == {"artifact": {"args": expected}}
 
 

@@ -101,9 +101,9 @@ class Attack:
         slack = _ROUNDING * (high - low)
         if least < low - slack or most > high + slack:
             raise ValueError(
-                f"{needed_by}: the inputs range from {least:.3g} to {most:.3g}, outside bounds=({low:g}, {high:g}). If "
-                "they are normalized, set mean and std, and give epsilon and bounds in pixels. Otherwise set bounds to "
-                "their range."
+                f"{needed_by}: the inputs range from {least:.3g} to {most:.3g}, outside bounds=({low:g}, {high:g}). "
+                "If they are normalized, set mean and std, and give epsilon and bounds in pixels. Otherwise set "
+                "bounds to their range."
             )
 
     def _range_in_pixels(self, inputs: Tensor) -> tuple[float, float]:

@@ -106,7 +106,8 @@ class OverfittingCheck:
     def _report_unknown(self, error: _UnknownAccuracyError) -> None:
         if not self._has_reported:
             rank_zero_info(
-                f"{self.display_name} skips the accuracies of check_every_n_epochs: {error} Use AdversarialEvaluation "
-                "to measure the metrics that the module logs, or set check_every_n_epochs=None to turn the check off."
+                f"{self.display_name} skips the accuracies of check_every_n_epochs: {error} Use "
+                "AdversarialEvaluation to measure the metrics that the module logs, or set check_every_n_epochs=None "
+                "to turn the check off."
             )
         self._has_reported = True

@@ -90,8 +90,8 @@ class BatchTensor(Place):
         found = find_inputs(batch, self._input_key, self._needed_by)
         if found is None:
             raise TypeError(
-                f"{self._needed_by} perturbs {text_of(self._pattern)}, but a later batch has no floating-point tensor "
-                "there and no other clear input. Set input_key to a tensor that every batch has."
+                f"{self._needed_by} perturbs {text_of(self._pattern)}, but a later batch has no floating-point "
+                "tensor there and no other clear input. Set input_key to a tensor that every batch has."
             )
         if found not in self._reported:
             self._reported.append(found)
@@ -124,8 +124,8 @@ class EmbeddingOutput(Place):
         self._needed_by = needed_by
         if any(is_compiled(module) for module in pl_module.modules()):
             raise ValueError(
-                f"{needed_by} perturbs the output of an nn.Embedding with a hook, but compiled code does not run hooks. "
-                "Train uncompiled, or set input_key to a floating-point tensor of the batch."
+                f"{needed_by} perturbs the output of an nn.Embedding with a hook, but compiled code does not run "
+                "hooks. Train uncompiled, or set input_key to a floating-point tensor of the batch."
             )
 
     @property
@@ -141,8 +141,8 @@ class EmbeddingOutput(Place):
             run(copy_of(batch))
         if not seen:
             raise RuntimeError(
-                f"{self._needed_by} perturbs the output of an nn.Embedding, but the step calls none. Call the embedding "
-                "as a module, embedding(x), or set input_key to a floating-point tensor of the batch."
+                f"{self._needed_by} perturbs the output of an nn.Embedding, but the step calls none. Call the "
+                "embedding as a module, embedding(x), or set input_key to a floating-point tensor of the batch."
             )
         return seen[0]
 

@@ -81,8 +81,8 @@ class WorstInputs:
                 with suppress(Exception):
                     return place, self._worst(trainer, place, batch, other, purpose)
             error.add_note(
-                f"{self.needed_by} ran {name} on an input that requires a gradient, to attack it. If this fails because "
-                "a tensor was created in inference mode, use Trainer(inference_mode=False)."
+                f"{self.needed_by} ran {name} on an input that requires a gradient, to attack it. If this fails "
+                "because a tensor was created in inference mode, use Trainer(inference_mode=False)."
             )
             raise
 

@@ -29,8 +29,8 @@ from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 _STAGES = {"fit": "validation", "validate": "validation", "test": "test"}
 _HOOKS = ("on_{}_start", "on_{}_epoch_start", "on_{}_batch_start", "{}_step", "on_{}_batch_end", "on_{}_epoch_end")
 _BY_HAND = yes(
-    "`validation_step` must return a loss, or call one of `torch.nn.functional`. The loss of `training_step` cannot be "
-    "used."
+    "`validation_step` must return a loss, or call one of `torch.nn.functional`. The loss of `training_step` cannot "
+    "be used."
 )
 _SECOND: WeakSet[pl.LightningModule] = WeakSet()  # modules that are currently in their second run
 
@@ -185,8 +185,8 @@ class AdversarialEvaluation(GradCallback):
         self.works_with().refuse(self.display_name, trainer, pl_module)
         if not overrides(pl_module, step):
             raise ValueError(
-                f"{self.display_name} runs {step} on attacked inputs, but {type(pl_module).__name__} has none. Write a "
-                f"{step} that returns a loss or logs a metric, or remove the callback."
+                f"{self.display_name} runs {step} on attacked inputs, but {type(pl_module).__name__} has none. Write "
+                f"a {step} that returns a loss or logs a metric, or remove the callback."
             )
         refuse_dataloader_iter(getattr(pl_module, step), self.display_name)
         if self.fitting and not trainer.enable_validation:
@@ -204,8 +204,8 @@ class AdversarialEvaluation(GradCallback):
         if not self._has_warned:
             rank_zero_warn(
                 f"{self.display_name} attacks validation batches, but this fit has no validation. Pass a validation "
-                "loader to fit(), and set limit_val_batches above 0 and check_val_every_n_epoch to at most max_epochs. "
-                "Or measure after the fit with trainer.validate() or trainer.test()."
+                "loader to fit(), and set limit_val_batches above 0 and check_val_every_n_epoch to at most "
+                "max_epochs. Or measure after the fit with trainer.validate() or trainer.test()."
             )
         self._has_warned = True
 
@@ -293,13 +293,13 @@ class AdversarialEvaluation(GradCallback):
             with self._as_second(trainer, now.second):
                 return run(None), None
         batch_idx, loader = (*args, 0, 0)[:2]
-        with self._looking(trainer, now):
+        with self._in_scratch_state(trainer, now):
             place, inputs = self._search.run(trainer, run, batch, batch_idx, loader)
         with place.shown(batch, inputs) as shown, self._as_second(trainer, now.second):
             return run(shown), shown
 
     @contextmanager
-    def _looking(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
+    def _in_scratch_state(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
         """Return a context for running the module with gradients, in a scratch copy of its second state."""
         pl_module, state = trainer.lightning_module, evaluation.second
         # Copy the state from the start of the epoch rather than the outputs gathered since, which would cost more with
@@ -307,7 +307,8 @@ class AdversarialEvaluation(GradCallback):
         stage = "test" if trainer.testing else "validation"
         if evaluation.fresh is not None and not overrides(pl_module, f"on_{stage}_batch_start"):
             state = evaluation.fresh
-        # Inference tensors have no gradient, and metric states created in inference mode cannot be updated outside of it.
+        # Inference tensors have no gradient, and metric states created in inference mode cannot be updated
+        # outside of it.
         with torch.inference_mode(False), torch.enable_grad():
             with state.used():
                 scratch = SecondState(pl_module)

@@ -184,8 +184,8 @@ class AdversarialTraining(GradCallback):
         others = [callback for callback in trainer.callbacks if isinstance(callback, AdversarialTraining)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise ValueError(
-                f"{' and '.join(other.display_name for other in others)} would attack each other's inputs. Use only one of "
-                "them per Trainer."
+                f"{' and '.join(other.display_name for other in others)} would attack each other's inputs. Use only "
+                "one of them per Trainer."
             )
 
     @override

@@ -2,7 +2,7 @@
 
 One callback per file. ``DataPruning`` keeps its settings, sources of scores and passes in separate files; the
 two callbacks that weight losses share ``_weighting.py``. All families can use the base of the callbacks that
-select samples (``core/subset.py``), passes over the training set without side effects
+select samples (``core/subset.py``), scoring passes without side effects
 (``core/losses/scoring.py``, ``core/quiet.py``) and the reading of losses from a step
 (``core/losses/loss_tap.py``).
 """

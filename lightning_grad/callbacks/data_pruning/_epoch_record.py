@@ -26,8 +26,8 @@ class EpochRecord:
         """
         if len(values) != len(indices):
             raise RuntimeError(
-                f"The loss has {len(values)} rows and the batch has {len(indices)} samples, so rows cannot be matched with "
-                "samples. Return one loss row per sample of the batch."
+                f"The loss has {len(values)} rows and the batch has {len(indices)} samples, so rows cannot be "
+                "matched with samples. Return one loss row per sample of the batch."
             )
         if self.values is None:
             self.values = torch.full((total,), float("nan"), device=values.device)

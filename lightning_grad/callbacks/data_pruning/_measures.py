@@ -1,6 +1,6 @@
 """Measurements of a batch in a scoring pass, by the name of the score.
 
-Most scores come from a pass over the module as it is now; those in ``HISTORIES`` are recorded while it trains.
+Most scores come from a pass with the current module; those in ``HISTORIES`` are recorded while it trains.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -152,9 +152,9 @@ def _inputs_of(batch: Any, samples: int, display_name: str) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim() > 1 and len(leaf) == samples:
             return leaf
     raise ValueError(
-        f"{display_name}(score='vog') needs the gradient of the input, but the batch has no floating-point tensor with "
-        "one row per sample. Use another score, or set score_fn to a function that takes the module and a batch and "
-        "returns the scores."
+        f"{display_name}(score='vog') needs the gradient of the input, but the batch has no floating-point tensor "
+        "with one row per sample. Use another score, or set score_fn to a function that takes the module and a batch "
+        "and returns the scores."
     )
 
 

@@ -97,18 +97,20 @@ def _report_label_errors(
     views: Mapping[int, View],
 ) -> None:
     """Write the samples whose prediction differs from their label, and count them by label and prediction."""
-    pairs = [
-        (named(_class_of(scored.labels, i), names), named(_class_of(scored.predictions, i), names)) for i in indices
-    ]
+    pairs = [(_class_of(scored.labels, i), _class_of(scored.predictions, i)) for i in indices]
+
+    def named_pair(pair: tuple[int | None, int | None]) -> dict[str, Any]:
+        return {"label": named(pair[0], names), "suggested": named(pair[1], names)}
+
     rows: list[dict[str, Any]] = [
-        {"index": index, "label": label, "suggested": answer, "score": float(scored.values[index])}
-        for index, (label, answer) in zip(indices, pairs, strict=True)
+        {"index": index, **named_pair(pair), "score": float(scored.values[index])}
+        for index, pair in zip(indices, pairs, strict=True)
     ]
     if any(picture is None for picture, _ in views.values()):
         rows = [{**row, "input": views[row["index"]][1] if row["index"] in views else ""} for row in rows]
     pictures = [views[index][0] if index in views else None for index in indices]
-    counted_pairs = Counter(pairs).most_common()
-    counts = [{"label": label, "suggested": answer, "samples": count} for (label, answer), count in counted_pairs]
+    # Counted before they are named, because two classes may have the same name.
+    counts = [{**named_pair(pair), "samples": count} for pair, count in Counter(pairs).most_common()]
     _write(trainer, scored, owner, "label_errors", rows, pictures)
     _write(trainer, scored, owner, "label_pairs", counts)
 

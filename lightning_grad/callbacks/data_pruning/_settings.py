@@ -116,8 +116,8 @@ def _check_selection(settings: DataPruning) -> None:
         )
     if settings.class_floor and (settings.select != "top" or settings.balance is not None):
         raise ValueError(
-            "class_floor works only with select='top' and balance=None, because select='ccs' and balance choose samples "
-            "by rules of their own. Set class_floor to 0, or select and balance to their defaults."
+            "class_floor works only with select='top' and balance=None, because select='ccs' and balance choose "
+            "samples by rules of their own. Set class_floor to 0, or select and balance to their defaults."
         )
     if settings.class_floor and settings.class_floor >= 1.0 - most - 1e-9:  # tolerance for rounding of 1 - most
         raise ValueError(
@@ -143,9 +143,9 @@ def warn_of_risks(callback: DataPruning, trainer: pl.Trainer) -> None:
         )
     if epochs[0] == 0 and callback.source.runs_the_step and callback.keep != "random":
         rank_zero_warn(
-            f"{callback.display_name}(score={callback.score!r}) scores at initialization, before the module has learned "
-            "anything. Such scores agree poorly with later ones; GraNd follows the norm of the input (arXiv 2303.14753). "
-            "Set epoch to a few epochs of training."
+            f"{callback.display_name}(score={callback.score!r}) scores at initialization, before the module has "
+            "learned anything. Such scores agree poorly with later ones; GraNd follows the norm of the input (arXiv "
+            "2303.14753). Set epoch to a few epochs of training."
         )
     most = max(share for _, share in callback.rounds)
     if most > _TOO_MUCH and callback.keep == "hard" and callback.select == "top":
@@ -183,7 +183,7 @@ def refuse_unrecorded(callback: DataPruning, saved: Mapping[str, Any], next_epoc
     was = f" (was {saved[named]!r})" if saved else ""
     keep = "Keep the settings of the checkpoint, or set" if saved else "Set"
     raise ValueError(
-        f"{callback.display_name} resumes with {named}={plain(callback.settings[named])!r}{was}, but the checkpoint has "
-        f"no record for this score, which needs at least {counted(needed, 'whole epoch')} of training before a round. "
-        f"{keep} epoch to {next_epoch + needed} or later; until then it trains on all samples."
+        f"{callback.display_name} resumes with {named}={plain(callback.settings[named])!r}{was}, but the checkpoint "
+        f"has no record for this score, which needs at least {counted(needed, 'whole epoch')} of training before a "
+        f"round. {keep} epoch to {next_epoch + needed} or later; until then it trains on all samples."
     )

@@ -128,8 +128,8 @@ class FileScores(ScoreSource):
         for path in settings.score_files or []:
             if not os.path.exists(path):
                 raise FileNotFoundError(
-                    f"{settings.display_name} finds no score file {path!r}. Correct the path in score_files, or write "
-                    "the file first with save_scores."
+                    f"{settings.display_name} finds no score file {path!r}. Correct the path in score_files, or "
+                    "write the file first with save_scores."
                 )
         average_scores(settings.score_files or [])
 
@@ -155,7 +155,7 @@ class FileScores(ScoreSource):
 
 
 class PassScores(ScoreSource):
-    """Scores of one pass over the training set.
+    """Scores of one pass through the training set.
 
     Args:
         name: Name of the scores; for ``"chance"`` the pass only reads the classes.
@@ -248,8 +248,8 @@ class VarianceScores(ScoreSource):
         if count is None or not (count > 1).any():
             raise ValueError(
                 "score='vog' needs at least 2 passes, each at a different epoch; there was "
-                f"{'none' if count is None else 'one'} before epoch {passes.trainer.current_epoch}. Set checkpoints to "
-                "at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
+                f"{'none' if count is None else 'one'} before epoch {passes.trainer.current_epoch}. Set checkpoints "
+                "to at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
             )
         values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
         self._gradients = {}
@@ -310,8 +310,8 @@ class HistoryScores(ScoreSource):
     def take(self, passes: Passes) -> ScoredSet:
         if not self._history:
             raise ValueError(
-                f"score={self.name!r} is recorded during training, but no step has had a loss so far: each batch was None, "
-                "or training_step returned None. Return a loss for some batches, or set epoch to a later one."
+                f"score={self.name!r} is recorded during training, but no step has had a loss so far: each batch was "
+                "None, or training_step returned None. Return a loss for some batches, or set epoch to a later one."
             )
         values = -rules.aum(self._history) if self._is_aum else rules.forgetting(self._history)
         labels = self._history.get("labels")

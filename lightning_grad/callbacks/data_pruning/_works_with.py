@@ -3,8 +3,8 @@
 from lightning_grad.core.compatibility import Answer, no, yes
 
 COMPILED = yes(
-    "Scoring runs compiled modules eagerly. Losses inside compiled submodules are read and weighted; weighting breaks "
-    "the graph, so `fullgraph=True` fails."
+    "Scoring runs compiled modules eagerly. Losses inside compiled submodules are read and weighted; weighting "
+    "breaks the graph, so `fullgraph=True` fails."
 )
 CURRENT_WEIGHTS = yes("Scoring uses the current weights, not the average.")
 

@@ -36,8 +36,8 @@ from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
 _SHARDED = stand_in(
-    "All except the scores `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others with "
-    "stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
+    "All scores work except `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
+    "with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
 )
 _NO_GRADIENTS = no(
     "needs whole weights, and {} shards them",
@@ -45,12 +45,12 @@ _NO_GRADIENTS = no(
 )
 _NO_PASS = no(
     "does not work with {}: its training_step also steps, so it cannot be run just to score samples",
-    "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch and "
-    "returns the scores",
+    "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch "
+    "and returns the scores",
 )
 _BY_HAND = yes(
-    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn`. Other scores raise, '
-    f"because they run the step in a pass. {OWN_SCHEDULES}"
+    '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn` work. Other '
+    f"scores raise, because they run the step in a pass. {OWN_SCHEDULES}"
 )
 
 
@@ -154,7 +154,7 @@ class DataPruning(SubsetCallback):
     **State.** The kept samples, the scores, and the records of histories; resuming is bit-exact. With several
     ranks, only the first saves its record of the current epoch.
 
-    **Cost.** One evaluation pass over the training set per round (grand: forward and backward); see
+    **Cost.** One evaluation pass through the training set per round (grand: forward and backward); see
     docs/benchmarks.md.
 
     Example:
@@ -413,8 +413,8 @@ class DataPruning(SubsetCallback):
     def _refuse_balance(self, labels: Tensor | None) -> None:
         if self.balances_classes and labels is None:
             raise ValueError(
-                f"{self.display_name} balances classes, but the class of each sample is unknown. Leave balance at None and "
-                "class_floor at 0."
+                f"{self.display_name} balances classes, but the class of each sample is unknown. Leave balance at "
+                "None and class_floor at 0."
             )
 
     def _say_kept(self, name: str, count: int, total: int, share: float) -> None:

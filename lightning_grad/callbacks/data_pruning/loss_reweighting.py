@@ -204,8 +204,8 @@ class LossReweighting(LossWeighting):
             return True  # each row of the loss is a sample
         if samples * trainer.world_size == 1:
             rank_zero_warn(
-                f"{self.display_name} compares the samples of a batch, but the batch has only one, so every weight is 1. "
-                "Use larger batches."
+                f"{self.display_name} compares the samples of a batch, but the batch has only one, so every weight "
+                "is 1. Use larger batches."
             )
         is_done = rehearsal.check_batch(batch, samples)
         if is_done:

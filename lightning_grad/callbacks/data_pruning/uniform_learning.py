@@ -61,7 +61,7 @@ class UniformLearning(SubsetCallback):
 
     **State.** The samples of the epoch; resuming is bit-exact.
 
-    **Cost.** One evaluation pass over the training set, plus k-means.
+    **Cost.** One evaluation pass through the training set, plus k-means.
 
     Example:
         .. code-block:: yaml
@@ -173,8 +173,8 @@ class UniformLearning(SubsetCallback):
         chosen = torch.cat([sampler.population, *[self._repeated] * self.repeats])
         size, more = len(chosen), len(chosen) + 1
         leaves_one = round_up_count(size, more, sampler.batch_size, sampler.ranks, sampler.drop_last) != size
-        # Drop one repeat rather than end with a batch of one sample, on which BatchNorm fails. Without repeats, the data
-        # set itself ends that way.
+        # Drop one repeat rather than end with a batch of one sample, on which BatchNorm fails. Without repeats,
+        # the data set itself ends that way.
         return chosen[:-1] if leaves_one and len(self._repeated) else chosen
 
     def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor:

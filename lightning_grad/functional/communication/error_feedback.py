@@ -22,7 +22,7 @@ def accumulate_residual_(
     Args:
         residual: Unsent values, any shape, changed in place.
         gradient: The gradient of this rank, same number of entries, any floating dtype.
-        velocity: Momentum buffer of this rank, shaped like ``residual``, changed in place; ``None`` for none.
+        velocity: Momentum buffer, shaped like ``residual``, changed in place; ``None`` for none.
         momentum: Factor of the velocity, at least 0.
         nesterov: Use Nesterov momentum, as ``torch.optim.SGD(nesterov=True)`` does.
 
@@ -80,7 +80,7 @@ def remove_sent_(
         indices: Indices of the sent entries, (k), int64, distinct.
         sent: Their values as sent, (k).
         velocity: Momentum buffer, (n), changed in place; ``None`` for none.
-        arrived: 0-dimensional bool tensor; False changes nothing, without a host sync. ``None`` means True.
+        arrived: Scalar bool tensor; False changes nothing, without a host sync. ``None`` is True.
 
     Returns:
         Tensor: ``residual``.

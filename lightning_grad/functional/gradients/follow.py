@@ -67,6 +67,7 @@ class RowTracker:
         return rows is not None and rows.axis != 0
 
     def move(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Record the rows of the results of a function that moves, sorts or selects rows."""
         data, found = tensors_in(args[0]), tensors_in(out)
         if not data or is_transformed(data[0]) or all(self._record.is_constant(t) for t in data):
             return

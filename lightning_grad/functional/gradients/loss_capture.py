@@ -199,6 +199,7 @@ class LossCapture(TorchFunctionMode):
     def _read_or_raise(
         self, func: Any, loss: LossFunction, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
     ) -> _Read:
+        """Read a call of a loss; raise with the reason if it cannot be read."""
         if loss.defaults is None or not loss.is_readable:
             raise TypeError("it does not have one input and one target per sample")
         # Tensor subclasses may reject the operations below.
@@ -215,6 +216,7 @@ class LossCapture(TorchFunctionMode):
         return _Read(call, positions, sums)
 
     def _positions(self, func: Any, given: dict[str, Any], detached: dict[str, Any], value: Any) -> Tensor:
+        """Return the loss of every position, for which the loss is called again unless it is unreduced."""
         if self.reweight is not None:
             positions: Tensor = func(**{**given, "reduction": "none"})
         elif given["reduction"] == "none":

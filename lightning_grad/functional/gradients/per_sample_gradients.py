@@ -235,6 +235,7 @@ class PerSampleGradientNorms:
         return sums.finish().clamp(min=0).sqrt()
 
     def _report(self, tracer: Tracer, rest: Mapping[str, Leaf]) -> None:
+        """Update the coverage of the parameters; ``rest`` are those measured by autograd."""
         self._coverage = {}
         operations: dict[str, set[str]] = {}
         for use in tracer.uses:

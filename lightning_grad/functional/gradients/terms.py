@@ -132,6 +132,7 @@ class Terms:
         self._shares = sum((term.shares for term in self.terms[1:]), self.terms[0].shares) if self.terms else None
 
     def _term(self, parts: list[Part]) -> Term:
+        """Combine the parts of one term into its shares and own means."""
         place, sums = parts[0].place, sum((part.sums for part in parts[1:]), parts[0].sums)
         shares = sums * self.samples
         counts = [part.counts for part in parts if part.counts is not None]

@@ -201,6 +201,7 @@ class LossTrace(TorchFunctionMode):
     # On plain tensors: our own calls on a tensor subclass would go through its class, which may reject or count them.
     @on_plain_tensors
     def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Record the rows of the results of a special function, and read calls of losses."""
         if func in LOSSES:
             if not self._read_call(func, args, kwargs, out):
                 self._note(func, args, kwargs, out)

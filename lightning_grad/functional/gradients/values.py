@@ -70,9 +70,9 @@ class Values:
     def _coefficients(self, loss: Tensor, walk: Walk) -> tuple[dict[tuple[Node, int], Tensor], dict[Node, Tensor]]:
         """Return the derivatives of the loss by the tensor at each cut, *along this edge*, and by each call's value.
 
-        This is a manual backward pass through the nodes of the walk only. If one cut lies below another, ``autograd.grad``
-        would continue below the cuts, through the network. It also differentiates by tensor and not by edge: in the
-        loss mean(r) + mean(2 r) it would count r twice, because the second mean depends on r, too.
+        This is a manual backward pass through the nodes of the walk only. If one cut lies below another,
+        ``autograd.grad`` would continue below the cuts, through the network. It also differentiates by tensor and not
+        by edge: in the loss mean(r) + mean(2 r) it would count r twice, because the second mean depends on r, too.
         """
         at_cuts: dict[tuple[Node, int], Tensor] = {}
         at_calls: dict[Node, Tensor] = {}
@@ -155,6 +155,7 @@ class Values:
         return Part(self._record.places[node], sums, counts, own, call.covers)
 
     def _of_cut(self, cut: Cut, a: Tensor) -> Part:
+        """Return the part at a cut: rows times coefficients, summed for each sample."""
         rows = cut.rows
         tensor = self._record.tensor_at(cut.edge)
         tensor, a = plain_tensor(tensor), plain_tensor(a)

@@ -194,6 +194,7 @@ class Walk(Descent):
                 yield edge[0]
 
     def _kind_of_input(self, node: Node, index: int, edge: Edge, place: Place) -> tuple[Input, Rows | None]:
+        """Classify one input of a node; also return its rows if they break the shape rule."""
         record, leaf = self._record, leaf_of(edge[0])
         if edge[0] in record.fixed if leaf is None else record.is_constant(leaf):
             return Input.FIXED, None
@@ -270,6 +271,7 @@ class Walk(Descent):
         self._refuse(node)
 
     def _refuse(self, node: Node) -> None:
+        """Raise the error for a node that is not known to be linear."""
         place, shape = self._places[node], output_shape(node, 0)
         if len(shape) > 1 and kind_of(node) not in CONTRACTING:
             reason = (

@@ -156,7 +156,7 @@ class NMSchedule:
                 "for the recipe. Lower one of them: their sum must be below 1."
             )
         if self.decay is not None and not self.decay > 0:
-            raise ValueError(f"decay must be above 0, the coefficient beta per optimizer step; got {self.decay}.")
+            raise ValueError(f"decay must be above 0; got {self.decay}.")
         geometric_patterns(NMPattern(1, 1), self.geometric_start)
         if isinstance(self.recipe, tuple):
             self._check_stages(self.recipe)

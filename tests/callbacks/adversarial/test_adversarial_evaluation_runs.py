@@ -236,7 +236,7 @@ def test_modules_that_do_not_validate() -> None:
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 @pytest.mark.parametrize("kind", ["FSDPStrategy", "DeepSpeedStrategy"])
 def test_sharded_weights_are_refused(kind: str, stage: str) -> None:
-    trainer = SimpleNamespace(strategy=type(kind, (), {})(), loggers=[], is_global_zero=True)
+    trainer = SimpleNamespace(strategy=type(kind, (), {})(), callbacks=[], loggers=[], is_global_zero=True)
     with pytest.raises(ValueError, match=rf"AdversarialEvaluation.*{kind}"):
         evaluator().setup(trainer, Net(), stage)
 

@@ -213,17 +213,19 @@ def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
 
 
 def test_label_errors_are_listed_and_counted(trainer: pl.Trainer, folder: Path) -> None:
-    labels, answers = [0, 1, 1, 1, -1, 0, 1], [0, 2, 0, 2, 1, -1, 2]
-    found = scored([0.1, 0.5, 0.9, 0.2, 0.8, 0.7, nan], labels=labels, predictions=answers)
+    labels, answers = [0, 1, 1, 1, -1, 0, 1, 2], [0, 2, 0, 2, 1, -1, 2, 1]
+    found = scored([0.1, 0.5, 0.9, 0.2, 0.8, 0.7, nan, 0.0], labels=labels, predictions=answers)
     tokens = [([7, index], label) for index, label in enumerate(labels)]
-    named = Named(tokens, ["cat", "dog", "owl"])
+    named = Named(tokens, ["cat", "dog", "dog"])  # names need not differ
     _report.report_scores(trainer, found, named, DataPruning(), 1, False, lambda item: f"text {item[0][1]}")
     rows = rows_of(folder / f"{STEM}_label_errors.csv")
-    assert [row["index"] for row in rows] == ["2", "1", "3"] == [str(index) for index in found.label_errors.tolist()]
-    assert [(row["label"], row["suggested"]) for row in rows] == [("dog", "cat"), ("dog", "owl"), ("dog", "owl")]
-    assert [row["input"] for row in rows] == ["text 2", "", ""]
+    assert (
+        [row["index"] for row in rows] == ["2", "1", "3", "7"] == [str(index) for index in found.label_errors.tolist()]
+    )
+    assert [(row["label"], row["suggested"]) for row in rows] == [("dog", "cat"), *[("dog", "dog")] * 3]
+    assert [row["input"] for row in rows] == ["text 2", "", "", "text 7"]
     pairs = rows_of(folder / f"{STEM}_label_pairs.csv")
-    assert [tuple(row.values()) for row in pairs] == [("dog", "owl", "2"), ("dog", "cat", "1")]
+    assert [tuple(row.values()) for row in pairs] == [("dog", "dog", "2"), ("dog", "cat", "1"), ("dog", "dog", "1")]
 
 
 @pytest.mark.parametrize(

@@ -44,8 +44,8 @@ _WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"sr_ste_lambda": -1.0}, "at least 0"),
     ({"geometric_start": 3}, "power of two"),
     ({"recipe": [[0.5, "3:4"], [0.2, "2:4"]], "pattern": "2:4"}, "increasing fractions"),
-    ({"recipe": [[0.0, "3:4"]], "pattern": "2:4"}, "write the last pattern"),
-    ({"recipe": [[0.0, "2:4"]], "pattern": "2:4", "dense_fraction": 0.1}, "says all phases"),
+    ({"recipe": [[0.0, "3:4"]], "pattern": "2:4"}, "Set the last pattern"),
+    ({"recipe": [[0.0, "2:4"]], "pattern": "2:4", "dense_fraction": 0.1}, "defines all phases"),
 )
 
 ENTRIES = [

@@ -271,7 +271,7 @@ def test_schedule_may_be_a_dictionary_key() -> None:
 
 @pytest.mark.parametrize("recipe", ["sr-st", "mdgf", "mdgf-cubic", "sdgf-", "", None])
 def test_unknown_recipe_is_refused(recipe: str) -> None:
-    with pytest.raises(ValueError, match=r"recipe=.*'sr-ste'"):
+    with pytest.raises(ValueError, match=r"recipe must be .*'sr-ste'"):
         NMSchedule(recipe)
 
 

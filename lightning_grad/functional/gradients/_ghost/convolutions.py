@@ -93,6 +93,7 @@ class Convolution:
         return max(unfolded, math.prod(s.weight), 2 * s.groups * self._positions**2 if few else 0)
 
     def _products(self, start: int, stop: int) -> Tensor:
+        """Return the squared norms of a range of samples, by Gram matrices or by products, whichever is cheaper."""
         s, positions = self.settings, self._positions
         # (b G, M, rows, ...)
         met = torch.unflatten(self._met[start:stop], 2, (s.groups, -1)).movedim(2, 1).flatten(0, 1)

@@ -27,7 +27,7 @@ class Source:
     Args:
         tensor: The tensor, with its graph.
         roots: The names of the parameters.
-        version: Version of the tensor when it was found; after an in-place change it is no source any more.
+        version: Version of the tensor when found; it is no longer a source after an in-place change.
     """
 
     tensor: Tensor
@@ -44,7 +44,7 @@ class Use:
         terms: The contribution of each parameter, as a function of the output's gradient.
         shape: Shape of the output.
         dims: Dimensions of the output that may contain the samples.
-        is_batchless: Whether only parameters among the inputs require grad, so the call may not depend on samples.
+        is_batchless: Whether no input except parameters requires grad: it may not depend on samples.
         kept: Tensors that the contributions need, with their versions.
         layout: The layout of the samples, once known.
     """
@@ -216,11 +216,13 @@ class Tracer(TorchFunctionMode):
     def _call(
         self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: list[Tensor], found: list[Source]
     ) -> Any:
+        """Run an operation that uses sources, by its rule if there is one; otherwise record what autograd must measure."""
         others = [tensor for tensor in given if self.source(tensor) is None]
         binding = None
         if not any(tensor.is_nested or tensor.is_sparse for tensor in given):
             binding = find_binding(func, lambda value: self.source(value) is not None, args, kwargs)
         knows_no_samples = all(tensor.dtype in _INTEGERS for tensor in others)
+        # The rule must cover every source among the arguments, or a contribution would be missing.
         if binding is not None and {id(s.tensor) for s in found} <= {id(tensor) for tensor, _ in binding.terms}:
             key = self._key(func, found)
             if key not in self.batchless and (others or binding.aliases or func is Tensor.repeat):
@@ -247,6 +249,7 @@ class Tracer(TorchFunctionMode):
         key: Key,
         others: list[Tensor],
     ) -> Any:
+        """Run an operation with its sources detached, and hook its output to receive the gradient."""
         terms = [
             (source, term)
             for tensor, term in binding.terms
@@ -258,7 +261,7 @@ class Tracer(TorchFunctionMode):
         kept = [(tensor, tensor._version) for tensor in binding.kept]
         named = {name: constants.get(id(value), value) for name, value in kwargs.items()}
         out = (binding.call or func)(*(constants.get(id(value), value) for value in args), **named)
-        if not out.requires_grad:
+        if not out.requires_grad:  # only the detached sources required grad, so no gradient would reach the hook
             out = _Root.apply(out.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
         batchless = not any(tensor.requires_grad for tensor in others)
         use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept)
