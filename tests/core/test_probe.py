@@ -27,7 +27,6 @@ from lightning_grad.testing import (
     loaders,
     make_classifier,
     make_trainer,
-    on_ranks,
     state_of,
     traces,
     trainer_traces,
@@ -43,11 +42,11 @@ pytestmark = [
 
 
 def run(*callbacks: Any, module: Any = None, data: Any = None, ckpt: Any = None, **arguments: Any) -> Any:
-    """Fit the noisy module for three epochs of six batches, and return (trainer, module)."""
+    """Fit the noisy module for two epochs of six batches, and return (trainer, module)."""
     module = make_noisy() if module is None else module
     if any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
         arguments.setdefault("enable_checkpointing", True)
-    trainer = make_trainer(callbacks=list(callbacks), **{"max_epochs": 3, **arguments})
+    trainer = make_trainer(callbacks=list(callbacks), **{"max_epochs": 2, **arguments})
     train, validation = noisy_loaders() if data is None else data
     trainer.fit(module, train, validation, ckpt_path=ckpt)
     return trainer, module
@@ -75,12 +74,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "training samples": {"every_n_steps": 2, "split": "train"},
     "training samples each epoch": {"every_n_epochs": 2, "split": "train"},
 }
+TWO_AT_ONCE = [("each epoch", "training samples"), ("each step", "training samples each epoch")]
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "accumulated": {"accumulate_grad_batches": 4},
     "bf16": {"precision": "bf16-mixed"},
     "validated in mid-epoch": {"val_check_interval": 2},
-    "not validated": {"limit_val_batches": 1, "check_val_every_n_epoch": 3},
+    "not validated": {"limit_val_batches": 1, "check_val_every_n_epoch": 2},
 }
 
 
@@ -96,12 +96,15 @@ def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_run_with_a_probe_is_bitwise_the_run_without(setting: str, way: str, tmp_path: Path, plain_runs: Any) -> None:
-    probe = Answers(4, **SETTINGS[setting])
-    probe.meets = lambda look: look.run()
-    assert_identical(plain_runs(way), left_by(tmp_path, probe, **WAYS[way]))
-    assert len(probe.record.rows()) > 0
+@pytest.mark.parametrize("settings", TWO_AT_ONCE)
+def test_a_run_with_probes_is_bitwise_the_run_without(
+    settings: tuple[str, str], way: str, tmp_path: Path, plain_runs: Any
+) -> None:
+    probes = [Answers(4, **SETTINGS[setting], name=setting) for setting in settings]
+    for probe in probes:
+        probe.meets = lambda look: look.run()
+    assert_identical(plain_runs(way), left_by(tmp_path, *probes, **WAYS[way]))
+    assert all(len(probe.record.rows()) > 0 for probe in probes)
 
 
 @pytest.mark.parametrize("part", ["module", "random", "data"])
@@ -180,8 +183,8 @@ def test_it_can_differentiate_where_lightning_validates_in_inference_mode() -> N
             assert torch.is_inference_mode_enabled()
 
     probe.meets = differentiate
-    run(Infers(), probe)
-    assert len(seen) == 4
+    run(Infers(), probe, max_epochs=1)
+    assert len(seen) == 2
 
 
 def test_direct_calls_are_in_the_precision_of_the_run() -> None:
@@ -199,26 +202,38 @@ def looks_of(probe: Any) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(
-    ("setting", "way", "expected"),
+    ("way", "settings"),
     [
-        ({}, {}, [(0, 5), (1, 11), (2, 17)]),
-        ({"every_n_epochs": 2}, {}, [(1, 11)]),
-        ({"every_n_steps": 4}, {}, [(0, 3), (1, 7), (1, 11), (2, 15)]),
-        ({"every_n_steps": 1}, {"accumulate_grad_batches": 4}, [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]),
-        ({}, {"accumulate_grad_batches": 4}, [(0, 1), (1, 3), (2, 5)]),
-        ({}, {"val_check_interval": 4}, [(0, 5), (1, 11), (2, 17)]),
-        ({}, {"check_val_every_n_epoch": 2}, [(0, 5), (1, 11), (2, 17)]),
-        ({"split": "train"}, {"limit_val_batches": 0}, [(0, 5), (1, 11), (2, 17)]),
-        ({}, {"limit_train_batches": 3}, [(0, 2), (1, 5), (2, 8)]),
-        ({}, {"max_steps": 9}, [(0, 5)]),
+        (
+            {},
+            [
+                ({}, [(0, 5), (1, 11), (2, 17)]),
+                ({"every_n_epochs": 2}, [(1, 11)]),
+                ({"every_n_steps": 4}, [(0, 3), (1, 7), (1, 11), (2, 15)]),
+            ],
+        ),
+        (
+            {"accumulate_grad_batches": 4},
+            [
+                ({"every_n_steps": 1}, [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4), (2, 5)]),
+                ({}, [(0, 1), (1, 3), (2, 5)]),
+            ],
+        ),
+        ({"val_check_interval": 4}, [({}, [(0, 5), (1, 11), (2, 17)])]),
+        ({"check_val_every_n_epoch": 2}, [({}, [(0, 5), (1, 11), (2, 17)])]),
+        ({"limit_val_batches": 0}, [({"split": "train"}, [(0, 5), (1, 11), (2, 17)])]),
+        ({"limit_train_batches": 3}, [({}, [(0, 2), (1, 5), (2, 8)])]),
+        ({"max_steps": 9}, [({}, [(0, 5)])]),
     ],
 )
-def test_when_it_looks(setting: dict[str, Any], way: dict[str, Any], expected: Any, tmp_path: Path) -> None:
-    probe = Answers(4, **setting)
-    run(probe, logger=CSVLogger(tmp_path, name="", version=""), **way)
-    assert looks_of(probe) == expected
-    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()) if row["answers/mean"]]
-    assert [int(row["step"]) for row in rows] == [step for _, step in expected]
+def test_when_it_looks(way: dict[str, Any], settings: list[tuple[dict[str, Any], Any]], tmp_path: Path) -> None:
+    probes = [Answers(4, **setting, name=f"p{number}") for number, (setting, _) in enumerate(settings)]
+    run(*probes, logger=CSVLogger(tmp_path, name="", version=""), **{"max_epochs": 3, **way})
+    written = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    for probe, (setting, expected) in zip(probes, settings, strict=True):
+        assert looks_of(probe) == expected, setting
+        rows = [row for row in written if row[f"answers/{probe.name}/mean"]]
+        assert [int(row["step"]) for row in rows] == [step for _, step in expected], setting
 
 
 def test_manual_optimization_counts_the_batches() -> None:
@@ -241,7 +256,7 @@ def test_validation_data_that_lightning_has_not_loaded_yet_is_read_and_left_to_i
     found = []
     for callbacks in ([], [Answers(4)]):
         pl.seed_everything(5, verbose=False)
-        module, trainer = Loads(), make_trainer(callbacks=callbacks, **{"max_epochs": 3, **arguments})
+        module, trainer = Loads(), make_trainer(callbacks=callbacks, max_epochs=3, **arguments)
         trainer.fit(module, noisy_loaders()[0])
         found.append(state_of(trainer, module))
     assert loads == [False, True, False]
@@ -276,7 +291,7 @@ def test_an_epochs_look_sees_the_averaged_weights_that_are_validated(ema_first: 
     run(*both, Norm(), data=loaders)
     assert [row["norm"] for row in probe.record.rows()] == pytest.approx(validated)
     plain = ActivationNorm("body.0")
-    run(plain, data=(DataLoader(Augmented(noise=0.0), 4), DataLoader(data, SAMPLES)))
+    run(plain, data=(DataLoader(Augmented(noise=0.0), 4), DataLoader(data, SAMPLES)), max_epochs=1)
     assert plain.record.rows()[0]["norm"] != pytest.approx(validated[0], rel=1e-3)
 
 
@@ -298,18 +313,23 @@ def test_an_averaging_callback_of_any_kind_is_looked_through() -> None:
             trained.append(pl_module.head.weight.norm().item())
 
     run(probe, Doubles(), Watch())
-    assert seen[1:] == [(step, pytest.approx(2 * trained[step])) for step in (5, 11, 17)]
+    assert seen[1:] == [(step, pytest.approx(2 * trained[step])) for step in (5, 11)]
 
 
 # Resuming.
 
+RESUMED = ["each epoch", "training samples", "training samples each epoch"]
 
-def finish(*callbacks: Any, probe: Any, ckpt: Any = None, **arguments: Any) -> dict[str, Any]:
-    pair = [probe, *callbacks]
-    trainer, module = run(*pair, data=noisy_loaders(resumable=True), module=plain_noisy(), ckpt=ckpt, **arguments)
+
+def finish(*callbacks: Any, ckpt: Any = None, **arguments: Any) -> dict[str, Any]:
+    """Finish a run with a probe of each setting but that of each step, and return what is left."""
+    probes = [Answers(4, **SETTINGS[setting], name=setting) for setting in RESUMED]
+    data = noisy_loaders(resumable=True)
+    arguments = {"max_epochs": 3, **arguments}
+    trainer, module = run(*probes, *callbacks, data=data, module=plain_noisy(), ckpt=ckpt, **arguments)
     state = state_of(trainer, module)
     state.pop("random")
-    return {**state, "probe": probe.state_dict()}
+    return {**state, **{probe.name: probe.state_dict() for probe in probes}}
 
 
 def plain_noisy() -> Noisy:
@@ -320,34 +340,38 @@ def plain_noisy() -> Noisy:
 
 @pytest.mark.parametrize("averages", [False, True])
 @pytest.mark.parametrize("way", ["plain", "accumulated", "validated in mid-epoch", "every second epoch"])
-@pytest.mark.parametrize("setting", ["each epoch", "training samples", "training samples each epoch"])
-def test_a_killed_run_resumes_exactly(setting: str, way: str, averages: bool, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(way: str, averages: bool, tmp_path: Path) -> None:
     arguments = {**WAYS, "every second epoch": {"check_val_every_n_epoch": 2}}[way]
     average = [EMAWeightAveraging(decay=0.8)] if averages else []
     every = 3 if way != "accumulated" else 1
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=every)
-    expected = finish(*average, saving, probe=Answers(4, **SETTINGS[setting]), **arguments)
+    expected = finish(*average, saving, **arguments)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=True)["global_step"])
-    pending = [path for path in paths if torch.load(path, weights_only=True)["callbacks"]["Answers"]["due"]]
-    assert pending or setting == "training samples"
-    for path in {*paths[:-1:2], *pending[:1]} - {paths[-1]}:  # behind the last step Lightning runs nothing
+    saved = {path: torch.load(path, weights_only=True)["callbacks"] for path in paths}
+    chosen = {*paths[:-1:2]}
+    for setting in RESUMED:
+        pending = [path for path, states in saved.items() if states[f"Answers[{setting}]"]["due"]]
+        assert pending or setting == "training samples"
+        chosen |= {*pending[:1]}
+    for path in chosen - {paths[-1]}:  # behind the last step Lightning runs nothing
         average = [EMAWeightAveraging(decay=0.8)] if averages else []
-        resumed = finish(*average, probe=Answers(4, **SETTINGS[setting]), ckpt=path, **arguments)
+        resumed = finish(*average, ckpt=path, **arguments)
         assert_identical(expected, resumed, path.name)
 
 
 def test_a_checkpoint_of_a_run_without_the_probe_is_accepted(tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, save_top_k=-1)
-    run(saving, data=noisy_loaders(resumable=True))
+    run(saving, data=noisy_loaders(resumable=True), max_epochs=1)
     probe = Answers(4)
-    run(probe, data=noisy_loaders(resumable=True), ckpt=next(iter(sorted(tmp_path.glob("*.ckpt")))))
+    run(probe, data=noisy_loaders(resumable=True), ckpt=next(tmp_path.glob("*.ckpt")), max_epochs=3)
     assert looks_of(probe) == [(1, 11), (2, 17)]
 
 
 # Ranks.
 
 
-def _on_a_rank(folder: str, on_all: bool, fails_at: int, rank: int | None = None) -> dict[str, Any]:
+def _meet_on_ranks(on_all: bool, fails_at: int, rank: int | None) -> Answers:
+    """Return a probe that raises from a step on, on all ranks or on one."""
     probe = Answers(4, every_n_steps=2)
     probe.looks_on_all_ranks = on_all  # type: ignore[misc]
 
@@ -358,41 +382,54 @@ def _on_a_rank(folder: str, on_all: bool, fails_at: int, rank: int | None = None
             raise KeyError("on purpose")
 
     probe.meets = meets
-    states = []
-    for callbacks in ([], [probe]):
-        logger = CSVLogger(folder, name="", version="") if callbacks else False
-        trainer, module = run(*callbacks, strategy="ddp", devices=2, max_epochs=1, logger=logger)
-        states.append(state_of(trainer, module))
-    assert_identical(states[0], states[1])
+    return probe
+
+
+def _run_on_ranks(*callbacks: Any, logger: Any = False) -> Any:
+    return run(*callbacks, strategy="ddp", devices=2, max_epochs=1, logger=logger)
+
+
+_plain_on_ranks = functools.cache(lambda: state_of(*_run_on_ranks()))  # on a rank, for the cases that it runs
+
+
+def _on_a_rank(on_all: bool, folder: Path) -> dict[str, Any]:
+    probe = _meet_on_ranks(on_all, 100, None)
+    trainer, module = _run_on_ranks(probe, logger=CSVLogger(folder, name="", version=""))
+    assert_identical(_plain_on_ranks(), state_of(trainer, module))
     metrics = {key: value.item() for key, value in trainer.callback_metrics.items() if "/" in key}
     return {"looks": len(probe.seen), "rows": probe.record.rows(), "metrics": metrics}
 
 
-@pytest.mark.parametrize("on_all", [False, True])
-def test_the_first_rank_looks_unless_all_must(on_all: bool, tmp_path: Path) -> None:
-    first, second = on_ranks(2, _on_a_rank, str(tmp_path), on_all, 100)
+def _fails_on_ranks(on_all: bool, rank: int | None, folder: Path) -> str:
+    with pytest.raises((KeyError, RuntimeError)) as caught:
+        _run_on_ranks(_meet_on_ranks(on_all, 0, rank), logger=CSVLogger(folder, name="", version=""))
+    return str([caught.value, *getattr(caught.value, "__notes__", [])])
+
+
+LOOKING: list[Any] = [(False,), (True,)]
+FAILING: list[Any] = [(False, None), (True, None), (True, 1)]
+TOGETHER = [{_on_a_rank: LOOKING, _fails_on_ranks: FAILING}]
+
+
+@pytest.mark.parametrize("case", LOOKING)
+def test_the_first_rank_looks_unless_all_must(case: tuple[bool], together: Any) -> None:
+    (first, second), _ = together(_on_a_rank, LOOKING, case)
     assert first["looks"] == 2  # of three batches a rank: the rehearsal, and one look
-    assert second["looks"] == (2 if on_all else 0)
+    assert second["looks"] == (2 if case[0] else 0)
     assert first["rows"] == second["rows"]
     assert first["metrics"] == second["metrics"]
     assert set(first["metrics"]) == {"answers/mean", "answers/drawn"}
 
 
-def _fails_on_ranks(folder: str, on_all: bool, rank: int | None = None) -> str:
-    with pytest.raises((KeyError, RuntimeError)) as caught:
-        _on_a_rank(folder, on_all, 0, rank)
-    return str([caught.value, *getattr(caught.value, "__notes__", [])])
-
-
-@pytest.mark.parametrize("on_all", [False, True])
-def test_all_ranks_raise_what_the_first_look_of_one_raises(on_all: bool, tmp_path: Path) -> None:
-    for words in on_ranks(2, _fails_on_ranks, str(tmp_path), on_all):
+@pytest.mark.parametrize("case", FAILING[:2])
+def test_all_ranks_raise_what_the_first_look_of_one_raises(case: Any, together: Any) -> None:
+    for words in together(_fails_on_ranks, FAILING, case)[0]:
         assert "on purpose" in words
         assert "Answers" in words
 
 
-def test_all_ranks_raise_where_a_later_one_alone_fails(tmp_path: Path) -> None:
-    first, second = on_ranks(2, _fails_on_ranks, str(tmp_path), True, 1)
+def test_all_ranks_raise_where_a_later_one_alone_fails(together: Any) -> None:
+    (first, second), _ = together(_fails_on_ranks, FAILING, FAILING[2])
     assert "Answers failed on another rank. That rank shows the error." in first
     assert "on purpose" in second
 
