@@ -169,7 +169,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         """Restore the optimizer after its update has failed."""
 
     def residual_norm(self) -> float:
-        """Return the 2-norm of what this rank has not sent."""
+        """Return the 2-norm of the gradients that this rank has not sent."""
         residuals = list(self.unsent())
         return float(total_norm(residuals)) if residuals else 0.0
 

@@ -125,7 +125,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         sparse_gradients=no(
             "needs dense gradients, and {} creates sparse ones", "Build it with sparse=False, or use strategy='ddp'"
         ),
-        complex_parameters=no("compresses real gradients, and {} is complex", "Use strategy='ddp'"),
+        complex_parameters=no("compresses only real gradients, and {} has complex ones", "Use strategy='ddp'"),
     )
 
     ranks = during_fit[Collectives]()
@@ -224,7 +224,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             )
         if isinstance(self.optimizers[0], LBFGS):
             raise ValueError(
-                f"{self.display_name} needs one backward pass per step, but LBFGS makes several. Use another optimizer, or "
+                f"{self.display_name} needs one backward pass per step, but LBFGS runs several. Use another optimizer, or "
                 "strategy='ddp'."
             )
         self.connect_optimizer(self.optimizers[0])
@@ -297,7 +297,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _exchange(self, gradients: list[Gradient]) -> None:
         if self._in_flight is not None:
             raise RuntimeError(
-                f"{self.display_name} needs one backward pass per step, but this step made a second. Use an optimizer "
+                f"{self.display_name} needs one backward pass per step, but this step ran a second. Use an optimizer "
                 "that makes one, or strategy='ddp'."
             )
         with interrupts_deferred():

@@ -27,7 +27,7 @@ from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
 _NO_MANUAL = no(
-    "does not work with {}: its training_step also steps, so an attack through it would train",
+    "does not work with {}: its training_step also steps the optimizer, so an attack through it would train",
     "Train with automatic optimization, or measure with AdversarialEvaluation, which works with both",
 )
 

@@ -44,7 +44,7 @@ _NO_GRADIENTS = no(
     "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
 )
 _NO_PASS = no(
-    "does not work with {}: its training_step also steps, so it cannot be run just to score samples",
+    "does not work with {}: its training_step also steps the optimizer, so it cannot be run just to score samples",
     "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch "
     "and returns the scores",
 )

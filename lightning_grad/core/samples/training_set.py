@@ -344,7 +344,7 @@ class TrainingSet:
         if not source.drawn:
             raise RuntimeError(
                 f"{self._needed_by} does not know which samples are in batch {batch_idx}, because "
-                f"{type(self.loader).__name__} made it without its batch sampler. Make it draw batches from "
+                f"{type(self.loader).__name__} created it without its batch sampler. Make it draw batches from "
                 "self.batch_sampler, or use a plain torch.utils.data.DataLoader."
             )
         return list(source.drawn.popleft())

@@ -92,8 +92,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str, tuple[Tensor, WeightView]]) -> None:
     """Put stored weights into a checkpoint's ``state_dict``, and their residuals into the technique's state.
 
-    Entries that already are the module's stored weights are kept. Any other entry of ``state_dict``
-    (an average that a callback put there) is dense, and is replaced by what its validation used.
+    Entries that are already the module's stored weights are kept. Any other entry of ``state_dict``
+    (an average that a callback put there) is dense, and is replaced by the weights that its validation used.
     Other copies of the module's stored weights in the checkpoint get a residual too.
 
     Args:

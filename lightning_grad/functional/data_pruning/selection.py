@@ -152,7 +152,7 @@ def select_samples(
     for the k hardest samples after an offset o, with rank 1 for the highest score. Ties are ordered by a random
     permutation. A nan score marks a sample that could not be scored; these are kept first. +inf is the hardest score.
 
-    ``rule="ccs"`` (coverage-centric coreset selection) also drops the hardest :math:`\lfloor o n \rfloor`. It splits
+    ``rule="ccs"`` (coverage-centric coreset selection) also drops the hardest :math:`\lfloor o n \rfloor` samples. It splits
     the range of the other scores into strata of equal width, divides k evenly between them, and draws at random within
     each. The unused budget of small strata goes to larger ones.
 
