@@ -280,8 +280,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _announce(self) -> None:
         if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
-                f"{self.display_name} {self._words}: no parameter of two or more dimensions has min_numel="
-                f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
+                f"{self.display_name} {self._words}: every parameter of two or more dimensions is excluded or "
+                f"has fewer than min_numel={self.min_numel} entries. Lower min_numel, or exclude less."
             )
         else:
             rank_zero_info(f"{self.display_name} {self._words}.{self.remark if self.wants_to_compress else ''}")

@@ -83,7 +83,8 @@ class UniformLearning(SubsetCallback):
         weight_averaging=CURRENT_WEIGHTS,
         **manual(
             no(
-                "does not work with {}: its training_step also steps the optimizer, so it cannot be run just to read the outputs",
+                "does not work with {}: its training_step also steps the optimizer, so it cannot be run "
+                "just to read the outputs",
                 "Use DataPruning(score='aum') or 'forgetting', which read the outputs during training, or "
                 "RepeatedRandomSubset, or set outputs_fn",
             )

@@ -117,7 +117,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
     post-hook refreshes the masks of its weights. The first ``on_train_batch_end`` selects again if the batch reached
-    the layers in another order than they are registered in. ``on_validation_start`` resets monitors when the final
+    the layers in a different order than they were registered. ``on_validation_start`` resets monitors when the final
     pattern has begun. ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before clipping, so lambda is
     exact. The first ``on_validation_batch_start`` switches to the weights that a checkpoint would contain, after
     weight averaging has swapped its weights in. ``teardown`` replaces the module's parameters by the sparse weights.

@@ -51,7 +51,7 @@ def count_steps(batches: int, until: int, accumulate: int, frequency: int) -> in
 
 
 def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_set: TrainingSet) -> Callable[[], None]:
-    """Make schedulers that step with batches advance as in whole epochs, whatever the number of batches.
+    """Make schedulers that step with batches cover whole epochs, whatever the number of batches.
 
     Returns:
         Callable: Undoes this.

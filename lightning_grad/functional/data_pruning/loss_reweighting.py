@@ -61,7 +61,7 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0 (infinity gives equal weights); got {temperature}.")
     if losses.ndim != 1:
-        raise ValueError(f"losses must have one entry for each sample, (B,); got the shape {tuple(losses.shape)}.")
+        raise ValueError(f"losses must have one entry for each sample, (B,); got shape {tuple(losses.shape)}.")
     losses = losses.detach()
     losses = losses if losses.dtype == torch.float64 else losses.float()
     if not len(losses):

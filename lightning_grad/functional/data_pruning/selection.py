@@ -106,7 +106,7 @@ def _check_rule(keep: str, rule: str, balance: str | None, strata: int) -> None:
 
 def _check_count(scores: Tensor, count: int, offset: float) -> None:
     if scores.ndim != 1:
-        raise ValueError(f"scores must have one entry for each sample, (n,); got the shape {tuple(scores.shape)}.")
+        raise ValueError(f"scores must have one entry for each sample, (n,); got shape {tuple(scores.shape)}.")
     total = len(scores)
     if not 0 <= count <= total:
         raise ValueError(f"count must be between 0 and the number of samples, {total}; got {count}.")
