@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import compare_commits
+from tests import compare_commits, trial_runs
 from tests.compare_commits import PARTS, ROOT, compare, compare_runs, differences, main, table
 from tests.trial_runs import fitting
 
@@ -22,6 +23,21 @@ def copy_tree(folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def _this_tree_runs_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare this tree, whose package is imported anyway, a process of its own."""
+    start = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if options["env"]["PYTHONPATH"] != str(ROOT):
+            return start(command, **options)
+        trial_runs.main(*command[-2:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+
+
+@pytest.mark.usefixtures("_this_tree_runs_here")
 def test_a_changed_rule_is_found_and_what_was_only_copied_trains_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,20 +132,36 @@ def test_python_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pyt
                 assert block.prints in run_block(block, namespace), str(block)
 
 
-def test_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nbclient = pytest.importorskip("nbclient", reason="the environment of the oldest versions has no Jupyter")
-    import nbformat
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """What runs the cells of a notebook, without the process that Jupyter would start for it."""
+    interactive = pytest.importorskip("IPython.core.interactiveshell", reason="the oldest environment has no Jupyter")
+    from traitlets.config import Config
 
-    for name, value in {"PYTHONPATH": ROOT, "IPYTHONDIR": tmp_path, "JUPYTER_PLATFORM_DIRS": 1}.items():
-        monkeypatch.setenv(name, str(value))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=100, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    config = Config(HistoryManager={"enabled": False})
+    namespace = namespace_of("notebook")
+    module = sys.modules[namespace["__name__"]]
+    made = interactive.InteractiveShell.instance(config=config, user_module=module, user_ns=namespace)
+    yield made
+    made.restore_sys_module_state()
+    interactive.InteractiveShell.clear_instance()
+
+
+@pytest.mark.usefixtures("_short_runs")
+def test_notebook_runs_from_top_to_bottom(shell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import nbformat
+    from IPython.utils.capture import capture_output
+
+    monkeypatch.chdir(tmp_path)
+    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
     blocks = [block for block in BLOCKS if block.page == NOTEBOOK_PAGE and block.language == "python"]
+    shown: list[Any] = []
     for cell, block in zip(cells, blocks, strict=True):
-        printed = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
-        assert block.prints in printed, str(block)
-    shown = [output.data for cell in cells for output in cell.outputs if "data" in output]
+        with capture_output() as captured:
+            result = shell.run_cell(cell.source)
+        result.raise_error()
+        assert block.prints in captured.stdout, str(block)
+        shown += [output.data for output in captured.outputs]
     assert any("image/png" in data for data in shown)
 
 
