@@ -36,7 +36,7 @@ class ProbeCallback(GradCallback):
 
     Each call is a *look*. The module is quiet (:func:`~lightning_grad.core.quiet`) and in eval
     mode, gradients are off unless the probe turns them on, and the random numbers are the same in
-    each look. The precision is that of the run. A look at the end of an epoch takes place in its
+    each look. The precision is the same as in the run. A look at the end of an epoch takes place in its
     validation, so it sees the validated weights, including averaged ones; if the epoch has no
     validation at its end, the look takes place when it ends. A look after a step sees the trained
     weights. Only rank zero takes the look, unless the model is sharded; the other ranks wait, and

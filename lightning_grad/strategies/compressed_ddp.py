@@ -58,7 +58,7 @@ _ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains like DDP."
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
-    r"""DDP that exchanges compressed gradients, and keeps and saves on each rank what was not sent.
+    r"""DDP that exchanges compressed gradients, and keeps and saves the unsent part on each rank.
 
     Subclasses implement ``accumulate``, ``send``, ``settle`` and ``write``. Together they replace the all-reduce of
     the tensors that :meth:`compresses` selects; DDP's average is used for all others. Every scheme has these
@@ -298,7 +298,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         if self._in_flight is not None:
             raise RuntimeError(
                 f"{self.display_name} needs one backward pass per step, but this step ran a second. Use an optimizer "
-                "that makes one, or strategy='ddp'."
+                "that runs one, or strategy='ddp'."
             )
         with interrupts_deferred():
             order = self._order

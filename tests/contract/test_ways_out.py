@@ -741,7 +741,7 @@ SCORES = [
     Row(
         "no such kind of scores",
         lambda at: fit(pruning(score_files=[scores_of(at / "a.npz"), scores_of(at / "b.npz", score="loss")])),
-        r"got 'el2n' and 'loss'. Name files of one score",
+        r"got 'el2n' and 'loss'. Pass files of one score",
         lambda at: fit(pruning(score_files=[str(at / "a.npz")])),
     ),
     Row(

@@ -214,7 +214,7 @@ class RowComparison:
         asked: Requirements on the step, for errors.
         exactness: Relative tolerance of values that the network computes.
         function: Name of the argument that replaces the step; empty if there is none.
-        maker: What makes a batch from samples, for errors.
+        maker: The code that builds a batch from samples, for errors.
 
     Attributes:
         targets: Targets of the loss, in order, if they are not random.

@@ -1,7 +1,7 @@
 """Checkpoints that load without lightning-grad and still resume exactly.
 
 A checkpoint holds the *stored* weights (those of inference) under the plain keys. The technique's
-own state holds their residuals: what is needed to restore the dense weights bit for bit. Both are
+own state holds their residuals, which restore the dense weights bit for bit. Both are
 written and read by wrapping the module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
 Lightning calls the first after every callback, also with ``save_weights_only``, and the second
 before anything is loaded. So weight averaging, which replaces ``checkpoint["state_dict"]``, gets

@@ -1,6 +1,6 @@
 """Weights for the samples of a batch, computed from their losses at each step.
 
-The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released
+The rules come from "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released
 code, github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
 """
 

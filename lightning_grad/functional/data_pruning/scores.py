@@ -172,7 +172,7 @@ def is_correct(call: LossCall) -> Tensor:
         Tensor: (B,), 0 to 1; nan if no position is valid.
 
     Raises:
-        ValueError: If the loss is not that of a classifier.
+        ValueError: If the loss is not a classification loss.
 
     Example:
         >>> from lightning_grad.functional import LossCapture

@@ -167,7 +167,7 @@ class Terms:
     def weight_(self, weights: Tensor) -> WeightHandle:
         """Weight the samples in every backward pass through the graph of this step.
 
-        The gradients become those of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are
+        The gradients become the gradients of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are
         not weighted. The forward pass and the value of the loss do not change, and nothing is computed twice.
 
         Args:
@@ -185,7 +185,7 @@ class Terms:
             raise RuntimeError("These terms were released, so there is no graph to weight. Trace another step.")
         if walk.learned:
             raise walk.learned[0].refusal(
-                "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss."
+                "multiplies a term by a learned factor, whose own gradient would come from the unweighted loss."
             )
         if self._shares is not None:
             weights = without_ignored(weights, self.own)

@@ -207,7 +207,7 @@ def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.
 
 
 def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
-    with pytest.warns(UserWarning, match="shows no samples, because none of 2 has a score"):
+    with pytest.warns(UserWarning, match="shows no samples, because none of the 2 samples has a score"):
         report(trainer, scored([nan, nan]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
 
