@@ -167,7 +167,7 @@ class Terms:
     def weight_(self, weights: Tensor) -> WeightHandle:
         """Weight the samples in every backward pass through the graph of this step.
 
-        The gradients become the gradients of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are
+        The gradients become those of the weighted loss. If all weights are 1, they are bitwise unchanged. Constants are
         not weighted. The forward pass and the value of the loss do not change, and nothing is computed twice.
 
         Args:
