@@ -343,7 +343,7 @@ def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> S
     """
     loaded = [item if isinstance(item, SampleScores) else load_scores(item) for item in scores]
     if not loaded:
-        raise ValueError("average_scores needs at least one score file; got none. Name one.")
+        raise ValueError("average_scores needs at least one score file; got none. Pass at least one.")
     first = loaded[0]
     for other in loaded[1:]:
         _check_alike(first, other)

@@ -103,7 +103,7 @@ def tolerated(display_name: str, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"{display_name}: {what} could not be made: {type(error).__name__}: {error}")
+        rank_zero_warn(f"{display_name}: {what} could not be created: {type(error).__name__}: {error}")
 
 
 def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:

@@ -37,7 +37,7 @@ def orders_of(samples: int) -> Iterator[Tensor]:
 
 
 def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0, floor: float = 0.0) -> bool | None:
-    """Return True if rows follow the samples into another order, ``None`` if they are too similar to decide.
+    """Return True if rows follow reordered samples, ``None`` if they are too similar to decide.
 
     Example:
         >>> rows, order = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2, 0])

@@ -60,7 +60,7 @@ class LossTrace(TorchFunctionMode):
     ``shares`` has that order, too. Then pass these terms as ``like`` to :meth:`terms` in later steps.
 
     Cost: no host sync, except if rows are moved by an index on a GPU. Functions compiled by ``torch.compile`` run as
-    without the trace, which does not see inside them; a loss computed inside one is rejected.
+    usual, and the trace does not see inside them; a loss computed inside one is rejected.
 
     Raises:
         ValueError: If ``samples`` is less than 1.
