@@ -70,7 +70,9 @@ def run(callbacks: list[Any], needs_indices: bool) -> tuple[Any, Any, list[Tenso
     """Fit the writing module, and return the trainer, the module and what is left of the data."""
     module, train, validation = make_writing(), Batches(0), Batches(1)
     loader = (
-        DataLoader(make_data(0, TRAINED), BATCH, collate_fn=as_dict) if needs_indices else DataLoader(train, batch_size=None)
+        DataLoader(make_data(0, TRAINED), BATCH, collate_fn=as_dict)
+        if needs_indices
+        else DataLoader(train, batch_size=None)
     )
     trainer = make_trainer(callbacks=callbacks, max_epochs=EPOCHS)
     trainer.fit(module, loader, DataLoader(validation, batch_size=None))
@@ -152,7 +154,9 @@ def run_labelled(kind: str, callbacks: list[Any]) -> tuple[Any, Any]:
 
     module = make_labelled(kind)
     trainer = make_trainer(callbacks=callbacks, max_epochs=EPOCHS)
-    trainer.fit(module, *(DataLoader(data, BATCH, collate_fn=collate) for data in (make_data(0, TRAINED), make_data(1, 2))))
+    trainer.fit(
+        module, *(DataLoader(data, BATCH, collate_fn=collate) for data in (make_data(0, TRAINED), make_data(1, 2)))
+    )
     return trainer, module
 
 
