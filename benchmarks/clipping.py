@@ -324,7 +324,7 @@ class Probe(Callback):
     """Call a function once in a fit, after the first optimizer step.
 
     Args:
-        act: Function of a call that runs a callback's hook, and of the gradients that the hook changes.
+        act: Called with a function that runs the hook of a callback, and the gradients that the hook changes.
     """
 
     def __init__(self, act: Callable[[Callable[[GradientConditioner], None], Gradients], None]) -> None:
@@ -478,7 +478,7 @@ def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> lis
     """Run fits in threads, one step of one fit at a time, so that neighboring steps see the same machine.
 
     Args:
-        fits: Functions of a pause, to be called between steps: it returns when it is the fit's turn again.
+        fits: Functions that train. Each gets a function to call between its steps, which returns when its turn comes.
 
     Returns:
         list: The result of each fit.

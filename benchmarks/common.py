@@ -116,7 +116,7 @@ class StepTimer(Callback):
 
     @property
     def periods(self) -> list[float]:
-        """Seconds from each batch's start to the next one's, without the warm-up."""
+        """Seconds from the start of each batch to the start of the next, without the warm-up."""
         return [end - start for start, end in zip(self._starts, self._ends[1:], strict=False)][WARM_STEPS:]
 
 

@@ -499,7 +499,7 @@ class EpochTimer(Callback):
 
     @property
     def periods(self) -> list[float]:
-        """Seconds from each epoch's start to the next one's."""
+        """Seconds from the start of each epoch to the start of the next."""
         return [end - start for start, end in pairwise(self._starts)]
 
 
@@ -548,7 +548,7 @@ class ReadInTurns:
 
     Args:
         module: Module of the fit.
-        ways: Functions that set up a variant before a step and return what ends it.
+        ways: Functions that set up a variant before a step and return a function that ends it.
     """
 
     def __init__(self, module: LightningModule, ways: Sequence[SetUp]) -> None:
@@ -647,7 +647,7 @@ def reading_rows(kind: type[ResidualConvNet], sizes: Sizes, rounds: int, clock: 
 
 
 def traced_networks() -> dict[str, tuple[nn.Module, Tensor]]:
-    """Return the traced networks with their inputs: a step takes a fraction of a millisecond, or 70."""
+    """Return the traced networks with their inputs. Their steps take a fraction of a millisecond, and about 70 ms."""
     small = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 64))
     layer = nn.TransformerEncoderLayer(128, 4, 256, dropout=0.0, batch_first=True)
     large = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)

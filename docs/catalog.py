@@ -21,6 +21,8 @@ from exported import (
     title_of_page,
 )
 
+from lightning_grad.core.compatibility import TITLES
+
 _WITHOUT_LINE = ("index.md", "changelog.md", "contributing.md")
 
 
@@ -41,7 +43,7 @@ def _entry(technique: type[Any]) -> dict[str, Any]:
         "arguments": list(_arguments(technique)),
         "neutral": _plain(technique.neutral),
         "works_with": {
-            name: {"works": answer.works} | ({"note": note} if (note := answer.explained("it")) else {})
+            name: {"works": answer.works} | ({"note": note} if (note := answer.explained(TITLES[name])) else {})
             for name, answer in answers.items()
         },
     }

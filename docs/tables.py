@@ -169,7 +169,7 @@ def card_works_with(technique: type[Any]) -> Iterator[str]:
     for line in works_with(technique):
         yield textwrap.fill(line, 120, initial_indent="- ", subsequent_indent="  ")
     arguments = f"[API](../api/{family_of(technique)}.md)"
-    yield f"\nReasons, and ways out: [compatibility](../compatibility.md). All arguments: {arguments}.\n"
+    yield f"\nReasons and workarounds: [compatibility](../compatibility.md). All arguments: {arguments}.\n"
 
 
 def api_contents() -> Iterator[str]:

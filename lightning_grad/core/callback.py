@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
-from lightning_grad.core.switch import Switchable, SwitchedOff, replace, unless_switched_off
+from lightning_grad.core.switch import Switchable, is_named, unless_switched_off
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
 from lightning_grad.utilities.checks import check_name
@@ -127,7 +127,10 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         self._end()
         if trainer.state.fn == "fit":
             self.begin_fit()
-        replace(trainer, self, SwitchedOff(self))
+        placeholder = SwitchedOff(self)
+        _replace(trainer, self, placeholder)
+        # Last, so a checkpoint that is saved after an exception lacks its state.
+        self.undo_after_saving.push(lambda: _replace(trainer, placeholder, self))
 
     @override
     def __getstate__(self) -> dict[str, Any]:
@@ -302,3 +305,39 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         return "/".join(
             part for part in (f"{section}_layers" if layers else section, *rest, self.name, quantity) if part
         )
+
+
+class SwitchedOff(Callback):
+    """Placeholder in the Trainer's list of callbacks for a technique that is turned off, until the run ends.
+
+    Args:
+        technique: Callback that this replaces.
+    """
+
+    def __init__(self, technique: GradCallback) -> None:
+        self.technique = technique
+
+    @property
+    @override
+    def state_key(self) -> str:  # so Lightning does not warn that a callback of the checkpoint is missing
+        return self.technique.state_key
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # An exception in another callback's on_exception leaves the placeholder behind.
+        if not is_named(type(self.technique)):
+            _replace(trainer, self, self.technique)
+            self.technique.setup(trainer, pl_module, stage)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.technique._end()
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        GradCallback.on_exception(self.technique, trainer, pl_module, exception)
+
+
+def _replace(trainer: pl.Trainer, old: Callback, new: Callback) -> None:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [new if callback is old else callback for callback in callbacks]  # Lightning may iterate over it

@@ -20,7 +20,7 @@ from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.precision import grad_scaler, gradients_are_scaled
 
 Found = tuple[str, str] | None
-"""What was found in a run, in words, and the part of it that the way out repeats."""
+"""The finding in a run, in words, and the part of it that the advice repeats."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Answer:
 
         Args:
             title: Name of the feature, in place of what was found in a run.
-            value: Placeholder for the part that the way out repeats.
+            value: Placeholder for the part that the advice repeats.
         """
         return f"It{self.error('', title, value)}" if self.is_no else self.note
 
@@ -77,7 +77,7 @@ def yes(note: str = "") -> Answer:
 
 
 def stand_in(note: str) -> Answer:
-    """Return the answer that it works in tests with a stand-in of the real strategy."""
+    """Return the answer that a technique works in tests with a stand-in for the real strategy."""
     return Answer("stand-in", note)
 
 
@@ -103,7 +103,7 @@ def manual(answer: Answer) -> dict[str, Answer]:
 
 _IN_A_LIST = yes(
     "Pass it in a list: `Trainer(callbacks=[...])`. The command line of `pytorch_lightning` accepts only callbacks "
-    "of its own namespace."
+    "from its own namespace."
 )
 _UNSHARDED = stand_in("Tests run it with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards.")
 
@@ -180,7 +180,7 @@ class Compatibility:
         """Raise if the run has a feature that the technique does not work with, as far as ``setup`` can see.
 
         Raises:
-            ValueError: Names what was found, why it does not work, and the way out.
+            ValueError: Names the finding, why it does not work, and what to do.
         """
         self._refuse(display_name, _IN_A_RUN, trainer, pl_module)
 
@@ -225,7 +225,7 @@ WHOLE_WEIGHTS: Mapping[str, Answer] = dict.fromkeys(
 )
 """Answers of a technique that reads whole weights, or runs the module outside the training step."""
 
-AVERAGED = "It sees the averaged weights, as validation does."
+AVERAGED = "It sees the averaged weights, like validation."
 SCALED = no(
     "reads gradients, and {} leaves them multiplied by the fp16 loss scale",
     "Use fused=False, or precision='bf16-mixed'",

@@ -70,11 +70,11 @@ class GradientConditioner(GradCallback):
         ),
         deepspeed=NO_ENGINE,
         manual_optimization=yes(
-            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, gradients "
+            "Call `step()` on an optimizer from `self.optimizers()`. If you call it on the raw torch optimizer, gradients "
             "are not changed, and a warning says so."
         ),
         sparse_gradients=no(
-            "needs dense gradients, and {} makes sparse ones",
+            "needs dense gradients, and {} creates sparse ones",
             "Build it with sparse=False, or exclude it: exclude=[{value}]",
         ),
     )
@@ -253,7 +253,7 @@ class GradientConditioner(GradCallback):
         def after_step(stepped: Optimizer, *_: Any) -> None:
             if id(stepped) not in self._hook_fired:
                 lost = "an optimizer stepped without Lightning's hooks, so its gradients were not changed"
-                way_out = "Call step() on what self.optimizers() returns."
+                way_out = "Call step() on an optimizer from self.optimizers()."
                 self.tell_once("bypass", rank_zero_warn, f"{lost}. {way_out}")
             self._hook_fired.discard(id(stepped))
 

@@ -89,7 +89,7 @@ class MethodDispatcher:
 def overrides(owner: object, name: str) -> bool:
     """Return True if a callback or module overrides Lightning's empty hook.
 
-    Lightning's classes are recognized by name, because both of its namespaces have their own.
+    Lightning's classes are recognized by name, because each of its two namespaces defines its own.
 
     Example:
         >>> from lightning.pytorch.callbacks import Timer

@@ -44,7 +44,7 @@ def is_code(value: Any) -> bool:
 
 
 def has_own_state(value: Any) -> bool:
-    """Return True if an object is of a user's class, such as an average meter, and has attributes."""
+    """Return True if an object is an instance of a user's class, such as an average meter, and has attributes."""
     kind: Any = type(value)
     return _is_own_class(kind) and bool(attributes_of(value))
 

@@ -111,7 +111,7 @@ class ProbeSamples:
         split: Set that the samples are from.
         loader_key: Loader to use if there are several.
         dataset: Callable (trainer) -> data set to read from instead; called once.
-        asked: Name of the technique and way out, for errors about losses that cannot be captured.
+        asked: Name of the technique and advice, for errors about losses that cannot be captured.
 
     Attributes:
         indices: Indices that were read; empty before the first look.

@@ -68,7 +68,7 @@ def epoch_batches(trainer: pl.Trainer) -> float | None:
     """Return the number of batches in an epoch.
 
     If the data have no length, it is the mean over the epochs so far, and ``None`` in the first
-    epoch. Call it in hooks of a batch: between epochs, Lightning's counters are still those of the
+    epoch. Call it in batch hooks: between epochs, Lightning's counters still belong to the
     previous epoch.
     """
     batches = trainer.num_training_batches

@@ -21,7 +21,7 @@ from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.utilities.reporting import log_summary
 
 OWN_SCHEDULES = (
-    "If the module steps its own schedulers, a warning says that those that count batches do not reach their end."
+    "If the module steps its own schedulers, a warning says that schedulers that count batches do not reach their end."
 )
 
 

@@ -7,11 +7,8 @@ from importlib import import_module
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
-from typing_extensions import override
 
-from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.utilities.checks import check_choice
 
 VARIABLE = "LIGHTNING_GRAD_DISABLE"
@@ -89,47 +86,3 @@ def unless_switched_off(setup: Callable[..., None]) -> Callable[..., None]:
             setup(self, trainer, *args, **kwargs)
 
     return checked
-
-
-class SwitchedOff(Callback):
-    """Placeholder in the Trainer's list of callbacks for a technique that is turned off, until the run ends.
-
-    Args:
-        technique: Callback that this replaces.
-    """
-
-    def __init__(self, technique: Any) -> None:
-        self.technique = technique
-
-    @property
-    @override
-    def state_key(self) -> str:  # so Lightning does not warn that a callback of the checkpoint is missing
-        return str(self.technique.state_key)
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        # An exception in another callback's on_exception leaves the placeholder behind.
-        if not is_named(type(self.technique)):
-            replace(trainer, self, self.technique)
-            self.technique.setup(trainer, pl_module, stage)
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        replace(trainer, self, self.technique)
-
-    @override
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # Checkpoint callbacks still save after this hook, and their files must not hold the
-        # technique's state.
-        def last(inner: Callable[..., Any], *args: Any) -> None:
-            unwrap()
-            replace(trainer, self, self.technique)
-            inner(*args)
-
-        unwrap = wrap_method(trainer.strategy, "on_exception", last)
-
-
-def replace(trainer: pl.Trainer, old: Callback, new: Callback) -> None:
-    """Replace a callback in place, because Lightning may be iterating over the list."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks[:] = [new if callback is old else callback for callback in callbacks]

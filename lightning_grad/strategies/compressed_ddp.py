@@ -54,7 +54,7 @@ _NO_SCALER = no(
     "adds up gradients over steps, and {} changes their scale between steps",
     "Use precision='bf16-mixed', or strategy='ddp'",
 )
-_ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains as DDP does.")
+_ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains like DDP.")
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
@@ -118,12 +118,12 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             )
         ),
         pytorch_lightning=no(
-            "does not work with {}, which accepts only strategies of its own namespace and reports an invalid strategy name",
+            "does not work with {}, which accepts only strategies from its own namespace and reports an invalid strategy name",
             "Use lightning.pytorch.Trainer",
         ),
         late_gradients=_ONE_STRATEGY,
         sparse_gradients=no(
-            "needs dense gradients, and {} makes sparse ones", "Build it with sparse=False, or use strategy='ddp'"
+            "needs dense gradients, and {} creates sparse ones", "Build it with sparse=False, or use strategy='ddp'"
         ),
         complex_parameters=no("compresses real gradients, and {} is complex", "Use strategy='ddp'"),
     )

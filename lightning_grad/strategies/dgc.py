@@ -291,7 +291,7 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @property
     def density(self) -> float:
-        """Current share of entries to send, for parameters without a share of their own."""
+        """Current share of entries to send, for parameters without their own share."""
         return self._now(self.ratio)
 
     def _now(self, ratio: float) -> float:

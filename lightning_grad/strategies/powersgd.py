@@ -42,7 +42,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         rank: Number of columns of the factors (4 in the paper's language model).
         start_step: Number of steps at the beginning in which all gradients are sent dense.
         min_gain: Compress a gradient only if its factors are at least this many times smaller.
-            The default is that of torch's hook.
+            The default matches torch's hook.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
         residual_policy: What to do if rank files do not fit on resume: 'strict', 'mean' or 'reset'.

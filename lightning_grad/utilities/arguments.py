@@ -231,7 +231,7 @@ def plain(value: Any) -> Any:
 
 
 def changed_settings(saved: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return the names of settings that differ from a checkpoint; settings missing in it are not compared.
+    """Return the names of settings that differ from a checkpoint; settings missing from it are not compared.
 
     Args:
         saved: Settings in the checkpoint, converted by :func:`plain`.

@@ -139,7 +139,7 @@ def check_share(value: float, parameter: str) -> float:
 
 
 def check_name(name: str | None) -> None:
-    """Raise unless the name of an instance is valid in log keys and file names; ``None`` is.
+    """Raise unless the name of an instance is valid in log keys and file names; ``None`` is valid.
 
     Raises:
         ValueError: If it is empty or too long, or contains slashes or unprintable characters.

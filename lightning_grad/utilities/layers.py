@@ -30,8 +30,8 @@ class LayerFinder:
     """Group gradients into layers, with a cache for each set of parameters that have gradients.
 
     Args:
-        per: "module" makes the parameters of a module one layer, "parameter" each of them.
-        layer_depth: Merge layers whose names agree in this many leading parts; ``None`` merges none.
+        per: "module" treats the parameters of a module as one layer, "parameter" each as its own layer.
+        layer_depth: Merge layers whose names share this many leading parts; ``None`` merges none.
     """
 
     def __init__(self, per: Per = "module", layer_depth: int | None = None) -> None:

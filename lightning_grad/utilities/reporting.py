@@ -113,7 +113,7 @@ def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) ->
 
 
 def log_many(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Log many scalars of a step at once, as ``LearningRateMonitor`` does.
+    """Log many scalars of a step at once, like ``LearningRateMonitor``.
 
     ``pl_module.log`` takes half a millisecond per scalar. Use it for a few scalars, and this function for per-layer
     ones.

@@ -111,20 +111,21 @@ def test_exceptions_give_the_technique_back_when_all_is_saved(tmp_path: Path, mo
     assert "NMSparsity" not in torch.load(path, weights_only=True)["callbacks"]
 
 
-def test_a_technique_that_an_exception_left_off_returns(monkeypatch: pytest.MonkeyPatch):
-    class Failing(Callback):
-        def on_exception(self, *_: Any) -> None:
-            raise ValueError("the later callbacks are not told")
+class _FailingExit(Callback):
+    def on_exception(self, *_: Any) -> None:
+        raise ValueError("the others are not told")
 
+
+def test_a_technique_that_an_exception_left_off_returns(monkeypatch: pytest.MonkeyPatch):
     clipper = ZClip()
-    trainer = make_trainer(callbacks=[Failing(), clipper, StopAt(1)], max_epochs=1)
+    trainer = make_trainer(callbacks=[_FailingExit(), clipper, StopAt(1)], max_epochs=1)
     monkeypatch.setenv(VARIABLE, "1")
     with pytest.raises(ValueError, match="not told"), pytest.warns(UserWarning, match="turns off ZClip"):
         trainer.fit(make_classifier(), *loaders())
     monkeypatch.delenv(VARIABLE)
-    trainer.callbacks.pop()
-    trainer.fit(make_classifier(), *loaders())
-    assert trainer.callbacks[1] is clipper
+    later = make_trainer(callbacks=trainer.callbacks[:2], max_epochs=1)
+    later.fit(make_classifier(), *loaders())
+    assert later.callbacks[1] is clipper
     assert clipper.states()
 
 
@@ -146,6 +147,14 @@ def test_only_named_classes_are_off(monkeypatch: pytest.MonkeyPatch):
         assert_identical(left.weights, later.weights)
 
 
+def _leave_off(trainer: Any, module: Any) -> None:
+    trainer.fit_loop.max_epochs += 1
+    trainer.callbacks[:] = [_FailingExit(), StopAt(trainer.global_step + 1)]
+    with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match="not told"):
+        trainer.fit(module, *loaders())
+    trainer.callbacks.clear()
+
+
 def _with_and_without() -> list[Any]:
     plain = outcome(*train_on_ranks("ddp"))
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as given:
@@ -160,9 +169,10 @@ def _with_and_without() -> list[Any]:
             assert left.pop("sent") == [0, 0, 0]
             assert_identical(plain, left)
             assert not any("/" in key for key in trainer.callback_metrics)
+        _leave_off(trainer, module)
         patch.delenv(VARIABLE)
-        trainer.fit_loop.max_epochs += 1
-        trainer.fit(module, *loaders())  # the same Trainer continues with the technique
+        trainer.fit(module, *loaders())
+        assert trainer.strategy is strategy
         assert strategy.ledger.steps > 0
     return [str(one.message).split(" turns off ")[1] for one in given if VARIABLE in str(one.message)]
 

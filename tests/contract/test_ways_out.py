@@ -280,7 +280,7 @@ CLIPPING = [
     Row(
         "no Linear",
         lambda _: fit(lg.AdaptiveGradientClipping(0.01), module=odd.Tiny(odd.Scale())),
-        r"finds no Linear. .*or set head=None",
+        r"found no Linear. .*or set head=None",
         lambda _: fit(lg.AdaptiveGradientClipping(0.01, head=None), module=odd.Tiny(odd.Scale())),
     ),
     Row(

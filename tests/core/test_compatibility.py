@@ -266,7 +266,7 @@ def ids(module: nn.Module) -> set[int]:
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 def test_sparse_embedding_is_refused_by_its_name(kind: type) -> None:
     net = nn.ModuleDict({"words": kind(4, 2, sparse=True), "head": nn.Linear(2, 2)})
-    said = rf"Rule needs dense gradients, and {kind.__name__} 'words' makes sparse ones.*exclude=\['words'\]"
+    said = rf"Rule needs dense gradients, and {kind.__name__} 'words' creates sparse ones.*exclude=\['words'\]"
     for chosen in (ids(net), None):
         with pytest.raises(ValueError, match=said):
             RULE.refuse_parameters("Rule", net, chosen)
@@ -297,8 +297,8 @@ def test_complex_parameters_are_refused_by_what_compares_entries() -> None:
 
 
 def test_a_refusal_is_explained_in_whole_sentences() -> None:
-    assert RULE.sparse_gradients.explained("it") == (
-        "It needs dense gradients, and it makes sparse ones. Build it with sparse=False, or exclude it: exclude=[...]."
+    assert RULE.sparse_gradients.explained(TITLES[name]) == (
+        "It needs dense gradients, and it creates sparse ones. Build it with sparse=False, or exclude it: exclude=[...]."
     )
     assert yes("In a list.").explained("lists") == "In a list."
 

@@ -102,7 +102,7 @@ class Attack:
         if least < low - slack or most > high + slack:
             raise ValueError(
                 f"{needed_by}: the inputs range from {least:.3g} to {most:.3g}, outside bounds=({low:g}, {high:g}). "
-                "If they are normalized, set mean and std, and give epsilon and bounds in pixels. Otherwise set "
+                "If they are normalized, set mean and std, and set epsilon and bounds in pixels. Otherwise set "
                 "bounds to their range."
             )
 

@@ -237,7 +237,7 @@ def _refuse_kinds(batch: Any, pattern: Path, needed_by: str) -> None:
 
 
 def _refuse_unclear(batch: Any, has_embedding: bool, needed_by: str) -> None:
-    """Raise if neither the batch nor an embedding gives an input with a gradient."""
+    """Raise if neither the batch nor an embedding provides an input with a gradient."""
     path, value = first_numbers(batch)
     # Bytes with more than two dimensions are images: they are not the input of the module's embedding.
     is_image = value is not None and value.dtype == torch.uint8 and value.dim() > 2

@@ -72,7 +72,7 @@ class AdversarialEvaluation(GradCallback):
         every_n_validations: Attack every this many validations of a fit, beginning with the first.
             Trainer.validate and Trainer.test always attack.
         step_size: Step size of PGD. Default: 2.5 epsilon / steps.
-            The default is that of the released code of arXiv 1706.06083.
+            The default matches the released code of arXiv 1706.06083.
         norm: Norm of the ball, "linf" or "l2".
         random_start: Whether to start at a random point of the ball.
         bounds: Minimum and maximum of an input, such as [0, 1]; None for no limit.

@@ -32,7 +32,7 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     Args:
         ratio: lambda, the largest ratio of gradient norm to weight norm (0.01 in the paper).
-            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            One number, or a mapping from name patterns to numbers (the first match applies).
             A param group of the optimizer may set its own "ratio". The paper uses 0.01 for batches
             of 4096 and more for smaller ones.
         eps: epsilon, the smallest weight norm used (1e-3 in the paper).
@@ -107,7 +107,7 @@ class AdaptiveGradientClipping(UnitConditioner):
             self.undo.push(self._heads.order.stop)
             if not self._heads.names:
                 raise ValueError(
-                    f"{self.display_name} does not clip the classifier, but finds no Linear. Name it by head='...', or "
+                    f"{self.display_name} does not clip the classifier, but found no Linear. Name it with head='...', or "
                     "set head=None to clip all layers."
                 )
         super().on_fit_start(trainer, pl_module)

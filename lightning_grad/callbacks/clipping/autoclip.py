@@ -26,7 +26,7 @@ class AutoClip(GradientConditioner):
 
     Args:
         percentile: p, 0 to 100. 100 never clips.
-            One number, or a mapping from name patterns to numbers, of which the first match counts;
+            One number, or a mapping from name patterns to numbers (the first match applies);
             each pattern has its own norms. A param group of the optimizer may set its own
             "percentile". 10 was the best value in the paper, on source separation.
         window: Number of recent norms to keep, 1 to 1,000,000. The published code keeps all.

@@ -24,7 +24,7 @@ class LayerwiseClipping(GradientConditioner):
 
     Args:
         max_norm: C, the largest total norm.
-            One number, or a mapping from name patterns to numbers, of which the first match counts;
+            One number, or a mapping from name patterns to numbers (the first match applies);
             each number is divided over the layers of its pattern. A param group of the optimizer
             may set its own "max_norm".
         weighted: Divide C by layer size instead of equally over the layers.

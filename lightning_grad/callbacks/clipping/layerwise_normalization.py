@@ -24,7 +24,7 @@ class LayerwiseNormalization(GradientConditioner):
 
     Args:
         trust_coefficient: eta, the trust coefficient (0.001 in the paper).
-            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            One number, or a mapping from name patterns to numbers (the first match applies).
             A param group of the optimizer may set its own "trust_coefficient".
         max_ratio: r, the largest factor. None sets no limit, as in LARS.
         vectors: Also normalize parameters of one dimension, such as biases and scales of norms.

@@ -41,11 +41,11 @@ class MomentumReset(OptimizerCallback):
             every_n_steps - 1. Before the first batch with a fused optimizer in fp16, under
             DeepSpeed, if no optimizer keeps ``exp_avg_sq``, or for a second instance.
 
-    **Hooks.** Those of :class:`~lightning_grad.core.OptimizerCallback` before and after a step,
-    called only for steps that are really made. A step that the GradScaler skips is not counted,
+    **Hooks.** The hooks of :class:`~lightning_grad.core.OptimizerCallback` before and after a step,
+    called only for steps that are actually taken. A step that the GradScaler skips is not counted,
     resets nothing and does not change the learning rate. A step without gradients (skipped by
     ``SkipNonFinite``) is not counted. The learning rate is restored after the step, before a
-    scheduler reads it. If the training step sets a learning rate, that is reduced too, and kept
+    scheduler reads it. If the training step sets a learning rate, that rate is reduced too, and kept
     afterwards.
 
     **Logs** under ``grad/momentum_reset/``, at log steps: ``lr_factor`` and ``resets``.
@@ -67,7 +67,7 @@ class MomentumReset(OptimizerCallback):
 
     References:
         Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
-        arXiv 2501.06842, algorithm 1. The length and shape of the warm-up are those of its released
+        arXiv 2501.06842, algorithm 1. The length and shape of the warm-up match its released
         code; the limit to half of every_n_steps is an addition of this library.
     """
 

@@ -17,13 +17,13 @@ class NormClipping(GradientConditioner):
     .. math::
         g \leftarrow g \cdot \min\Bigl(1, \frac{c}{\lVert g \rVert_p + 10^{-6}}\Bigr)
 
-    The result is bit for bit that of ``Trainer(gradient_clip_val=c)``. It also works where
+    The result is bitwise the same as with ``Trainer(gradient_clip_val=c)``. It also works where
     Lightning refuses that: with a fused optimizer in bf16-mixed, and in manual optimization. Parts
     of a model can have their own thresholds; each part then has its own norm.
 
     Args:
         max_norm: c, the largest norm (1.0 in GPT-3: arXiv 2005.14165, appendix B).
-            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            One number, or a mapping from name patterns to numbers (the first match applies).
             A param group of the optimizer may set its own "max_norm".
         norm_type: p, the order of the norm; .inf in YAML for the largest magnitude.
         include: Names or wildcards of the parameters or modules to clip. Default: all.

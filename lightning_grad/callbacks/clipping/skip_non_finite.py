@@ -51,7 +51,7 @@ class SkipNonFinite(GradientConditioner):
     **State.** The number of skipped steps, in total and in a row.
 
     **Cost.** A norm per gradient. The host must know whether to step, so it waits for the
-    device once per step, as GradScaler does. Under DDP the ranks agree by one reduction.
+    device once per step, like a GradScaler. Under DDP the ranks agree by one reduction.
 
     Example:
         .. code-block:: yaml

@@ -27,7 +27,7 @@ class SpikeClipping(GradientConditioner):
     Args:
         threshold: theta, the largest ratio of a squared entry to its mean square.
             5000 in the paper. .inf in YAML never clips. One number, or a mapping from name patterns
-            to numbers, of which the first match counts. A param group of the optimizer may set its
+            to numbers (the first match applies). A param group of the optimizer may set its
             own "threshold".
         pause: Number of steps without clipping at the start, and from each reset on.
             At the start, the released code clips one step earlier.
@@ -61,7 +61,7 @@ class SpikeClipping(GradientConditioner):
 
     References:
         Huang et al., "SPAM: Spike-Aware Adam with Momentum Reset for Stable LLM Training", 2025,
-        arXiv 2501.06842. The defaults are those of its released code.
+        arXiv 2501.06842. The defaults match its released code.
     """
 
     namespace: ClassVar[str] = "grad/spike_clipping"

@@ -17,13 +17,13 @@ class ValueClipping(GradientConditioner):
     .. math::
         g_i \leftarrow \max(-c, \min(c, g_i))
 
-    The result is bit for bit that of ``Trainer(gradient_clip_val=c,
+    The result is bitwise the same as with ``Trainer(gradient_clip_val=c,
     gradient_clip_algorithm="value")``. The direction of the gradient changes. An infinite entry
     becomes c and a nan stays nan, so put ``SkipNonFinite`` before it.
 
     Args:
         clip_value: c, the largest magnitude (1.0 is usual in reinforcement learning).
-            One number, or a mapping from name patterns to numbers, of which the first match counts.
+            One number, or a mapping from name patterns to numbers (the first match applies).
             A param group of the optimizer may set its own "clip_value".
         include: Names or wildcards of the parameters or modules to clip. Default: all.
         exclude: Names or wildcards of the parameters or modules not to clip.

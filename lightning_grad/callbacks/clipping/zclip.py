@@ -35,10 +35,10 @@ class ZClip(GradientConditioner):
         z_threshold: z*, the z-score above which a norm is a spike; .inf in YAML disables it.
         alpha: Smoothing factor of the mean and the variance, 0 to 1.
         max_norm: Limit on the norm of every step, well above the usual norm. None sets no limit.
-            One number, or a mapping from name patterns to numbers, of which the first match counts;
+            One number, or a mapping from name patterns to numbers (the first match applies);
             each pattern has its own statistics. A param group of the optimizer may set its own
             "max_norm".
-        warmup_steps: Number of norms that give the first mean and variance.
+        warmup_steps: Number of first norms from which the mean and variance are initialized.
             Until then only max_norm clips.
         eps: Constant added to the standard deviation.
         include: Names or wildcards of the parameters or modules to clip. Default: all.
@@ -77,7 +77,7 @@ class ZClip(GradientConditioner):
 
     References:
         Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025, arXiv
-        2504.02507. All defaults are those of its released code, except for ``max_norm``: its 1.0
+        2504.02507. All defaults match its released code, except for ``max_norm``: its 1.0
         clips 49 to 98 % of the steps of ordinary classifiers.
     """
 

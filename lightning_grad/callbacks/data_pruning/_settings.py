@@ -1,6 +1,6 @@
 """The settings of ``DataPruning``: rounds, contradictions, and which scores a resumed fit takes from a checkpoint.
 
-A resumed fit reuses scores that the current settings would give, and selects the kept samples from them. It discards
+A resumed fit reuses scores that the current settings would produce, and selects the kept samples from them. It discards
 scores of another kind and scores again if a round is due.
 """
 

@@ -50,12 +50,12 @@ _NO_PASS = no(
 )
 _BY_HAND = yes(
     '`keep="random"` without balance, the scores `aum` and `forgetting`, `score_files` and `score_fn` work. Other '
-    f"scores raise, because they run the step in a pass. {OWN_SCHEDULES}"
+    f"scores raise, because they run the step in a scoring pass. {OWN_SCHEDULES}"
 )
 
 
 class DataPruning(SubsetCallback):
-    r"""Train on the samples that a score in mid-training ranks first; or only score, and find mislabeled samples.
+    r"""Score samples during training and continue with those ranked first; or only score, and find mislabeled samples.
 
     After ``epoch`` whole epochs, every sample of the training set is scored through the module's own
     ``training_step``, in eval mode and without side effects. Training continues with a part of them. With the

@@ -27,7 +27,7 @@ _NEXT_SEED = 1_000_003  # larger than the number of epochs of any run, so that s
 
 
 class InfoBatch(LossWeighting, SubsetCallback):
-    r"""Drop a random part of the low-loss samples in each epoch, and give the remaining ones more weight.
+    r"""Drop a random part of the low-loss samples in each epoch, and give the rest of them more weight.
 
     .. math::
         L = \{i : \ell_i < \bar\ell\}, \qquad
@@ -59,7 +59,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
         RuntimeError: After the first batch, if rows do not follow their samples into another order.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
-    **Hooks.** Those of :class:`DataPruning`. Losses are read inside ``training_step`` and weighted in its
+    **Hooks.** The same as :class:`DataPruning`. Losses are read inside ``training_step`` and weighted in its
     backward pass. The step still returns and logs the unweighted loss.
 
     **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``.

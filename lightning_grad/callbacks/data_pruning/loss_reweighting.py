@@ -27,7 +27,7 @@ from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
 _ONE_SIZE = yes(
-    "Each batch is weighted separately. Ranks need batches of the same size, as Lightning's sampler draws them."
+    "Each batch is weighted separately. Ranks need batches of the same size, which Lightning's sampler provides."
 )
 _REHEARSALS = 4  # number of first batches that may have no loss before the check of rows is given up
 

@@ -53,7 +53,7 @@ class UniformLearning(SubsetCallback):
             calls classify and ``loss_index`` does not say which one counts.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
-    **Hooks.** Those of :class:`DataPruning`. Epochs become longer; schedules that step with every batch advance
+    **Hooks.** The same as :class:`DataPruning`. Epochs become longer; schedules that step with every batch advance
     more slowly so that they end where they should.
 
     **Logs** under ``data/``, at each epoch: ``kept_share`` (above 1), ``samples_seen``; in the summary

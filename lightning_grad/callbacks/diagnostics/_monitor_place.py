@@ -81,7 +81,7 @@ def named_parameters(
 def why_none(
     trainer: pl.Trainer, pl_module: pl.LightningModule, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> str:
-    """Return why no parameter is selected, and a way out."""
+    """Return why no parameter is selected, and what to do."""
     everything = [name for o in trainer.optimizers for name, _ in named_parameters(pl_module, o, None, None)]
     if not everything:
         return "configure_optimizers returns no optimizer with parameters. Return one, or drop the callback."

@@ -93,7 +93,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         exclude: Names or wildcards of parameters or modules to keep dense.
         mask_every_n_steps: Recompute masks every this many optimizer steps; above 1 is faster but approximate.
         geometric_start: Factor of the first, widest groups of sdgf-geometric, a power of two.
-            The default is that of the released code.
+            The default matches the released code.
         zero_pruned_state: Zero the optimizer state of pruned weights once the pattern is final.
             It is zeroed after every step, so momentum does not move pruned weights.
         restart_monitors: Reset monitored checkpoints and early stopping when the final pattern begins.
@@ -159,8 +159,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         no_second_moment=yes("All recipes except `step`, which raises."),
         compiled=yes("Modules recompile when pruning begins, but not when D or the pattern changes."),
         manual_optimization=yes(
-            "Call `step()` on what `self.optimizers()` returns. If you call it on the raw torch optimizer, masks are kept, "
-            "but the SR-STE term is missing, and a warning says so."
+            "Call `step()` on an optimizer from `self.optimizers()`. If you call it on the raw torch optimizer, masks are "
+            "kept, but the SR-STE term is missing, and a warning says so."
         ),
         weight_averaging=yes(
             "`WeightAveraging` and `EMAWeightAveraging`, before or after it in the list. With `save_weights_only=True` "
@@ -250,7 +250,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         )
         if dim is None:
             return (
-                "its layer computes neither x W nor x W^T; give its full name in include= to use dimension 1 for inputs"
+                "its layer computes neither x W nor x W^T; list its full name in include= to use dimension 1 for inputs"
             )
         size = found.parameter.shape[dim]
         if not pattern.fits(size):
@@ -387,7 +387,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
                 if self._adds_sr_ste
                 else "the gradient variance is not logged"
             )
-            advice = "Call step() on what self.optimizers() returns."
+            advice = "Call step() on an optimizer from self.optimizers()."
             without = f"an optimizer stepped without Lightning's hooks, so {lost}. {advice}"
             self.tell_once("bypass", rank_zero_warn, without)
         self._hook_fired = False

@@ -45,7 +45,7 @@ class LossRequest:
 
     @property
     def advice(self) -> str:
-        """The way out, as a sentence."""
+        """The advice, as a sentence."""
         return f"{self.way_out[0].upper()}{self.way_out[1:]}."
 
     def needs_losses(self, call: str = "") -> str:

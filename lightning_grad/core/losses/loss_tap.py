@@ -118,7 +118,7 @@ def _terms_after(error: Exception, step: ways.Step, asked: given.LossRequest, ca
     if step.samples is None:
         raise RuntimeError(
             "The loss is more than one loss call, and the number of samples is unknown: the batch holds tensors of "
-            f"different lengths, and no sampler of torch tells the number. {asked.needs_losses()}"
+            f"different lengths, and no sampler of torch provides the number. {asked.needs_losses()}"
         ) from None
     ways_out = asked.needs_losses(capture.calls[0].name if capture.calls else "")
     trace = sample_losses.trace_of(step.module, step.samples)

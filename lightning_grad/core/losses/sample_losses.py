@@ -89,7 +89,7 @@ def trained_loss(output: object, ways_out: str) -> Tensor:
 
     Args:
         output: Output of the step.
-        ways_out: End of an error: the technique that needs the loss, and what to do, as whole
+        ways_out: End of an error: which technique needs the loss, and what to do, in full
             sentences.
 
     Raises:

@@ -64,8 +64,7 @@ def look_at_all(
 
     Returns:
         dict: For each name, the values of the whole data set, (n, ...), float64, on the CPU; nan
-            for samples that were not
-        measured or whose value is not finite.
+            for samples that were not measured or whose value is not finite.
     """
     _refuse_data(trainer, training_set, dataset, asked.display_name)
     chunks, batches = _share_of_rank(trainer, training_set, rehearsal, one_by_one)

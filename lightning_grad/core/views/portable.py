@@ -167,7 +167,7 @@ def wrap_saving(
 
 
 def wrap_loading(pl_module: pl.LightningModule, state_key: str) -> Callable[[], None]:
-    """Restore the dense weights in every checkpoint before the module loads it, from now on.
+    """From now on, restore the dense weights in every checkpoint before the module loads it.
 
     Returns:
         Callable: Undoes this.

@@ -47,7 +47,7 @@ def infobatch_count(losses: Tensor, prune: float) -> int:
 
 
 def infobatch_weights(is_low: Tensor, kept: Tensor) -> Tensor:
-    r"""Return weights with which a subset has the gradient of the full data set in expectation.
+    r"""Return weights that make the expected gradient of a subset equal to that of the full data set.
 
     .. math::
         w_i = \begin{cases} n_\text{low} / m_\text{low} & i \text{ low} \\ 1 & \text{else} \end{cases}
@@ -72,7 +72,7 @@ def infobatch_weights(is_low: Tensor, kept: Tensor) -> Tensor:
 
 
 def infobatch_subset(losses: Tensor, prune: float, generator: torch.Generator, extra: int = 0) -> tuple[Tensor, Tensor]:
-    r"""Drop some of the samples whose last loss is below the mean, and give the others of them more weight.
+    r"""Drop some of the samples whose last loss is below the mean, and give the rest of them more weight.
 
     .. math::
         L = \{i : \ell_i < \bar\ell\}, \qquad

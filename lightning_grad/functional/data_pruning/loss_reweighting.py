@@ -33,7 +33,7 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
     weighted loss is :math:`\sum_i w_i \ell_i`. Under data parallelism, pass the losses of the global batch, and
     multiply each rank's part of the sum by the number of ranks, because gradients are averaged over ranks.
 
-    Formulas, rescaling with :math:`\delta = 1` and defaults are those of the released code (where "quadratic" is also
+    Formulas, rescaling with :math:`\delta = 1` and defaults match the released code (where "quadratic" is also
     called "mid"). A non-finite loss gets weight 0 and does not enter minimum and maximum; in the released code it makes
     all weights nan. Its product with 0 is still nan, so mask the loss as well. Equal losses get equal weights.
 

@@ -15,7 +15,7 @@ _SMALL = 4096
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return True for a DTensor, of which this rank has a shard."""
+    """Return True for a DTensor, whose shard this rank holds."""
     return hasattr(tensor, "full_tensor")
 
 

@@ -55,7 +55,7 @@ def test_a_head_that_does_not_exist_raises() -> None:
 
 def test_no_linear_raises_and_says_what_to_do() -> None:
     rows = rows_of(rows_with_norms([1.0]))
-    with pytest.raises(ValueError, match=r"finds no Linear. Name it by head='...', or set head=None"):
+    with pytest.raises(ValueError, match=r"found no Linear. Name it with head='...', or set head=None"):
         train([AdaptiveGradientClipping()], Dictated(), rows)
     train([AdaptiveGradientClipping(head=None)], Dictated(), rows)
 

@@ -125,7 +125,7 @@ UNKNOWN = {"another sampler": {"batch_sampler": Blocks()}, "a stream": {"batch_s
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 def test_else_it_is_refused_with_a_way_out(kind: str) -> None:
-    words = "no sampler of torch tells the number. LossReweighting needs the loss .* set loss_fn="
+    words = "no sampler of torch provides the number. LossReweighting needs the loss .* set loss_fn="
     with pytest.raises(RuntimeError, match=words):
         train(reweighting(total_steps=6), Boxes(), loader=loader(**UNKNOWN[kind]))
     given = loader(**UNKNOWN[kind])
