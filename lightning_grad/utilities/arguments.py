@@ -1,4 +1,4 @@
-"""Check constructor arguments against their annotations, and settings against those of a checkpoint.
+"""Check constructor arguments against their annotations, and settings against a checkpoint's.
 
 The annotation gives the type of an argument: ``seed: int`` rejects ``1.5``, ``True`` and ``"0"``. Constructors check
 ranges with the functions of ``utilities.checks``.

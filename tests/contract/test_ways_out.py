@@ -741,7 +741,7 @@ SCORES = [
     Row(
         "no such kind of scores",
         lambda at: fit(pruning(score_files=[scores_of(at / "a.npz"), scores_of(at / "b.npz", score="loss")])),
-        r"got 'el2n' and 'loss'. Name files of one score",
+        r"got 'el2n' and 'loss'. Pass files of one score",
         lambda at: fit(pruning(score_files=[str(at / "a.npz")])),
     ),
     Row(
@@ -853,7 +853,7 @@ STRATEGIES = [
     Row(
         "complex gradients under PowerSGD",
         lambda _: fit(module=odd.Tiny(odd.complex_net()), strategy=power()),
-        r"^PowerSGDStrategy compresses real gradients.*Use strategy='ddp'",
+        r"^PowerSGDStrategy compresses only real gradients.*Use strategy='ddp'",
         lambda _: fit(module=odd.Tiny(odd.complex_net()), strategy="ddp"),
     ),
 ]

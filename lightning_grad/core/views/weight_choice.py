@@ -34,7 +34,7 @@ class FoundWeight:
         is_known: Whether its module is a torch layer that reads the attribute at every use.
         is_spelled: Whether a pattern of the user names it in full.
         display_name: Name of the technique, for errors.
-        effect: Adjective for the weights that the technique makes.
+        effect: Adjective that describes the resulting weights.
     """
 
     name: str
@@ -255,7 +255,7 @@ def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight],
         callbacks: All callbacks of the trainer, after ``setup``.
         weights: The chosen weights.
         technique: Name of the technique.
-        verb: What it does with them.
+        verb: The technique's action on them, such as prune.
 
     Raises:
         ValueError: Names both callbacks and the first such weight.
