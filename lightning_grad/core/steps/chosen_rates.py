@@ -33,7 +33,7 @@ def _check_range(indices: Sequence[int], count: int, needed_by: str, parameter: 
 
 
 def base_rate(group: Mapping[str, Any], keys: Sequence[str] = ("max_lr", "initial_lr", "lr")) -> float:
-    """Return the rate of a group under the first of the keys that it has.
+    """Return the rate of a group, from the first of the known keys that it has.
 
     Example:
         >>> base_rate({"lr": 0.004, "initial_lr": 0.004, "max_lr": 0.1})
