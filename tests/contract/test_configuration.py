@@ -31,13 +31,14 @@ def test_hydra_containers(technique):
     config = OmegaConf.create({"arguments": dict(technique.arguments)}).arguments
     built = type(technique.build())(**{key: config[key] for key in config})
     assert built.settings == technique.build().settings
-    fit([built], max_epochs=4)
+    fit([built], max_epochs=4, limit_train_batches=2, limit_val_batches=1)
 
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
-def test_settings_reach_the_runs_hyperparameters(technique, tmp_path):
+def test_settings_reach_the_runs_hyperparameters(technique, tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.draw", lambda *_: None)
     logger = CSVLogger(tmp_path)
-    fit([technique.build()], logger=logger, max_epochs=2)
+    fit([technique.build()], logger=logger, max_epochs=2, limit_train_batches=2, limit_val_batches=1)
     written = yaml.safe_load((tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text())
     assert written[technique.name] == technique.build().settings
 

@@ -22,6 +22,7 @@ from tests.contract.test_composition import assert_trained, start_of
 from tests.labelled import KINDS, labelled
 
 EPOCHS = 3  # so that whoever decides by validations has two to compare
+TRAINED = 3  # batches of an epoch
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
@@ -31,7 +32,7 @@ class Batches(list):
     """Whole batches that the data set holds, so that a step writes into the data itself."""
 
     def __init__(self, seed: int) -> None:
-        x, y = make_data(seed).tensors
+        x, y = make_data(seed, TRAINED).tensors
         parts = zip(x.split(BATCH), y.split(BATCH), strict=True)
         super().__init__({"x": a.clone(), "y": b.clone(), "meta": {"seen": [0]}} for a, b in parts)
 
@@ -69,7 +70,9 @@ def run(callbacks: list[Any], needs_indices: bool) -> tuple[Any, Any, list[Tenso
     """Fit the writing module, and return the trainer, the module and what is left of the data."""
     module, train, validation = make_writing(), Batches(0), Batches(1)
     loader = (
-        DataLoader(make_data(0), BATCH, collate_fn=as_dict) if needs_indices else DataLoader(train, batch_size=None)
+        DataLoader(make_data(0, TRAINED), BATCH, collate_fn=as_dict)
+        if needs_indices
+        else DataLoader(train, batch_size=None)
     )
     trainer = make_trainer(callbacks=callbacks, max_epochs=EPOCHS)
     trainer.fit(module, loader, DataLoader(validation, batch_size=None))
@@ -151,7 +154,9 @@ def run_labelled(kind: str, callbacks: list[Any]) -> tuple[Any, Any]:
 
     module = make_labelled(kind)
     trainer = make_trainer(callbacks=callbacks, max_epochs=EPOCHS)
-    trainer.fit(module, *(DataLoader(data, BATCH, collate_fn=collate) for data in (make_data(0), make_data(1, 2))))
+    trainer.fit(
+        module, *(DataLoader(data, BATCH, collate_fn=collate) for data in (make_data(0, TRAINED), make_data(1, 2)))
+    )
     return trainer, module
 
 

@@ -24,10 +24,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Dep
 EACH = [(scheme,) for scheme in CANONICAL]
 
 
+def _without(message: str) -> Any:
+    """Return a decorator for a fit that expects a warning; the ranks of a group are forked under one test's filters."""
+
+    def decorate(work: Any) -> Any:
+        @functools.wraps(work)
+        def run(*case: Any) -> Any:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message)
+                return work(*case)
+
+        return run
+
+    return decorate
+
+
 def _fit_with(scheme: Scheme, arguments: dict[str, Any], make_callbacks: Any = list) -> dict[str, Any]:
     module = scheme.module()
     start = {name: value.clone() for name, value in module.state_dict().items()}
-    trainer, _ = train_on_ranks(scheme.build(), make_callbacks(), module, **arguments)
+    trainer, _ = train_on_ranks(scheme.build(), make_callbacks(), module, **{"max_epochs": 2, **arguments})
     for name, value in module.state_dict().items():
         assert torch.isfinite(value).all(), name
     assert any(not torch.equal(value, start[name]) for name, value in module.state_dict().items())
@@ -66,7 +81,7 @@ def _bf16_true(scheme: Scheme, folder: Path) -> dict[str, Any]:
     inputs, targets = make_data().tensors
     half = DataLoader(TensorDataset(inputs.bfloat16(), targets), BATCH)
     strategy = scheme.build()
-    trainer = make_trainer(strategy=strategy, devices=2, precision="bf16-true")
+    trainer = make_trainer(strategy=strategy, devices=2, precision="bf16-true", max_epochs=2)
     trainer.fit(module, half, half)
     assert all(value.dtype == torch.float32 for kept in strategy.memory.values() for value in kept.values())
     return outcome(trainer, module)
@@ -94,9 +109,10 @@ def test_accumulation_exchanges_once_a_step(case, together):
 
 @functools.cache  # on a rank, for the cases that it runs
 def _bare(scheme: Scheme) -> dict[str, Any]:
-    return finish(scheme.build(), module=scheme.module())
+    return finish(scheme.build(), module=scheme.module(), max_epochs=2)
 
 
+@_without("The .grad attribute of a Tensor that is not a leaf")
 def _compiled(scheme: Scheme, how: str, folder: Path) -> None:
     expected = _bare(scheme)
     module = scheme.module()
@@ -107,7 +123,7 @@ def _compiled(scheme: Scheme, how: str, folder: Path) -> None:
     else:
         module.hidden = torch.compile(module.hidden, backend="eager")
     strategy = scheme.build()
-    train_on_ranks(strategy, (), module)
+    train_on_ranks(strategy, (), module, max_epochs=2)
     for name, value in module.state_dict().items():
         assert torch.allclose(value, expected["module"][name.replace("_orig_mod.", "")], atol=1e-5), name
     assert strategy.memory.keys() == expected["memory"].keys()
@@ -117,7 +133,6 @@ COMPILED = list(itertools.product(CANONICAL, ["module.compile()", "torch.compile
 
 
 @pytest.mark.parametrize("case", COMPILED)
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_submodules_give_the_same_weights(case, together):
     together(_compiled, COMPILED, case)
 
@@ -193,12 +208,12 @@ class _BreakOneRank(pl.Callback):
         pl_module.training_step = breaking
 
 
+@_without(".*SkipNonFinite")
 def _break_and_skip(scheme: Scheme, folder: Path) -> dict[str, Any]:
     return _fit_with(scheme, {}, lambda: [_BreakOneRank(), callbacks.SkipNonFinite()])
 
 
 @pytest.mark.parametrize("case", EACH)
-@pytest.mark.filterwarnings("ignore:.*SkipNonFinite")
 def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(case, together):
     both, _ = together(_break_and_skip, EACH, case)
     assert_ranks_agree(both, case[0])
@@ -214,7 +229,7 @@ def _clipped_by_the_trainer(scheme: Scheme, folder: Path) -> None:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             seen.append(float(torch.nn.utils.get_total_norm(gradients)))
 
-    train_on_ranks(scheme.build(), [Norm()], scheme.module(), gradient_clip_val=0.01)
+    train_on_ranks(scheme.build(), [Norm()], scheme.module(), gradient_clip_val=0.01, max_epochs=2)
     assert seen
     assert max(seen) <= 0.01 * (1 + 1e-4)
 
@@ -232,7 +247,7 @@ def _frozen(scheme: Scheme, folder: Path) -> None:
     module.encoder.requires_grad_(False)
     start = {name: value.clone() for name, value in module.encoder.state_dict().items()}
     strategy = scheme.build(exclude=None)
-    train_on_ranks(strategy, (), module)
+    train_on_ranks(strategy, (), module, max_epochs=2)
     assert_identical(start, dict(module.encoder.state_dict()))
     assert not any(name.startswith("encoder") for name in strategy.memory)
 
@@ -245,7 +260,7 @@ def test_frozen_parameters_stay_what_they_are(case, together):
 def _ddp_options(scheme: Scheme, folder: Path) -> None:
     expected = _bare(scheme)
     for arguments in ({"static_graph": True}, {"gradient_as_bucket_view": True}):
-        found = finish(scheme.build(**arguments), module=scheme.module())
+        found = finish(scheme.build(**arguments), module=scheme.module(), max_epochs=2)
         assert_identical(expected, found, str(arguments))
 
 
@@ -256,7 +271,7 @@ def test_options_of_ddp_change_nothing(case, together):
 
 def _without_broadcast(scheme: Scheme) -> tuple[dict[str, Any], dict[str, Any]]:
     ours, plain = (
-        finish(strategy, module=scheme.module())["module"]
+        finish(strategy, module=scheme.module(), max_epochs=1)["module"]
         for strategy in (scheme.build(broadcast_buffers=False), pl.strategies.DDPStrategy(broadcast_buffers=False))
     )
     return ours, plain
@@ -271,8 +286,9 @@ def test_buffers_stay_apart_where_that_is_asked_for():
         assert not torch.equal(ours["norm.running_mean"], theirs["norm.running_mean"])
 
 
+@_without("Using `DistributedSampler` with the dataloaders")
 def _validate_after_a_fit(scheme: Scheme, folder: Path) -> None:
-    trainer, module = train_on_ranks(scheme.build(), (), scheme.module())
+    trainer, module = train_on_ranks(scheme.build(), (), scheme.module(), max_epochs=2)
     before = outcome(trainer, module)
     (metrics,) = trainer.validate(module, loaders()[1], verbose=False)
     assert metrics["val_loss"] > 0
@@ -281,6 +297,18 @@ def _validate_after_a_fit(scheme: Scheme, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("case", EACH)
-@pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders")
 def test_validation_after_a_fit_leaves_the_memory_alone(case, together):
     together(_validate_after_a_fit, EACH, case)
+
+
+TOGETHER = (
+    {_compiled: COMPILED, _ddp_options: EACH},
+    {
+        _bf16_true: EACH,
+        _micro_batches: EACH,
+        _break_and_skip: EACH,
+        _clipped_by_the_trainer: CLIPPED,
+        _frozen: EACH,
+        _validate_after_a_fit: EACH,
+    },
+)

@@ -131,7 +131,7 @@ SPARSITY = [
     Row(
         "groups that do not divide",
         lambda _: fit(nm(pattern="2:5")),
-        r"groups of 5 do not divide 16. Choose other layers with include=, or set another pattern",
+        r"dimension 1 has size 16, which is not a multiple of 5. Choose other layers with include=, or set another pattern",
         lambda _: fit(nm(pattern="2:8")),
     ),
     Row(

@@ -51,12 +51,12 @@ class Follow(pl.Callback):
 def test_every_checkpoint_leads_to_the_same_validations(arguments: dict[str, Any], tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=2)
     expected = Follow()
-    _, module = fit([expected, saving], make_classifier(), resumable=True, **arguments)
+    _, module = fit([expected, saving], make_classifier(), resumable=True, max_epochs=3, **arguments)
     paths = sorted(tmp_path.glob("*.ckpt"), key=lambda path: torch.load(path, weights_only=True)["global_step"])
     missed = 0
     for path in paths[:-1]:  # behind the last step nothing is run
         resumed = Follow()
-        _, other = fit([resumed], make_classifier(), resumable=True, ckpt=path, **arguments)
+        _, other = fit([resumed], make_classifier(), resumable=True, ckpt=path, max_epochs=3, **arguments)
         assert resumed.seen == expected.seen, path.name
         assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
         missed += len(resumed.ended)

@@ -166,7 +166,7 @@ def test_the_samples_of_a_batch_are_those_it_holds(name: str) -> None:
             assert held != sorted(held)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_pruning_acts_from_the_first_batch_of_the_first_epoch(workers: int) -> None:
     choose = Choose()
     fit(choose, loader(num_workers=workers), max_epochs=2)
@@ -200,13 +200,13 @@ def test_fixed_steps_pass_through_the_kept_samples_more_than_once(drop_last: boo
 def test_accumulation_and_limits() -> None:
     for limit, batches in ((3, 3), (0.5, 2), (1.0, 5), (8, 5)):
         choose = Choose(lambda epoch: None if epoch == 0 else HALF)
-        fit(choose, loader(num_workers=2 if limit == 3 else 0), limit_train_batches=limit, accumulate_grad_batches=3)
+        fit(choose, loader(num_workers=1 if limit == 3 else 0), limit_train_batches=limit, accumulate_grad_batches=3)
         choose.check()
         assert choose.lengths[1:] == [batches, batches]
         assert choose.sizes()[1:] == [[BATCH] * batches] * 2
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_loaders_that_are_made_anew_every_epoch(workers: int) -> None:
     class Fresh(Net):
         def train_dataloader(self) -> Any:
@@ -221,7 +221,7 @@ def test_loaders_that_are_made_anew_every_epoch(workers: int) -> None:
 
 
 def test_a_loader_that_is_handed_out_again_every_epoch() -> None:
-    train, choose = loader(num_workers=2, persistent_workers=True), Choose(lambda epoch: None if epoch == 1 else HALF)
+    train, choose = loader(num_workers=1, persistent_workers=True), Choose(lambda epoch: None if epoch == 1 else HALF)
     original = train.batch_sampler
     fit(choose, train, reload_dataloaders_every_n_epochs=1)
     choose.check()
@@ -257,7 +257,7 @@ class Generating(DataLoader[Any]):
 
 
 @pytest.mark.parametrize("kind", [DataLoader, Generating])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("at", ["epoch", "batch"])
 def test_others_may_go_through_the_loader_in_mid_epoch(at: str, workers: int, kind: Any) -> None:
     choose = Choose(lambda epoch: None if epoch == 0 else HALF)
@@ -292,7 +292,7 @@ class Slipping(Net):
 
 def test_an_epoch_that_is_left_early() -> None:
     choose = Choose()
-    fit(choose, loader(num_workers=2), Slipping())
+    fit(choose, loader(num_workers=1), Slipping())
     choose.check()
     assert [len(sizes) for sizes in choose.sizes()] == [5, 3, 5]
 
@@ -315,7 +315,7 @@ CONTAINERS: dict[str, tuple[Callable[[Any, Any], Any], str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in CONTAINERS), ("dict", 2), ("max_size", 2)])
+@pytest.mark.parametrize(("name", "workers"), [*((name, 0) for name in CONTAINERS), ("dict", 1), ("max_size", 1)])
 def test_one_of_several_loaders(name: str, workers: int) -> None:
     contain, key, read = CONTAINERS[name]
     choose = Choose(lambda epoch: None if epoch == 0 else HALF, read, key)
@@ -412,7 +412,7 @@ def test_resume_with_a_loader_that_continues_in_mid_epoch(workers: int, tmp_path
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("every", [10, 3])
 def test_resume_with_a_plain_loader(every: int, workers: int, tmp_path: Any) -> None:
     """At an epoch's end it is exact; in mid-epoch the loader begins anew (Lightning's limit), yet what is told is true."""
@@ -601,7 +601,7 @@ def _run(choose: Any, train: Any, error: type[BaseException] | None, net: Any = 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_the_loader_is_as_before(error: Any, persistent: bool) -> None:
-    train = loader(**({"num_workers": 2, "persistent_workers": True} if persistent else {}))
+    train = loader(**({"num_workers": 1, "persistent_workers": True} if persistent else {}))
     original = train.batch_sampler
     choose = Choose()
     _run(choose, train, error)
@@ -790,7 +790,7 @@ def _of(rank: Any, epoch: int) -> list[int]:
 
 def test_two_ranks_share_the_kept_samples(tmp_path: Any) -> None:
     plan = {0: None, 1: torch.arange(19), 2: HALF, 3: torch.arange(19)}
-    first, second = _two_ranks(Choose(plan.get), tmp_path, loader(num_workers=2), max_epochs=4)
+    first, second = _two_ranks(Choose(plan.get), tmp_path, loader(num_workers=1), max_epochs=4)
     assert first["lengths"] == second["lengths"] == [5, 3, 3, 3]
     assert first["wrapped"]
     assert second["wrapped"]

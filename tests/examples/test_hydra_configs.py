@@ -108,19 +108,21 @@ def test_snippet_of_what_reads_gradients_becomes_its_callback_and_trains(word: s
 
 
 @pytest.mark.parametrize(
-    ("word", "fewest", "most"),
+    ("word", "epochs", "fewest", "most"),
     [
-        ("data_pruning", 42, 42),  # ten whole epochs, and half of one
-        ("info_batch", 23, 43),
-        ("loss_reweighting", 44, 44),
-        ("repeated_random_subset", 22, 22),
-        ("uniform_learning", 47, 55),  # three epochs with repeated samples
+        ("data_pruning", 11, 42, 42),  # ten whole epochs, and half of one
+        ("info_batch", 5, 11, 19),
+        ("loss_reweighting", 3, 12, 12),
+        ("repeated_random_subset", 3, 6, 6),
+        ("uniform_learning", 11, 47, 55),  # three epochs with repeated samples
     ],
 )
-def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(word: str, fewest: int, most: int) -> None:
+def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(
+    word: str, epochs: int, fewest: int, most: int
+) -> None:
     seed_everything(0, verbose=False)  # which samples are below the mean loss depends on the network
     callback = instantiate_one(word)
-    trainer = Trainer(max_epochs=11, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
     trainer.fit(ResidualConvNet(width=2), datamodule=Digits(batch_size=350))  # four steps for a whole epoch
     assert fewest <= trainer.global_step <= most
 

@@ -254,7 +254,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             )
         size = found.parameter.shape[dim]
         if not pattern.fits(size):
-            return f"groups of {pattern.m} do not divide {size}"
+            return f"dimension {dim} has size {size}, which is not a multiple of {pattern.m}"
         return SparseWeight(found, pattern, dim, straight_through=self.gradient == "ste")
 
     @override

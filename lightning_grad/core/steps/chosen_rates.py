@@ -142,7 +142,7 @@ def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:
 
 
 def restore_initial_rates_(chosen: ChosenGroups) -> None:
-    """Restore the rates that groups had before a scheduler was made, if a scheduler stored them."""
+    """Restore the rates that groups had before a scheduler was created, if a scheduler stored them."""
     for optimizer, indices in chosen:
         for index in indices:
             group = optimizer.param_groups[index]

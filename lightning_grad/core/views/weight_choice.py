@@ -142,7 +142,7 @@ class WeightChoice(Generic[W]):
     def table(self, column: str) -> str:
         """Return a table with one row per weight: its view, or why it is skipped."""
         rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w)] for w in self.chosen]
-        rows += [[name, "dense", reason] for name, reason in self.skipped]
+        rows += [[name, "-", f"dense: {reason}"] for name, reason in self.skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         return format_table(rows[:_MOST_SHOWN], ["weight", "shape", column]) + more
 

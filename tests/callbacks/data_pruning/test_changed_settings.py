@@ -30,8 +30,8 @@ TOTAL = BATCH * BATCHES
 class Note(pl.Callback):
     """Notes what is kept, and how long an epoch is, when its first batch and when its last has been trained on."""
 
-    def __init__(self, technique: Any) -> None:
-        self.technique = technique
+    def __init__(self, technique: Any, stop: int | None = None) -> None:
+        self.technique, self.stop = technique, stop
         self.kept: dict[int, Tensor | None] = {}
         self.batches: dict[int, int] = {}
         self.scored: dict[int, Any] = {}
@@ -42,12 +42,23 @@ class Note(pl.Callback):
         self.kept[epoch] = getattr(self.technique, "kept", None)
         self.scored[epoch] = getattr(self.technique, "scored", None)
 
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch + 1 == self.stop
+
     def sizes(self) -> dict[int, int]:
         return {epoch: TOTAL if kept is None else len(kept) for epoch, kept in self.kept.items()}
 
 
-def run(technique: Any, ckpt: Any = None, epochs: int = 4, module: Any = None, saver: Any = None) -> Note:
-    note = Note(technique)
+def run(
+    technique: Any,
+    ckpt: Any = None,
+    epochs: int = 4,
+    module: Any = None,
+    saver: Any = None,
+    stop: int | None = None,
+) -> Note:
+    """Fit as for so many epochs, and stop before the end where only the first ones are looked at."""
+    note = Note(technique, stop)
     fit([technique, note, *([saver] if saver else [])], module, resumable=True, ckpt=ckpt, max_epochs=epochs)
     return note
 
@@ -70,7 +81,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Any:
             folder = tmp_path_factory.mktemp("checkpoints")
             when: dict[str, Any] = {"every_n_train_steps": 1} if within else {"every_n_epochs": 1}
             saver = pl.callbacks.ModelCheckpoint(folder, "{epoch}-{step}", save_top_k=-1, **when)
-            run(technique, epochs=max(3, epochs + 1, until), module=module(), saver=saver)
+            stop = epochs + within
+            run(technique, epochs=max(3, epochs + 1, until), module=module(), saver=saver, stop=stop)
             found = sorted(
                 folder.glob(f"epoch={epochs if within else epochs - 1}-*"), key=lambda p: int(p.stem.split("=")[-1])
             )
@@ -102,7 +114,7 @@ CHOICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @functools.cache
 def kept_from_the_start(settings: str) -> Tensor | None:
     """Return what a run keeps in its third epoch that had these settings, as text, from the start."""
-    return run(pruning(**ast.literal_eval(settings))).kept[2]
+    return run(pruning(**ast.literal_eval(settings)), stop=3).kept[2]
 
 
 @pytest.mark.parametrize("name", CHOICES)
@@ -283,16 +295,16 @@ def test_score_files_that_change_are_read(checkpoint: Any, tmp_path: Path) -> No
 
 def test_infobatch_follows_from_the_next_epoch_on(checkpoint: Any) -> None:
     half = checkpoint(InfoBatch)
-    kept = {share: run(InfoBatch(share), half, epochs=12).kept for share in (0.0, 0.25, 0.5, 0.9)}
+    kept = {share: run(InfoBatch(share), half, epochs=12, stop=3).kept for share in (0.0, 0.25, 0.5, 0.9)}
     losses = torch.load(half, weights_only=True)["callbacks"]["InfoBatch"]["losses"]
     low = int((losses < losses.mean()).sum())
     assert kept[0.0][2] is None
     for share in (0.25, 0.5, 0.9):
         dropped = TOTAL - len(kept[share][2])  # type: ignore[arg-type]
         assert abs(dropped - share * low) <= 2
-    assert run(InfoBatch(prune_until=0.1), half, epochs=12).kept[2] is None
+    assert run(InfoBatch(prune_until=0.1), half, epochs=12, stop=3).kept[2] is None
     with pytest.raises(AssertionError):
-        assert_identical(run(InfoBatch(seed=9), half, epochs=12).kept[2], kept[0.5][2])
+        assert_identical(run(InfoBatch(seed=9), half, epochs=12, stop=3).kept[2], kept[0.5][2])
 
 
 @pytest.mark.parametrize("prune", [0.0, 0.9])
@@ -309,19 +321,19 @@ def test_an_epoch_of_infobatch_that_has_begun_keeps_its_weights(prune: float, ch
 
 def test_losses_of_another_kind_are_recorded_anew(checkpoint: Any) -> None:
     path = checkpoint(lambda: InfoBatch(loss_index=0), module=TwoLosses)
-    note = run(InfoBatch(loss_index=1), path, epochs=12, module=TwoLosses())
+    note = run(InfoBatch(loss_index=1), path, epochs=12, module=TwoLosses(), stop=4)
     assert note.kept[2] is None
     assert note.kept[3] is not None
-    assert run(InfoBatch(loss_index=0), path, epochs=12, module=TwoLosses()).kept[2] is not None
+    assert run(InfoBatch(loss_index=0), path, epochs=12, module=TwoLosses(), stop=3).kept[2] is not None
 
 
 def test_random_subsets_follow(checkpoint: Any) -> None:
-    path = checkpoint(RepeatedRandomSubset)
+    path, usual = checkpoint(RepeatedRandomSubset), run(RepeatedRandomSubset())
     for arguments in ({"prune": 0.25}, {"seed": 4}, {"replacement": True}):
         resumed = run(RepeatedRandomSubset(**arguments), path)
         assert_identical(resumed.kept[3], run(RepeatedRandomSubset(**arguments)).kept[3])
         with pytest.raises(AssertionError):
-            assert_identical(resumed.kept[3], run(RepeatedRandomSubset()).kept[3])
+            assert_identical(resumed.kept[3], usual.kept[3])
     note = run(RepeatedRandomSubset(prune=0.75), checkpoint(RepeatedRandomSubset, within=True))
     assert note.sizes() == {2: 24, 3: 12}
 
