@@ -287,7 +287,7 @@ class GradientConditioner(GradCallback):
         memory.steps += 1
 
     def _count(self, step: GradientStep, values: Mapping[str, Tensor | float], seen: int) -> dict[str, Tensor | float]:
-        """Replace the value ``clipped`` by the share of clipped steps; the count stays on the device."""
+        """Replace the value ``clipped`` with the share of clipped steps; the count stays on the device."""
         if values is None:
             raise TypeError(
                 f"{self.display_name}.condition must return a mapping of the values to log; got None. Return {{}} to "

@@ -129,8 +129,8 @@ def send_reading(
     Args:
         trainer: The trainer, at the step of the look.
         numbers: The scalars.
-        reading: The whole reading; ``None`` on a rank that took no look.
-        key: Makes a log key from a name.
+        reading: The whole reading; ``None`` on a rank that did not run the probe.
+        key: Creates a log key from a name.
         stem: Path prefix of the files; ``None`` without a log folder.
     """
     log_many(trainer, {key(name): number for name, number in numbers.items()})

@@ -6,7 +6,7 @@ mean the same for one optimizer or several, so nothing has to be counted or save
 optimizer's own steps would run ahead or behind in a manual loop that steps it five times per batch,
 or every second batch.)
 
-If the data have no length, the first epoch measures it: progress stays 0 until that epoch is over.
+If the data has no length, the first epoch measures it: progress stays 0 until that epoch is over.
 If the end of a run cannot be known (``max_epochs=-1``, ``max_time``, one epoch of data without a
 length), the user sets the technique's ``total_steps=``.
 """
@@ -67,7 +67,7 @@ def _batches_of_epoch(trainer: pl.Trainer, batches: float) -> float:
 def epoch_batches(trainer: pl.Trainer) -> float | None:
     """Return the number of batches in an epoch.
 
-    If the data have no length, it is the mean over the epochs so far, and ``None`` in the first
+    If the data has no length, it is the mean over the epochs so far, and ``None`` in the first
     epoch. Call it in batch hooks: between epochs, Lightning's counters still belong to the
     previous epoch.
     """

@@ -38,7 +38,7 @@ class ChosenWeights(list[W]):
 
 
 class WeightCallback(GradCallback, Generic[W]):
-    """Replaces weights of a module by what :meth:`view` returns for them.
+    """Replaces weights of a module with the results of :meth:`view`.
 
     It chooses the weights, attaches their views, refreshes them when an optimizer, a load or weight
     averaging changes the dense weights, and removes everything at the end of the fit. Validation

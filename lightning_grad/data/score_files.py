@@ -308,7 +308,8 @@ def _check_alike(first: SampleScores, other: SampleScores) -> None:
     differences = found.differences(there) if found and there else []
     if differences:
         raise ValueError(
-            f"Scores must belong to one data set to be averaged; {' and '.join(differences)} differ. Name files of one."
+            f"Scores must belong to one data set to be averaged; {' and '.join(differences)} differ. Pass files of one "
+            "data set."
         )
     labels = [scores.labels for scores in (first, other) if scores.labels is not None]
     same = {"indices": torch.equal(first.items, other.items), "labels": len(labels) < 2 or torch.equal(*labels)}

@@ -45,7 +45,7 @@ class Collectives:
         return everyone
 
     def maximum_(self, tensor: Tensor, counted: bool = True) -> Tensor:
-        """Replace a tensor by its maximum over ranks and return it; ``counted=False`` does not count its bytes."""
+        """Replace a tensor with its maximum over ranks and return it; ``counted=False`` does not count its bytes."""
         if counted:
             self._ledger.send(tensor)
         with self._connection():
@@ -53,7 +53,7 @@ class Collectives:
         return tensor
 
     def mean_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its mean over ranks and return it."""
+        """Replace a tensor with its mean over ranks and return it."""
         self.begin_mean_(tensor)()
         return tensor
 

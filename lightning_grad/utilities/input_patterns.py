@@ -50,7 +50,7 @@ def find_inputs(batch: Any, key: str | int | None, needed_by: str) -> Path | Non
     if not has_inputs(batch, pattern):
         raise ValueError(
             f"{needed_by}: input_key={key!r} must name floating-point tensors of one dtype and number of dimensions; "
-            f"those at {text_of(pattern)} differ. Name one of them."
+            f"the tensors at {text_of(pattern)} differ. Select one of them."
         )
     return pattern
 

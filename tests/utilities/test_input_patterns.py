@@ -82,7 +82,7 @@ def test_a_key_may_mean_several(batch: Any, key: Any, paths: Any) -> None:
             "*",
             r"floating-point tensors of one dtype and number of dimensions; those at batch\[\*\] differ",
         ),
-        ((SAME[0], torch.zeros(3, 1, 1).long()), "*", r"batch\[\*\] differ\. Name one of them\."),
+        ((SAME[0], torch.zeros(3, 1, 1).long()), "*", r"batch\[\*\] differ\. Select one of them\."),
         (([SAME[0], SAME[0].double()], 1), 0, r"batch\[0\]\[\*\] differ"),
         ({"x": [torch.zeros(2).long()]}, "x", r"must name a floating-point tensor of the batch, but names a list\."),
     ],

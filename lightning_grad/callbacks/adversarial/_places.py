@@ -36,7 +36,7 @@ class Place(Protocol):
         return None
 
     def shown(self, batch: Any, inputs: Tensor) -> AbstractContextManager[Any]:
-        """Return a context that replaces the inputs by a copy of the given ones and yields the batch to run."""
+        """Return a context that replaces the inputs with a copy of the given ones and yields the batch to run."""
 
 
 class BatchTensor(Place):
@@ -148,7 +148,7 @@ class EmbeddingOutput(Place):
 
     @contextmanager
     def shown(self, batch: Any, inputs: Tensor) -> Iterator[Any]:
-        """Replace the output of the embedding by the inputs, and yield the batch unchanged."""
+        """Replace the output of the embedding with the inputs, and yield the batch unchanged."""
 
         def exchanged(output: Tensor) -> Tensor:
             own = plain_tensor(output)

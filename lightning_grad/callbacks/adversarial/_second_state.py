@@ -57,7 +57,7 @@ class SecondState:
                 part.leave()
 
     def take_buffers(self) -> None:
-        """Replace the copied buffers by copies of the module's current ones."""
+        """Replace the copied buffers with copies of the module's current ones."""
         for part in self._parts:
             part.take_buffers()
 

@@ -43,7 +43,7 @@ def refuse_rest(capture: WholeLossCapture, call: LossCall, output: object, asked
     if by_classes:
         raise RuntimeError(
             f"{asked.display_name} takes logits and classes from {call.name}, but training_step does not train on all "
-            f"of them: {rest}. Set loss_index={index} to use them nevertheless, or {asked.way_out}."
+            f"of them: {rest}. Set loss_index={index} to use them anyway, or {asked.way_out}."
         )
     raise RuntimeError(
         f"{asked.display_name} captured {call.name}, which is only a part of what training_step returns: {rest}. Set "

@@ -33,7 +33,7 @@ def _check_range(indices: Sequence[int], count: int, needed_by: str, parameter: 
 
 
 def base_rate(group: Mapping[str, Any], keys: Sequence[str] = ("max_lr", "initial_lr", "lr")) -> float:
-    """Return the rate of a group under the first of the keys that it has.
+    """Return the rate of a group, from the first of the known keys that it has.
 
     Example:
         >>> base_rate({"lr": 0.004, "initial_lr": 0.004, "max_lr": 0.1})
@@ -142,7 +142,7 @@ def unknown_schedulers(schedulers: Iterable[Any]) -> list[str]:
 
 
 def restore_initial_rates_(chosen: ChosenGroups) -> None:
-    """Restore the rates that groups had before a scheduler was made, if a scheduler stored them."""
+    """Restore the rates that groups had before a scheduler was created, if a scheduler stored them."""
     for optimizer, indices in chosen:
         for index in indices:
             group = optimizer.param_groups[index]

@@ -146,7 +146,7 @@ class StepClosure:
         return self._closure()
 
     def again(self) -> Any:
-        """Replace the gradients by those at the current weights.
+        """Replace the gradients with the gradients at the current weights.
 
         Random numbers of the global streams (dropout, augmentation) repeat those of the first run.
         Only the gradients change: buffers, metrics, attributes and random streams are restored, and

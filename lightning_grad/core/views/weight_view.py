@@ -3,7 +3,7 @@
 A technique that derives weights (masks, noise, quantization) keeps the dense parameter where the
 optimizer, DDP and EMA expect it, and gives the module a *view* of it. There are two ways:
 
-- :func:`attach_view` replaces the module's class by a subclass in which the attribute is a
+- :func:`attach_view` replaces the module's class with a subclass in which the attribute is a
   property. Keys, order and identity of the parameters stay the same, ``torch.compile`` traces
   through it, and modules whose ``forward`` is never called (the output projection of
   ``MultiheadAttention``) work too.

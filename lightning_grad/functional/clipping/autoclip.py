@@ -41,7 +41,7 @@ def autoclip_threshold_(norm: Tensor, state: dict[str, Tensor], percentile: floa
         percentile: p, 0 to 100.
 
     Returns:
-        Tensor: The threshold, a scalar; infinite until a norm was finite.
+        Tensor: The threshold, a scalar; infinite until a finite norm was added.
 
     Example:
         >>> state = autoclip_state(window=4)

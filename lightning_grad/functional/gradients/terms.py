@@ -275,7 +275,7 @@ def _only_input(args: tuple[Any, ...], kwargs: dict[str, Any], samples: int) -> 
 
 
 def without_ignored(weights: Tensor, losses: Tensor) -> Tensor:
-    """Replace nan weights by 0 for samples all of whose positions are ignored.
+    """Replace nan weights with 0 for samples whose positions are all ignored.
 
     Such a sample has a loss of nan, so its weight may be nan, too; its gradient is zero.
 

@@ -77,7 +77,7 @@ def test_a_gradient_of_a_part_is_refused(module: Any) -> None:
 def test_classes_of_which_some_are_not_trained_on_are_refused(name: str) -> None:
     words = (
         "takes logits and classes from cross_entropy, but training_step does not train on all of them: some of its rows have "
-        "no part in the loss. Set loss_index=0 to use them nevertheless, or "
+        "no part in the loss. Set loss_index=0 to use them anyway, or "
     )
     with pytest.raises(RuntimeError, match=words):
         train(READERS[name](), Masked(), epochs=3)
