@@ -23,7 +23,7 @@ _PLACES = {
     "core/samples/": "Training data",
     "core/subset.py": "Training data",
     "core/losses/": "Losses and scores of samples",
-    "core/monitored.py": "Metrics that are observed",
+    "core/monitored.py": "Monitored metrics",
     "core/views/": "Weights",
     "core/weights.py": "Weights",
     "core/": "Optimizers, steps and the length of a run",
@@ -45,7 +45,7 @@ def declared() -> Iterator[str]:
                 row = found.setdefault(message, {"has": {}, "raising": {}})
                 row["has"][title] = row["raising"][f"`{technique.__name__}`"] = None
     rows = [(", ".join(row["has"]), ", ".join(row["raising"]), f"... {escaped(why)}") for why, row in found.items()]
-    yield write_table(("Your run has", "Who raises", "Message, and what to do"), rows)
+    yield write_table(("Your run uses", "Raised by", "Message, and what to do"), rows)
 
 
 def raised() -> Iterator[str]:

@@ -72,7 +72,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
       under its own name. ``setup`` and ``on_fit_start`` check the trainer and the module.
     - For everything that it adds to the module, the optimizers or the trainer, it pushes an undo
       step to ``self.undo``.
-    - What a checkpoint must hold is an attribute with ``.saved()``, or an entry of an extended
+    - State that a checkpoint must hold is an attribute with ``.saved()``, or an entry of an extended
       ``state_dict``: tensors, numbers, strings, lists and dicts only.
     - If it extends ``state_dict``, it extends ``restore``, which continues from that state when a
       fit resumes.
@@ -211,7 +211,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         self.load_saved(state)
 
     def changed_settings(self, state_dict: Mapping[str, Any], *names: str) -> list[str]:
-        """Return those of the named settings that differ from a checkpoint's."""
+        """Return the named settings that differ from a checkpoint's."""
         return changed_settings(state_dict.get("settings", {}), {name: self.settings[name] for name in names})
 
     @override

@@ -25,15 +25,15 @@ Found = tuple[str, str] | None
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether a technique works with one feature: made by :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
+    """Whether a technique works with one feature: created by :func:`yes`, :func:`stand_in`, :func:`no` or :func:`moot`.
 
     Args:
         works: ``"yes"``; ``"stand-in"`` if tests ran it only with a stand-in in one process;
             ``"no"``; ``"-"`` if the question does not apply.
         note: One or more sentences. With ``"no"``, a clause that follows the technique's name, in
-            which ``{}`` stands for what was found in the run.
+            which ``{}`` stands for the finding in the run.
         way_out: With ``"no"``, what to do instead, as an imperative. ``{value}`` stands for a part
-            of what was found.
+            of the finding.
     """
 
     works: Literal["yes", "stand-in", "no", "-"] = "yes"
@@ -50,7 +50,7 @@ class Answer:
         return self.works == "no"
 
     def error(self, display_name: str, words: str, value: str = "") -> ValueError:
-        """Return the error for what was found in a run.
+        """Return the error for a finding in a run.
 
         Example:
             >>> print(no("needs whole weights, and {} shards them", "Use DDP").error("Rounding", "FSDP1"))
@@ -62,7 +62,7 @@ class Answer:
         """Return the note as whole sentences for the documentation; empty if there is none.
 
         Args:
-            title: Name of the feature, in place of what was found in a run.
+            title: Name of the feature, used instead of the finding in a run.
             value: Placeholder for the part that the advice repeats.
         """
         return f"It{self.error('', title, value)}" if self.is_no else self.note
@@ -85,7 +85,7 @@ def no(reason: str, way_out: str) -> Answer:
     """Return the answer that it does not work: ``setup`` raises an error.
 
     Args:
-        reason: A clause that follows the technique's name; ``{}`` stands for what was found.
+        reason: A clause that follows the technique's name; ``{}`` stands for the finding in the run.
         way_out: What to do instead, as an imperative without full stop.
     """
     return Answer("no", reason, way_out)
@@ -130,7 +130,7 @@ class Compatibility:
         accumulation: ``Trainer(accumulate_grad_batches=...)``.
         bf16: ``Trainer(precision="bf16-mixed")`` and ``"bf16-true"``.
         fp16: ``Trainer(precision="16-mixed")``, which has a GradScaler.
-        fused_fp16: A fused optimizer together with a GradScaler.
+        fused_fp16: A fused optimizer with a GradScaler.
         ddp: ``DDPStrategy``.
         fsdp2: ``ModelParallelStrategy``.
         fsdp1: ``FSDPStrategy``.

@@ -22,7 +22,7 @@ class _Attribute(Generic[T]):
     """An attribute whose value is stored in a dictionary of its owner, by lifetime and name.
 
     Args:
-        make: Makes the value from the owner at the first read. Without it, the owner must set the
+        make: Creates the value from the owner at the first read. Without it, the owner must set the
             value first.
     """
 

@@ -88,7 +88,7 @@ def put_aside(value: Any, known: set[int]) -> list[Held]:
 
 
 class Held:
-    """A value together with a copy of its contents.
+    """A value and a copy of its contents.
 
     Args:
         value: The value.

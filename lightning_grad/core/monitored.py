@@ -65,7 +65,7 @@ class MonitoredCallback(GradCallback):
     - All ranks get the same value, the mean over ranks, whether or not the module logs with
       ``sync_dist``.
     - A metric that is not logged raises an error: before the first batch if the sanity check shows
-      it, else when the first value is due. The error lists the metrics that are logged.
+      it, otherwise when the first value is due. The error lists the metrics that are logged.
     - A validation that was due when a checkpoint was written runs before a resumed fit continues;
       Lightning would skip it.
 
@@ -304,7 +304,7 @@ def refuse_unknown_monitor(
 ) -> None:
     """Raise before the first batch if the sanity check shows that a metric is not logged.
 
-    Call it on every rank: one rank may log what another does not.
+    Call it on every rank: one rank may log a metric that another does not.
 
     Args:
         trainer: The trainer, when training starts.
@@ -314,7 +314,7 @@ def refuse_unknown_monitor(
         needed_by: Name of the technique, for the error.
 
     Raises:
-        ValueError: If the sanity check logged only other metrics, or if the metric is one of
+        ValueError: If the sanity check logged only other metrics, or if the metric belongs to
             AdversarialEvaluation, which is not in the list of callbacks.
     """
     agree = trainer.strategy.reduce_boolean_decision

@@ -36,10 +36,10 @@ class ProbeCallback(GradCallback):
 
     Each call is a *look*. The module is quiet (:func:`~lightning_grad.core.quiet`) and in eval
     mode, gradients are off unless the probe turns them on, and the random numbers are the same in
-    each look. The precision is that of the run. A look at the end of an epoch takes place in its
+    each look. The precision is the same as in the run. A look at the end of an epoch takes place in its
     validation, so it sees the validated weights, including averaged ones; if the epoch has no
     validation at its end, the look takes place when it ends. A look after a step sees the trained
-    weights. Only rank zero takes the look, unless the model is sharded; the other ranks wait, and
+    weights. Only rank zero runs the probe, unless the model is sharded; the other ranks wait, and
     all log the same numbers.
 
     A rehearsal follows the first batch of a fit; its result is dropped. An error in the rehearsal
@@ -57,7 +57,7 @@ class ProbeCallback(GradCallback):
         every_n_steps: Inspect after every n-th optimizer step instead.
         split: Set that the samples are from, "train" or "val".
         dataset: Callable (trainer) -> data set to read from, for example one without augmentation.
-        loader_key: Loader to use if there are several: its key or position in a list.
+        loader_key: Key or list position of the loader to use, if there are several.
         figure: Draw the record at the end (needs matplotlib and a logger with a folder).
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
 

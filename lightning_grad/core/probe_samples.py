@@ -201,7 +201,7 @@ class ProbeSamples:
             )
         if loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int):
             raise TypeError(
-                f"{self.asked.display_name} makes a batch of single samples, but DataLoader(batch_size=None) gets "
+                f"{self.asked.display_name} creates batches of single samples, but DataLoader(batch_size=None) gets "
                 "whole batches from its data set. Set batch_size of the DataLoader, or use a BatchSampler as its "
                 "sampler."
             )

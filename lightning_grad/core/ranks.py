@@ -19,7 +19,7 @@ def sum_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
 
 
 def mean_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
-    """Return the mean over the ranks that have a value. A rank passes nan for no value; the mean of none is nan."""
+    """Return the mean over the ranks that have a value. A rank without a value passes nan; the mean of no values is nan."""
     if trainer.world_size == 1:
         return values
     total = sum_over_ranks(trainer, values.nan_to_num(nan=0.0, posinf=_INFINITE, neginf=-_INFINITE))

@@ -33,7 +33,7 @@ class SubsetCallback(GradCallback):
     continues with it. Settings that change on resume apply from the next epoch on.
 
     Args:
-        loader_key: Training loader to prune if there are several: its key or position in a list.
+        loader_key: Key or list position of the training loader to prune, if there are several.
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
     """
 
@@ -210,8 +210,8 @@ class SubsetCallback(GradCallback):
     def _warn_of_own_schedules(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization and trainer.lr_scheduler_configs:
             rank_zero_warn(
-                f"{self.display_name} adapts to shorter epochs only the schedulers that Lightning steps. This module "
-                "steps its own, and one that counts batches will not reach its end. Set its length to the number of "
+                f"{self.display_name} adapts schedulers to shorter epochs only if Lightning steps them. This module steps "
+                "its own schedulers. If one counts batches, it will not reach its end: set its length to the number of "
                 "batches that are trained on."
             )
 

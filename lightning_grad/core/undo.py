@@ -25,7 +25,7 @@ class UndoList:
         self._steps: list[Callable[[], object]] = []
 
     def push(self, step: Callable[[], object]) -> None:
-        """Add a step that undoes what was just done."""
+        """Add a step that undoes the last change."""
         self._steps.append(step)
 
     def run(self) -> None:

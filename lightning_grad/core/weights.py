@@ -54,7 +54,7 @@ class WeightCallback(GradCallback, Generic[W]):
     Class attributes:
 
     - ``stage``: its position among techniques that act on the same weight.
-    - ``effect``: an adjective for the weights that it makes, such as sparse.
+    - ``effect``: an adjective for the resulting weights, such as sparse.
     - ``verb``: what it does with a weight, such as prune.
     - ``column``: heading of the column of the table of weights that describes each one.
 
@@ -322,7 +322,7 @@ class WeightCallback(GradCallback, Generic[W]):
         return {**super().state_dict(), "weights": states, "chosen": self.signatures, **ends}
 
     def _note_ends(self) -> None:
-        """Store what is known about the first and last layers; within the first batch, only after an optimizer step."""
+        """Store the first and last layers found so far; within the first batch, only after an optimizer step."""
         ends, has_shown = self._ends, self.include is None and self.has_stepped
         if ends is not None and (ends.known is not None or has_shown):
             self._known_ends = ends.seen()

@@ -21,7 +21,7 @@ def errors_that_name(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}. Name a readable file.") from error
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}. Pass a readable file.") from error
     except Exception as error:  # zipfile, zlib, numpy and csv raise dozens of types
         reason = " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
         raise ValueError(

@@ -40,7 +40,7 @@ class RecordedBatches(Iterator[list[int]]):
 class PrunableBatchSampler(data.Sampler[list[int]]):
     r"""Draw batches from the kept samples of a data set, in the way of another batch sampler.
 
-    Until :meth:`keep` is called, its batches are bitwise those of the original batch sampler. Afterwards, kept samples
+    Until :meth:`keep` is called, its batches are identical to the original batch sampler's. Afterwards, kept samples
     are shuffled, weighted, ordered or split between ranks as by the original sampler, and batches are filled up:
 
     ============================= ================================================================

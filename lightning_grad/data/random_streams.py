@@ -37,7 +37,7 @@ def set_random_states(states: tuple[Any, ...]) -> None:
 
 @contextmanager
 def random_streams_kept() -> Iterator[None]:
-    """Restore the states of the global generators of Python, numpy and torch, on the CPU and on CUDA."""
+    """Restore the random states of Python, numpy and torch (CPU and CUDA) when the context exits."""
     states = random_states()
     try:
         yield

@@ -55,7 +55,7 @@ class SampleScores:
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().to("cpu", torch.float64)
         if values.ndim != 1:
-            raise ValueError(f"SampleScores needs one value per sample, (n,); got the shape {tuple(values.shape)}.")
+            raise ValueError(f"SampleScores needs one value per sample, (n,); got shape {tuple(values.shape)}.")
         object.__setattr__(self, "values", values)
         for key in ("labels", "index"):
             given = getattr(self, key)
@@ -63,7 +63,7 @@ class SampleScores:
                 continue
             given = torch.as_tensor(given).detach().to("cpu", torch.int64)
             if given.shape != values.shape:
-                raise ValueError(f"SampleScores has {len(values)} values, but {key} of shape {tuple(given.shape)}.")
+                raise ValueError(f"SampleScores has {len(values)} values, but {key} has shape {tuple(given.shape)}.")
             object.__setattr__(self, key, given)
         if len(values) and (self.items.min() < 0 or len(set(self.items.tolist())) < len(values)):
             raise ValueError("SampleScores needs distinct indices >= 0; got a negative or duplicate one.")
@@ -301,7 +301,7 @@ def _check_alike(first: SampleScores, other: SampleScores) -> None:
     """Raise unless two scores are of one kind and of the same samples."""
     if other.name != first.name:
         raise ValueError(
-            f"Scores must be of one kind to be averaged; got {first.name!r} and {other.name!r}. Name files of one "
+            f"Scores must be of one kind to be averaged; got {first.name!r} and {other.name!r}. Pass files of one "
             "score."
         )
     found, there = first.fingerprint, other.fingerprint
@@ -343,7 +343,7 @@ def average_scores(scores: Sequence[SampleScores | str | os.PathLike[str]]) -> S
     """
     loaded = [item if isinstance(item, SampleScores) else load_scores(item) for item in scores]
     if not loaded:
-        raise ValueError("average_scores needs at least one score file; got none. Name one.")
+        raise ValueError("average_scores needs at least one score file; got none. Pass at least one.")
     first = loaded[0]
     for other in loaded[1:]:
         _check_alike(first, other)

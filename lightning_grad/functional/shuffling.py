@@ -1,4 +1,4 @@
-"""Random permutations and seeds that do not coincide with those of user code."""
+"""Random permutations and seeds that do not coincide with the ones in user code."""
 
 import hashlib
 

@@ -87,7 +87,7 @@ class LocalMomentum:
             self._optimizer.param_groups, self._own_groups = self._own_groups, None
 
     def _apply_decay_(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Update parameters as SGD does with a gradient that consists of weight decay alone."""
+        """Update parameters like SGD with a gradient that consists of weight decay alone."""
         momentum, decay, rate = group["momentum"], group["weight_decay"], group["lr"]
         for parameter in parameters:
             buffer = self._optimizer.state.get(parameter, {}).get(_BUFFER)

@@ -190,7 +190,7 @@ def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], l
 
 
 def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """Return a state whose memory is the mean over all ranks: the sum of what is unsent stays the same in the mean."""
+    """Return a state whose memory is the mean over all ranks: the sum of unsent gradients stays the same in the mean."""
     for state in others:
         for name, kept in state["memory"].items():
             for key, value in kept.items():

@@ -88,11 +88,11 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Constructor arguments of the scheme, without those of DDP."""
+        """Constructor arguments of the scheme, without DDP's."""
 
     @property
     def message_settings(self) -> dict[str, Any]:
-        """Settings that affect what is sent. They are saved in checkpoints and compared when a fit resumes."""
+        """Settings that affect the messages. They are saved in checkpoints and compared when a fit resumes."""
         return {name: plain(value) for name, value in self.settings.items() if name not in _PER_LAUNCH}
 
     @property
@@ -169,7 +169,7 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
         """Restore the optimizer after its update has failed."""
 
     def residual_norm(self) -> float:
-        """Return the 2-norm of what this rank has not sent."""
+        """Return the 2-norm of the gradients that this rank has not sent."""
         residuals = list(self.unsent())
         return float(total_norm(residuals)) if residuals else 0.0
 
@@ -255,8 +255,8 @@ class SchemeDDP(Switchable, FitScope, DDPStrategy, ABC):
             return
         if manifest["strategy"] != self.display_name:
             rank_zero_warn(
-                f"{self.display_name} starts without unsent gradients: the checkpoint is of {manifest['strategy']}, whose "
-                "residuals mean something else and are lost."
+                f"{self.display_name} starts without unsent gradients: the checkpoint was saved by {manifest['strategy']}, "
+                "whose residuals have another meaning and are lost."
             )
             return
         saved = manifest.get("settings", {})

@@ -20,7 +20,7 @@ _ABSENT, _ZERO, _USED = 0, 1, 2  # no gradient; a zero gradient from zero_grad; 
 
 
 class UsedParameters:
-    """Marks the parameters that get a gradient, as DDP does, until all ranks have agreed on them.
+    """Marks the parameters that get a gradient, like DDP, until all ranks have agreed on them.
 
     Args:
         parameters: Parameters by name, in the same order on all ranks.

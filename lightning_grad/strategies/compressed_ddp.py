@@ -58,7 +58,7 @@ _ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains like DDP."
 
 
 class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
-    r"""DDP that exchanges compressed gradients, and keeps and saves on each rank what was not sent.
+    r"""DDP that exchanges compressed gradients, and keeps and saves the unsent part on each rank.
 
     Subclasses implement ``accumulate``, ``send``, ``settle`` and ``write``. Together they replace the all-reduce of
     the tensors that :meth:`compresses` selects; DDP's average is used for all others. Every scheme has these
@@ -125,7 +125,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         sparse_gradients=no(
             "needs dense gradients, and {} creates sparse ones", "Build it with sparse=False, or use strategy='ddp'"
         ),
-        complex_parameters=no("compresses real gradients, and {} is complex", "Use strategy='ddp'"),
+        complex_parameters=no("compresses only real gradients, and {} has complex ones", "Use strategy='ddp'"),
     )
 
     ranks = during_fit[Collectives]()
@@ -224,7 +224,7 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             )
         if isinstance(self.optimizers[0], LBFGS):
             raise ValueError(
-                f"{self.display_name} needs one backward pass per step, but LBFGS makes several. Use another optimizer, or "
+                f"{self.display_name} needs one backward pass per step, but LBFGS runs several. Use another optimizer, or "
                 "strategy='ddp'."
             )
         self.connect_optimizer(self.optimizers[0])
@@ -280,8 +280,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _announce(self) -> None:
         if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
-                f"{self.display_name} {self._words}: no parameter of two or more dimensions has min_numel="
-                f"{self.min_numel} entries and is not excluded. Lower min_numel, or exclude less."
+                f"{self.display_name} {self._words}: every parameter of two or more dimensions is excluded or "
+                f"has fewer than min_numel={self.min_numel} entries. Lower min_numel, or exclude less."
             )
         else:
             rank_zero_info(f"{self.display_name} {self._words}.{self.remark if self.wants_to_compress else ''}")
@@ -297,8 +297,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     def _exchange(self, gradients: list[Gradient]) -> None:
         if self._in_flight is not None:
             raise RuntimeError(
-                f"{self.display_name} needs one backward pass per step, but this step made a second. Use an optimizer "
-                "that makes one, or strategy='ddp'."
+                f"{self.display_name} needs one backward pass per step, but this step ran a second. Use an optimizer "
+                "that runs one, or strategy='ddp'."
             )
         with interrupts_deferred():
             order = self._order

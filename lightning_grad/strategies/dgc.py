@@ -41,7 +41,7 @@ _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
 class DGCStrategy(CompressedDDPStrategy):
-    r"""Send only the largest entries of the accumulated gradient, and keep the others until they have grown (DGC).
+    r"""Send only the largest entries of the accumulated gradient, and keep the others until they are large enough (DGC).
 
     .. math::
         u_r \leftarrow m u_r + g_r, \qquad v_r \leftarrow v_r + u_r, \qquad I_r = \operatorname{top}_k |v_r|

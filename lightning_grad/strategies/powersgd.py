@@ -143,7 +143,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
             )
         if "start_step" in changed and self.ledger.steps < self.start_step:
             rank_zero_info(
-                f"{self.display_name} sends everything dense until step {self.start_step}; what was not sent waits until then."
+                f"{self.display_name} sends everything dense until step {self.start_step}; unsent gradients wait until then."
             )
 
     @property

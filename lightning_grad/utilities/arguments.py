@@ -1,4 +1,4 @@
-"""Check constructor arguments against their annotations, and settings against those of a checkpoint.
+"""Check constructor arguments against their annotations, and settings against a checkpoint's.
 
 The annotation gives the type of an argument: ``seed: int`` rejects ``1.5``, ``True`` and ``"0"``. Constructors check
 ranges with the functions of ``utilities.checks``.
@@ -178,7 +178,8 @@ def _hint(value: Any, kind: Any) -> str:
     members = _members(kind)
     lists = [member for member in members if get_origin(member) is Sequence]
     if isinstance(value, Mapping) or _is_list(value):
-        wanted = [get_args(member)[-1] for member in members if get_origin(member) in (Mapping, Sequence)]
+        kind_of = Mapping if isinstance(value, Mapping) else Sequence
+        wanted = [get_args(member)[-1] for member in members if get_origin(member) is kind_of]
         items = list(value.values()) if isinstance(value, Mapping) else value
         return next((_hint(item, part) for part in wanted for item in items if not _fits(item, part)), "")
     if isinstance(value, str) and any(member in (int, float, bool) for member in members):

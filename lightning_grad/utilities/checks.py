@@ -169,7 +169,7 @@ short word.
 
 
 def is_sharded(trainer: pl.Trainer) -> bool:
-    """Return True if the strategy shards parameters, so that all ranks must run the module together."""
+    """Return True if the strategy shards parameters, so all ranks must run the module together."""
     return not _SHARDED.isdisjoint(cls.__name__ for cls in type(trainer.strategy).__mro__)
 
 

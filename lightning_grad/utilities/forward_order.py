@@ -118,7 +118,7 @@ class ForwardOrder:
         network.
 
         Args:
-            groups: Names of parameters, for example those of each optimizer.
+            groups: Names of parameters, for example of each optimizer.
 
         Returns:
             list | None: ``None`` if one of the layers is compiled or scripted, so its calls are unknown.

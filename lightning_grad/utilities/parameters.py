@@ -110,10 +110,10 @@ def check_patterns(module: nn.Module, display_name: str, **patterns: Iterable[st
     for argument, given in patterns.items():
         for pattern in given or ():
             if not any(matches(name, [pattern]) for name in known):
-                raise ValueError(
-                    f"{display_name}({argument}=...): no parameter or module is named {pattern!r}. "
-                    f"{_suggest(pattern, known)}"
-                )
+                modules = {clean_name(name) for name, _ in module.named_modules()}
+                found = f"module {pattern!r} has no parameters"
+                found = found if pattern in modules else f"no parameter or module is named {pattern!r}"
+                raise ValueError(f"{display_name}({argument}=...): {found}. {_suggest(pattern, known)}")
 
 
 def _suggest(pattern: str, known: Sequence[str]) -> str:
@@ -123,7 +123,8 @@ def _suggest(pattern: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(plain, list(choices), n=3)
     if near:
         return f"Did you mean {' or '.join(map(repr, near))}?"
-    return f"Names that exist: {', '.join(known[:3])}." if known else "The module has no parameters."
+    layers = dict.fromkeys(name.rpartition(".")[0] or name for name in known)
+    return f"Names that exist: {listed(layers, most=8)}." if known else "The module has no parameters."
 
 
 def why_none_left(module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> str:

@@ -43,7 +43,7 @@ def stepped_batches(trainer: pl.Trainer) -> int:
 
 @contextmanager
 def logged_at(trainer: pl.Trainer, step: int) -> Iterator[None]:
-    """Log everything inside the block at the given step, as Lightning does at the end of an epoch."""
+    """Log everything inside the block at the given step, like Lightning at the end of an epoch."""
     loop = trainer.fit_loop.epoch_loop
     now, loop._batches_that_stepped = loop._batches_that_stepped, step
     try:
@@ -98,12 +98,12 @@ def tolerated(display_name: str, what: str) -> Iterator[None]:
 
     Args:
         display_name: Class and name of the technique.
-        what: What the block makes, as in ``"the figure of the run"``.
+        what: The result of the block, as in ``"the figure of the run"``.
     """
     try:
         yield
     except Exception as error:
-        rank_zero_warn(f"{display_name}: {what} could not be made: {type(error).__name__}: {error}")
+        rank_zero_warn(f"{display_name}: {what} could not be created: {type(error).__name__}: {error}")
 
 
 def log_settings(trainer: pl.Trainer, name: str, settings: Mapping[str, Any]) -> None:

@@ -131,7 +131,7 @@ SPARSITY = [
     Row(
         "groups that do not divide",
         lambda _: fit(nm(pattern="2:5")),
-        r"groups of 5 do not divide 16. Choose other layers with include=, or set another pattern",
+        r"dimension 1 has size 16, which is not a multiple of 5. Choose other layers with include=, or set another pattern",
         lambda _: fit(nm(pattern="2:8")),
     ),
     Row(
@@ -741,7 +741,7 @@ SCORES = [
     Row(
         "no such kind of scores",
         lambda at: fit(pruning(score_files=[scores_of(at / "a.npz"), scores_of(at / "b.npz", score="loss")])),
-        r"got 'el2n' and 'loss'. Name files of one score",
+        r"got 'el2n' and 'loss'. Pass files of one score",
         lambda at: fit(pruning(score_files=[str(at / "a.npz")])),
     ),
     Row(
@@ -853,7 +853,7 @@ STRATEGIES = [
     Row(
         "complex gradients under PowerSGD",
         lambda _: fit(module=odd.Tiny(odd.complex_net()), strategy=power()),
-        r"^PowerSGDStrategy compresses real gradients.*Use strategy='ddp'",
+        r"^PowerSGDStrategy compresses only real gradients.*Use strategy='ddp'",
         lambda _: fit(module=odd.Tiny(odd.complex_net()), strategy="ddp"),
     ),
 ]

@@ -297,7 +297,7 @@ def test_complex_parameters_are_refused_by_what_compares_entries() -> None:
 
 
 def test_a_refusal_is_explained_in_whole_sentences() -> None:
-    assert RULE.sparse_gradients.explained(TITLES[name]) == (
+    assert RULE.sparse_gradients.explained("it") == (
         "It needs dense gradients, and it creates sparse ones. Build it with sparse=False, or exclude it: exclude=[...]."
     )
     assert yes("In a list.").explained("lists") == "In a list."

@@ -163,7 +163,7 @@ def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
             self.ended = True
 
     after = After()
-    with pytest.warns(UserWarning, match=r"Broken: the figure of the run could not be made: KeyError: 'no axes'"):
+    with pytest.warns(UserWarning, match=r"Broken: the figure of the run could not be created: KeyError: 'no axes'"):
         run(Broken(4), after, logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
     assert after.ended
     assert (tmp_path / "broken.csv").is_file()

@@ -146,7 +146,9 @@ def test_the_file_lacks_at_most_a_tenth_and_is_seldom_written(
 
 def test_a_full_disk_does_not_end_the_training(trainer: pl.Trainer, tmp_path: Path) -> None:
     (tmp_path / "technique_a.csv.part").mkdir()
-    with pytest.warns(UserWarning, match=r"Technique\[a\]: the table of the run could not be made: IsADirectoryError"):
+    with pytest.warns(
+        UserWarning, match=r"Technique\[a\]: the table of the run could not be created: IsADirectoryError"
+    ):
         filled(1).save(trainer, Owner())
 
 
@@ -160,7 +162,7 @@ def test_a_logger_without_a_folder_to_tell_does_not_end_the_training(trainer: pl
 
     trainer.loggers = [Lost("", "", "")]
     with pytest.warns(
-        UserWarning, match=r"Technique\[a\]: the table of the run could not be made: OSError: the server"
+        UserWarning, match=r"Technique\[a\]: the table of the run could not be created: OSError: the server"
     ):
         filled(1).save(trainer, Owner(), now=True)
 

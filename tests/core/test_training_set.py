@@ -757,7 +757,7 @@ class Bypassing(DataLoader[Any]):
 
 def test_a_loader_that_makes_batches_without_its_sampler_is_found_out() -> None:
     with pytest.raises(
-        RuntimeError, match="does not know which samples are in batch 0, because Bypassing made it without"
+        RuntimeError, match="does not know which samples are in batch 0, because Bypassing created it without"
     ):
         fit(Choose(), loader(kind=Bypassing))
 

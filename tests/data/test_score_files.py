@@ -510,7 +510,7 @@ def test_values_become_float64_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"values": torch.zeros(2, 2)}, r"the shape \(2, 2\)"),
+        ({"values": torch.zeros(2, 2)}, r"shape \(2, 2\)"),
         ({"labels": torch.zeros(4)}, "3 values, but labels"),
         ({"index": torch.arange(2)}, "3 values, but index"),
         ({"index": torch.tensor([0, 1, 1])}, "distinct indices"),

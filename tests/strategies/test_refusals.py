@@ -160,7 +160,7 @@ def _refusals_of_each(scheme: Scheme) -> dict[str, Refusal]:
             lambda: _with_embedding(sparse=True),
         ),
         "complex parameters": Refusal(
-            (f"{name} compresses real gradients, and 'waves' is complex",), build, _with_waves
+            (f"{name} compresses only real gradients, and 'waves' has complex ones",), build, _with_waves
         ),
         "LBFGS": Refusal(("LBFGS",), build, with_optimizer(torch.optim.LBFGS)),
         "names that match nothing": Refusal(

@@ -90,6 +90,11 @@ def test_values_of_another_kind_raise_in_words(value, kind, error, words):
     assert words in str(refusal.value)
 
 
+def test_a_tuple_for_a_string_gets_no_advice_for_the_values_of_a_mapping():
+    with pytest.raises(TypeError, match=r"mapping from strings to strings; got \(2, 4\)\.$"):
+        check_kind((2, 4), str | Mapping[str, str], "argument")
+
+
 class Base(CheckedArguments):
     def __init__(self, rate: float = 0.1) -> None:
         self.rate = rate

@@ -90,8 +90,14 @@ def test_pattern_that_names_nothing_raises_with_near_names(pattern: str, near: s
 
 
 def test_pattern_near_to_nothing_is_shown_the_first_names() -> None:
-    with pytest.raises(ValueError, match=r"Names that exist: encoder.0.linear1.weight, .*head.weight\."):
+    with pytest.raises(ValueError, match=r"Names that exist: encoder.0.linear1, .*head\."):
         check_patterns(named_module(), "ZClip", include=["qqqqqq"])
+
+
+def test_pattern_that_names_a_module_without_parameters_says_so() -> None:
+    module = nn.Sequential(nn.Linear(1, 1), nn.ReLU())
+    with pytest.raises(ValueError, match=r"module '1' has no parameters\. Names that exist: 0\."):
+        check_patterns(module, "ZClip", include=["1"])
 
 
 def test_owners_are_named_with_every_use_of_a_tied_parameter() -> None:

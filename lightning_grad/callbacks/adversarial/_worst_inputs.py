@@ -1,4 +1,4 @@
-"""Find the inputs with the highest loss near those of an evaluation batch.
+"""Find the inputs with the highest loss near the inputs of an evaluation batch.
 
 An evaluation step need not return a loss. If it does not, the loss that it computes is used.
 """

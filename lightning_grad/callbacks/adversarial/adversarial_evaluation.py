@@ -80,8 +80,8 @@ class AdversarialEvaluation(GradCallback):
             With mean and std, epsilon and bounds are in pixels.
         std: Standard deviation by which inputs were divided, one number or one per channel.
         input_key: Key or position of the input in the batch, or "embedding".
-            Join nested keys by dots; "*" stands for every item of a list. Default: the first floating-point
-            tensor with at least two dimensions whose name is not that of a target, mask or weight; if the batch
+            Join nested keys with dots; "*" stands for every item of a list. Default: the first floating-point
+            tensor with at least two dimensions whose name does not denote a target, mask or weight; if the batch
             is a list of samples, that tensor of every sample. If there is none, or an integer tensor comes
             first: the output of the first nn.Embedding.
         loss_index: Index, from 0, of the loss call to maximize.

@@ -27,7 +27,7 @@ from lightning_grad.utilities.reporting import is_log_step, log_many
 
 _PGD_STEPS = 7
 _NO_MANUAL = no(
-    "does not work with {}: its training_step also steps, so an attack through it would train",
+    "does not work with {}: its training_step also steps the optimizer, so an attack through it would train",
     "Train with automatic optimization, or measure with AdversarialEvaluation, which works with both",
 )
 
@@ -46,12 +46,12 @@ class AdversarialTraining(GradCallback):
     Args:
         epsilon: Radius of the ball in units of the input, or of pixels if mean and std are set.
             The default is 8/255, as on CIFAR-10.
-        attack: "fgsm" for one step (as good as PGD by the claim of arXiv 2001.03994), "pgd" for several.
+        attack: "fgsm" for one step (claimed to be as good as PGD in arXiv 2001.03994), "pgd" for several.
         steps: Steps of PGD (7 by default, as in the paper's CIFAR-10 training).
         step_size: Step size of the attack. Default: 1.25 epsilon for FGSM, 2.5 epsilon / steps for PGD.
             FGSM without random start uses epsilon.
         norm: Norm of the ball over each sample, "linf" or "l2".
-        random_start: Whether to start at a random point of the ball; without, FGSM soon overfits.
+        random_start: Whether to start at a random point of the ball; without it, FGSM soon overfits.
         bounds: Minimum and maximum of an input, such as [0, 1]; None for no limit.
         mean: Mean with which inputs were normalized, one number or one per channel.
             With mean and std, epsilon and bounds are in pixels.
@@ -59,20 +59,20 @@ class AdversarialTraining(GradCallback):
         clean_fraction: Share of the samples of each batch that are not attacked, at least 0 and below 1.
             (arXiv 1412.6572 weights the losses of both by one half.)
         input_key: Key or position of the input in the batch, or "embedding".
-            Join nested keys by dots; "*" stands for every item of a list. Default: the first floating-point
-            tensor with at least two dimensions whose name is not that of a target, mask or weight; if the batch
+            Join nested keys with dots; "*" stands for every item of a list. Default: the first floating-point
+            tensor with at least two dimensions whose name does not denote a target, mask or weight; if the batch
             is a list of samples, that tensor of every sample. If there is none, or an integer tensor comes
             first: the output of the first nn.Embedding.
         warmup_fraction: Share of the run in which epsilon grows linearly from 0.
         check_every_n_epochs: Check for overfitting to the attack every this many epochs; None disables it.
-            It logs the accuracy of one batch under PGD with 10 steps, and under the attack of the training.
+            It logs the accuracy of one batch under PGD with 10 steps, and under the training attack.
             FGSM may lose all robustness within an epoch, and only this check shows it.
         seed: Seed of random starts and of the choice of clean samples.
         total_steps: Length of the run in optimizer steps, for warmup_fraction. Default: the Trainer's.
         name: Name of this instance.
 
     Raises:
-        ValueError: In the constructor for a number out of its range, steps other than 1 with FGSM, or mean
+        ValueError: In the constructor for a number outside its range, steps other than 1 with FGSM, or mean
             without std. In setup for manual optimization, sharded strategies and
             ``training_step(dataloader_iter)``. At the start for warmup_fraction in a run of unknown length. At
             the first batch for inputs outside the bounds, or an input_key that the batch does not have.

@@ -34,7 +34,7 @@ class AdaptiveGradientClipping(UnitConditioner):
         ratio: lambda, the largest ratio of gradient norm to weight norm (0.01 in the paper).
             One number, or a mapping from name patterns to numbers (the first match applies).
             A param group of the optimizer may set its own "ratio". The paper uses 0.01 for batches
-            of 4096 and more for smaller ones.
+            of 4096, and larger values for smaller batches.
         eps: epsilon, the smallest weight norm used (1e-3 in the paper).
             It lets weights that are zero become non-zero.
         head: Name or wildcard of the classifier, which is not clipped. None clips everything.

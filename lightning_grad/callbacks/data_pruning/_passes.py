@@ -109,7 +109,7 @@ class Passes:
         return self._sample_loss
 
     def check_rows(self) -> None:
-        """Raise if rows do not follow their samples into another order, or ``loss_fn`` differs from the loss."""
+        """Raise if rows do not follow their samples when these are reordered, or ``loss_fn`` differs from the loss."""
         callback = self.callback
         if not callback.source.pairs_rows:
             return

@@ -72,7 +72,9 @@ def report_scores(
         groups = _samples(scored, ranks, indices, names, views)
         samples = [sample for group in groups for sample in group]
         if not samples:
-            rank_zero_warn(f"{display_name} shows no samples, because none of {len(scored.values)} has a score.")
+            rank_zero_warn(
+                f"{display_name} shows no samples, because none of the {len(scored.values)} samples has a score."
+            )
             return
         pictures = [sample.picture for sample in samples]
         with tolerated(display_name, "the table of samples"):

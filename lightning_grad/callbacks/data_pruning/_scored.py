@@ -40,6 +40,10 @@ class ScoredSet:
     labels: Tensor | None = None
     predictions: Tensor | None = None
 
+    def __repr__(self) -> str:
+        kept = len(self.values) if self.kept is None else len(self.kept)
+        return f"ScoredSet(name={self.name!r}, epoch={self.epoch}, kept {kept} of {len(self.values)} samples)"
+
     @property
     def label_errors(self) -> Tensor:
         """Indices of the samples whose predicted class differs from their label, hardest first.

@@ -66,7 +66,7 @@ class ScoreSource:
         """Gather the records of all ranks."""
 
     def epoch_begins(self, passes: Passes) -> None:
-        """Record what is due at the start of an epoch."""
+        """Record the values that are due at the start of an epoch."""
 
     def take(self, passes: Passes) -> ScoredSet:
         """Return the current scores."""

@@ -44,7 +44,7 @@ _NO_GRADIENTS = no(
     "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
 )
 _NO_PASS = no(
-    "does not work with {}: its training_step also steps, so it cannot be run just to score samples",
+    "does not work with {}: its training_step also steps the optimizer, so it cannot be run just to score samples",
     "Use score='aum' or 'forgetting', keep='random', score_files, or score_fn=, which takes the module and a batch "
     "and returns the scores",
 )
@@ -122,7 +122,7 @@ class DataPruning(SubsetCallback):
         figure: Whether to draw the histogram and the samples.
             It needs matplotlib and a logger with a folder.
         seed: Seed of ties, random choices and random streams while scoring.
-        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        loader_key: Key or list position of the training loader to prune, if there are several.
         name: Name of this instance.
 
     Raises:
@@ -130,7 +130,7 @@ class DataPruning(SubsetCallback):
             match. In setup for manual optimization (unless no pass is needed), a gradient score with sharded
             parameters, an epoch that is never reached, or another technique that chooses samples. After the
             first batch, which is scored as a check, if the loss cannot be read or does not suit the score.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order. Also if the
+        RuntimeError: After the first batch, if rows do not follow their samples when these are reordered. Also if the
             score needs the whole loss and only a part can be read, or two calls classify, and ``loss_index``
             does not select one.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).

@@ -36,7 +36,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
 
     :math:`\ell_i` is the loss of sample i when it was last trained on. r n_L of the n_L samples in L are
     dropped and m_L are kept (:func:`~lightning_grad.functional.infobatch_subset`). The expected sum of the
-    weighted gradients of an epoch equals that of the whole set, in fewer steps: on average, the gradient of
+    weighted gradients of an epoch equals the sum over the whole set, in fewer steps: on average, the gradient of
     each step is larger by the ratio of all samples to those kept. The last epochs train on all samples.
 
     Args:
@@ -47,7 +47,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
             Its mean must equal the loss of the step, up to a constant. The step still runs, so this costs a
             second forward and backward pass.
         seed: Seed of the random subsets.
-        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        loader_key: Key or list position of the training loader to prune, if there are several.
         total_steps: Length of the run in optimizer steps. Default: the Trainer's.
         name: Name of this instance.
 
@@ -56,7 +56,7 @@ class InfoBatch(LossWeighting, SubsetCallback):
             another technique that chooses or weights samples. In the first step if it returns no loss.
         InseparableLossError: In the first step, if its loss is not a sum of one term per sample, or a learned factor
             multiplies it.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order.
+        RuntimeError: After the first batch, if rows do not follow their samples when these are reordered.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
     **Hooks.** The same as :class:`DataPruning`. Losses are read inside ``training_step`` and weighted in its

@@ -25,7 +25,7 @@ from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import check_above, check_between, is_sharded
 from lightning_grad.utilities.reporting import is_log_step
 
-_BY_HAND = "weight the losses in training_step, by lightning_grad.functional.loss_weights"
+_BY_HAND = "weight the losses in training_step with lightning_grad.functional.loss_weights"
 _ONE_SIZE = yes(
     "Each batch is weighted separately. Ranks need batches of the same size, which Lightning's sampler provides."
 )
@@ -35,7 +35,7 @@ Rule = Literal["linupper", "quadratic", "extremes"]
 
 
 class LossReweighting(LossWeighting):
-    r"""Weight the samples of each batch by their losses, more sharply as training goes on.
+    r"""Weight the samples of each batch by their losses, more sharply as training progresses.
 
     .. math::
         h_i = 2 \frac{\ell_i - \ell_\min}{\ell_\max - \ell_\min} - 1, \qquad

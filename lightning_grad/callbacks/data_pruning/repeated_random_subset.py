@@ -25,14 +25,14 @@ class RepeatedRandomSubset(SubsetCallback):
         prune: Share r of the samples dropped in each epoch, at least 0 and below 1.
         replacement: Draw every epoch independently of the others.
         seed: Seed of the random subsets.
-        loader_key: Which of several training loaders to prune: its key, or its position in a list.
+        loader_key: Key or list position of the training loader to prune, if there are several.
         name: Name of this instance.
 
     Raises:
         ValueError: In the constructor for a share outside its range. In setup if another technique chooses samples.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
-    **Hooks.** As :class:`DataPruning`, without scores.
+    **Hooks.** The same as :class:`DataPruning`, but without scores.
 
     **Logs** under ``data/``, at each epoch: ``kept_share``, ``samples_seen``; in the summary ``samples_share``.
 

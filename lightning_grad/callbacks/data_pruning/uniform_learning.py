@@ -49,7 +49,7 @@ class UniformLearning(SubsetCallback):
         ValueError: In the constructor for numbers below their minimum. In setup for manual optimization, an
             epoch that is never reached, or another technique that chooses samples. After the first batch, which
             is scored as a check, if the targets of the loss are not one class per sample.
-        RuntimeError: After the first batch, if rows do not follow their samples into another order, or if two
+        RuntimeError: After the first batch, if rows do not follow their samples when these are reordered, or if two
             calls classify and ``loss_index`` does not say which one counts.
         TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler).
 
@@ -83,7 +83,8 @@ class UniformLearning(SubsetCallback):
         weight_averaging=CURRENT_WEIGHTS,
         **manual(
             no(
-                "does not work with {}: its training_step also steps, so it cannot be run just to read the outputs",
+                "does not work with {}: its training_step also steps the optimizer, so it cannot be run "
+                "just to read the outputs",
                 "Use DataPruning(score='aum') or 'forgetting', which read the outputs during training, or "
                 "RepeatedRandomSubset, or set outputs_fn",
             )

@@ -48,10 +48,10 @@ class GradientMonitor(GradCallback):
             Growing logits precede two instabilities (arXiv 2309.14322).
         histograms: Send histograms of gradients to the loggers that show them.
             They are part of the slow statistics.
-        layer_depth: Number of leading parts of a name by which layers are joined in logs.
-            Default: layers are not joined.
+        layer_depth: Merge layers in logs whose names share this many leading parts.
+            Default: layers are not merged.
         max_layers: Largest number of layers with their own log keys; the heat map shows all.
-        figure: Draw the run at its end. Needs matplotlib and a logger with a folder.
+        figure: Draw a figure at the end of the run. Needs matplotlib and a logger with a folder.
         alert: Send a W&B alert at the first non-finite gradient.
         include: Names or wildcards of the parameters or modules to watch. Default: all.
         exclude: Names or wildcards of the parameters or modules not to watch.

@@ -43,7 +43,7 @@ def phase_name(weights: Sequence[SparseWeight]) -> str:
 
 
 class SparsityMeter:
-    """Compares the masks of two log steps, and the gradients of a log step with those of the step before."""
+    """Compares the masks of two log steps, and the gradients of a log step with the gradients of the step before."""
 
     def __init__(self) -> None:
         self._logged_masks: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Resets monitors when the final pattern begins, because scores of dense weights do not compare with those of sparse ones.
+"""Resets monitors when the final pattern begins, because scores of dense and sparse weights are not comparable.
 
 Used only by :class:`lightning_grad.callbacks.NMSparsity`. Callbacks are recognized by their attributes, which covers
 both namespaces of Lightning and third-party callbacks that use the same names.

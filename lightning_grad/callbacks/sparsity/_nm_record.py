@@ -92,6 +92,11 @@ class SparsityRecord(RunRecord):
         """
         metric = metric or next((key for key in self.validations.columns if "acc" in key), None)
         has_metric = metric in self.validations.columns
+        if metric and not has_metric:
+            rank_zero_warn(
+                f"NMSparsity: figure_metric={metric!r} was not logged in validation, so the figure does not show it. "
+                "Set it to a metric that validation_step logs."
+            )
         figure, axes = panels(title, [2.6] * (2 + has_metric), rest=0.6)
         if metric and has_metric:
             self._draw_metric(axes[0], metric)

@@ -74,8 +74,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         recipe: A recipe from the table, or a list of pairs (share of the run, pattern from there on).
             The default was best, by a narrow margin, in our comparison on digits (docs/benchmarks.md).
         gradient: Gradient of pruned weights: "ste" (unchanged) or "masked" (chain rule).
-            "ste" is what the released code does, and was ahead, within noise, in our comparison; "masked" is what the
-            paper describes for mdgf and sdgf. It also applies to a list of stages.
+            "ste" matches the released code, and was ahead, within noise, in our comparison; "masked" matches the
+            paper's description for mdgf and sdgf. It also applies to a list of stages.
         dense_fraction: Share of the run before pruning starts. Default: 0.2 for step, else 0.
             In our sweep, a dense phase brought no gain. For step, the paper uses a test (AutoSwitch) instead.
         finetune_fraction: Share at the end of the run with the final pattern and D = 0.
@@ -99,7 +99,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         restart_monitors: Reset monitored checkpoints and early stopping when the final pattern begins.
             Until then, early stopping cannot end the run.
         bake_on_early_stop: Prune to the final pattern even if the run stops before its schedule ends.
-        layer_depth: Join layers in logs by this many leading parts of their names. Default: do not join.
+        layer_depth: Merge layers in logs whose names share this many leading parts. Default: no merging.
         max_layers: Maximum number of layers to log separately.
         figure: Draw a figure of the run at its end (needs matplotlib and a logger with a local folder).
         figure_metric: Validation metric in the figure. Default: the first whose name contains "acc".
@@ -117,10 +117,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
     post-hook refreshes the masks of its weights. The first ``on_train_batch_end`` selects again if the batch reached
-    the layers in another order than they are registered in. ``on_validation_start`` resets monitors when the final
+    the layers in a different order than they were registered. ``on_validation_start`` resets monitors when the final
     pattern has begun. ``on_before_optimizer_step`` adds the SR-STE term, unscaled and before clipping, so lambda is
     exact. The first ``on_validation_batch_start`` switches to the weights that a checkpoint would contain, after
-    weight averaging has swapped its weights in. ``teardown`` replaces the module's parameters by the sparse weights.
+    weight averaging has swapped its weights in. ``teardown`` replaces the module's parameters with the sparse weights.
 
     **Logs** under ``sparsity/``, at log steps: ``n`` and ``m`` of the current pattern (of each final pattern if there
     are several), ``decay`` (D), ``density`` (share of nonzero values in the selected weights; per layer under
@@ -254,7 +254,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
             )
         size = found.parameter.shape[dim]
         if not pattern.fits(size):
-            return f"groups of {pattern.m} do not divide {size}"
+            return f"dimension {dim} has size {size}, which is not a multiple of {pattern.m}"
         return SparseWeight(found, pattern, dim, straight_through=self.gradient == "ste")
 
     @override

@@ -85,7 +85,7 @@ def choose_again(step: ways.Step, weighing: ways.Weighing, way: ways.ByCall) -> 
     if not isinstance(found, ways.ByCall):
         rank_zero_warn(
             f"{weighing.asked.display_name}: {more}. In the previous step only that call was weighted; from this step "
-            "on the whole loss is."
+            "on, the whole loss is weighted."
         )
         return found
     if way.changed is not None and way.changed not in found.outlines:

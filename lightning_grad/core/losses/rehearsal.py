@@ -79,7 +79,7 @@ class Rehearsal:
         self._rows = row_order.RowComparison(self.asked, self._exactness, self._function)
 
     def check_loader(self, in_training: bool = False) -> None:
-        """Check the rows of batches that ``collate_fn`` makes from the training set's samples.
+        """Check the rows of batches that ``collate_fn`` builds from the training set's samples.
 
         Args:
             in_training: Whether losses are read in training, so that the loss in training mode is
@@ -123,7 +123,7 @@ class Rehearsal:
         )
 
     def _kind_of(self, whole: row_order.Seen | None, alone: list[Tensor | None]) -> SampleLoss:
-        """Return the definition of a sample's loss by which it equals the step's loss in a batch of one.
+        """Return the definition of a sample's loss that equals the step's loss in a batch of one.
 
         Args:
             whole: Rows of the whole batch.
@@ -276,9 +276,9 @@ class Rehearsal:
 
     @contextmanager
     def loaded(self, indices: list[int], order: Tensor | None = None, seed: int = 0) -> Iterator[Any]:
-        """Yield the batch of some samples in an order, as ``collate_fn`` makes it, in a quiet module."""
+        """Yield the batch of some samples in an order, as built by ``collate_fn``, in a quiet module."""
         loader, places = self._samples.loader, range(len(indices)) if order is None else order.tolist()
-        takes_lists = loader.batch_sampler is None  # the data set makes the batch from a list of indices
+        takes_lists = loader.batch_sampler is None  # the data set builds the batch from a list of indices
         chosen = [indices[place] for place in places] if takes_lists else indices
 
         def collate(items: Any) -> Any:

@@ -37,7 +37,7 @@ def orders_of(samples: int) -> Iterator[Tensor]:
 
 
 def follows(before: Tensor, after: Tensor, order: Tensor, tolerance: float = 0.0, floor: float = 0.0) -> bool | None:
-    """Return True if rows follow the samples into another order, ``None`` if they are too similar to decide.
+    """Return True if rows follow reordered samples, ``None`` if they are too similar to decide.
 
     Example:
         >>> rows, order = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1, 2, 0])
@@ -214,7 +214,7 @@ class RowComparison:
         asked: Requirements on the step, for errors.
         exactness: Relative tolerance of values that the network computes.
         function: Name of the argument that replaces the step; empty if there is none.
-        maker: What makes a batch from samples, for errors.
+        maker: The code that builds a batch from samples, for errors.
 
     Attributes:
         targets: Targets of the loss, in order, if they are not random.
@@ -300,19 +300,19 @@ class RowComparison:
         if moved and (wrong or True not in values.values()):
             raise RuntimeError(
                 f"{self.asked.display_name} needs the b-th sample drawn in row b of the batch, but {self.maker} "
-                "changes the order: when the same samples came in another order, the rows of the batch did not "
+                "changes the order: when the samples were reordered, the rows of the batch did not "
                 f"follow. Make {self.maker} {_KEEP}."
             )
         if wrong and self.function:
             what = {"score_fn": "score", "loss_fn": "loss", "outputs_fn": "row"}[self.function]
             several = {"score": "scores", "loss": "losses", "row": "rows"}[what]
             raise RuntimeError(
-                f"{self.asked.display_name} takes {what} b as that of the b-th sample drawn, but when the same samples came "
-                f"in another order, the {several} of {self.function} did not follow. Return one {what} for each sample, in "
+                f"{self.asked.display_name} expects {what} b to belong to the b-th sample drawn, but when the samples "
+                f"were reordered, the {several} of {self.function} did not follow. Return one {what} for each sample, in "
                 "the order of the batch."
             )
         if wrong:
-            self._refuse_step(wrong[0], "when the same samples came in another order", in_order)
+            self._refuse_step(wrong[0], "when the samples were reordered", in_order)
 
     def _warn_of_noise(self, tensors_follow: bool) -> None:
         rest = "relies on the tensors of the batch, which do follow" if tensors_follow else "assumes that they do"

@@ -235,7 +235,7 @@ def _with_progress(loader: DataLoader[Any] | BorrowedWorkers, title: str, traine
 
 
 def to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """Move a batch to the device and convert it, as Lightning does before ``training_step``."""
+    """Move a batch to the device and convert it, like Lightning before ``training_step``."""
     batch = trainer.precision_plugin.convert_input(batch)
     batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)

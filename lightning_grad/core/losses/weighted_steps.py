@@ -218,7 +218,7 @@ class ByTerms:
 
 
 class ByFunction:
-    """Replaces the gradient of the step's loss by that of the weighted losses of a function.
+    """Replaces the gradient of the step's loss with the gradient of a function's weighted losses.
 
     Args:
         weighing: Arguments of the technique that weights.

@@ -18,7 +18,7 @@ from lightning_grad.core.undo import UndoList
 
 
 def steps_due(done: int, steps: int, full_steps: int) -> int:
-    r"""Return how many scheduler steps to make in one step of an epoch of another length.
+    r"""Return how many scheduler steps to take in one step of an epoch of another length.
 
     .. math::
         \operatorname{round}(s F / N) - \operatorname{round}((s - 1) F / N)
@@ -45,13 +45,13 @@ def count_steps(batches: int, until: int, accumulate: int, frequency: int) -> in
         3
     """
     # It steps after every batch that its frequency divides, if the optimizer steps there. The last
-    # batch of an epoch always makes an optimizer step.
+    # batch of an epoch always takes an optimizer step.
     only_at_the_end = until == batches and batches % frequency == 0 and batches % accumulate != 0
     return until // math.lcm(accumulate, frequency) + only_at_the_end
 
 
 def warp_schedules(trainer: pl.Trainer, pl_module: pl.LightningModule, training_set: TrainingSet) -> Callable[[], None]:
-    """Make schedulers that step with batches advance as in whole epochs, whatever the number of batches.
+    """Make schedulers that step with batches cover whole epochs, whatever the number of batches.
 
     Returns:
         Callable: Undoes this.

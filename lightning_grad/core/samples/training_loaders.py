@@ -17,7 +17,7 @@ _BATCHES = (
     "BatchSampler as its sampler."
 )
 _BY_RANK = (
-    "If the Trainer replaced a BatchSampler by it, set use_distributed_sampler=False and make the sampler yourself: "
+    "If the Trainer replaced a BatchSampler with it, set use_distributed_sampler=False and create the sampler yourself: "
     "BatchSampler(DistributedSampler(data), size, drop_last)."
 )
 

@@ -252,7 +252,7 @@ class TrainingSet:
             iter(self._trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     def _update_sampler(self) -> None:
-        """Pass the kept samples to the sampler, and raise if it cannot make a batch of them."""
+        """Pass the kept samples to the sampler, and raise if they do not fill a batch."""
         sampler = self.sampler
         last = -1 if self._kept is None else int(self._kept.max())
         if last >= sampler.total:
@@ -344,7 +344,7 @@ class TrainingSet:
         if not source.drawn:
             raise RuntimeError(
                 f"{self._needed_by} does not know which samples are in batch {batch_idx}, because "
-                f"{type(self.loader).__name__} made it without its batch sampler. Make it draw batches from "
+                f"{type(self.loader).__name__} created it without its batch sampler. Make it draw batches from "
                 "self.batch_sampler, or use a plain torch.utils.data.DataLoader."
             )
         return list(source.drawn.popleft())

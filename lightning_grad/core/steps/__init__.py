@@ -2,7 +2,7 @@
 
 - ``step_window.py``: the batches of one step, run again at other weights;
 - ``held_rates.py``: learning rates multiplied during one step;
-- ``chosen_rates.py``: learning rates scaled for the rest of the run, together with their
+- ``chosen_rates.py``: learning rates scaled for the rest of the run, and their
   schedulers;
 - ``frozen_moments.py``: frozen moments of an Adam-like optimizer.
 """

@@ -1,4 +1,4 @@
-"""Scale learning rates of optimizers, together with the schedulers that would otherwise undo it.
+"""Scale learning rates of optimizers, and the schedulers that would otherwise undo it.
 
 A scheduler that computes a rate from the last one keeps a scaled rate. One that computes it from a
 base rate overwrites it, unless the base rate is scaled too. Base rates are in the parameter groups

@@ -76,7 +76,7 @@ class StepWindow:
         self._evaluations = []
 
     def run_again(self, optimizer: Optimizer) -> Tensor | None:
-        """Replace the gradients by those of all batches at the current weights.
+        """Replace the gradients with the gradients of all batches at the current weights.
 
         Each loss is divided by the number of accumulated batches, as in the first run. Ranks
         synchronize with the last batch.

@@ -1,7 +1,7 @@
 """Checkpoints that load without lightning-grad and still resume exactly.
 
 A checkpoint holds the *stored* weights (those of inference) under the plain keys. The technique's
-own state holds their residuals: what is needed to restore the dense weights bit for bit. Both are
+own state holds their residuals, which restore the dense weights bit for bit. Both are
 written and read by wrapping the module's ``on_save_checkpoint`` and ``on_load_checkpoint``.
 Lightning calls the first after every callback, also with ``save_weights_only``, and the second
 before anything is loaded. So weight averaging, which replaces ``checkpoint["state_dict"]``, gets
@@ -92,8 +92,8 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str, tuple[Tensor, WeightView]]) -> None:
     """Put stored weights into a checkpoint's ``state_dict``, and their residuals into the technique's state.
 
-    Entries that already are the module's stored weights are kept. Any other entry of ``state_dict``
-    (an average that a callback put there) is dense, and is replaced by what its validation used.
+    Entries that are already the module's stored weights are kept. Any other entry of ``state_dict``
+    (an average that a callback put there) is dense, and is replaced by the weights that its validation used.
     Other copies of the module's stored weights in the checkpoint get a residual too.
 
     Args:

@@ -34,7 +34,7 @@ class FoundWeight:
         is_known: Whether its module is a torch layer that reads the attribute at every use.
         is_spelled: Whether a pattern of the user names it in full.
         display_name: Name of the technique, for errors.
-        effect: Adjective for the weights that the technique makes.
+        effect: Adjective that describes the resulting weights.
     """
 
     name: str
@@ -142,7 +142,7 @@ class WeightChoice(Generic[W]):
     def table(self, column: str) -> str:
         """Return a table with one row per weight: its view, or why it is skipped."""
         rows = [[clean_name(w.name), "x".join(map(str, w.parameter.shape)), str(w)] for w in self.chosen]
-        rows += [[name, "dense", reason] for name, reason in self.skipped]
+        rows += [[name, "-", f"dense: {reason}"] for name, reason in self.skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         return format_table(rows[:_MOST_SHOWN], ["weight", "shape", column]) + more
 
@@ -255,7 +255,7 @@ def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight],
         callbacks: All callbacks of the trainer, after ``setup``.
         weights: The chosen weights.
         technique: Name of the technique.
-        verb: What it does with them.
+        verb: The technique's action on them, such as prune.
 
     Raises:
         ValueError: Names both callbacks and the first such weight.

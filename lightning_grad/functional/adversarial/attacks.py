@@ -42,7 +42,7 @@ def attack_direction(gradient: Tensor, norm: Norm = "linf") -> Tensor:
     gradient = gradient.nan_to_num(nan=0.0)  # an infinity becomes the largest number
     if norm == "linf":
         return gradient.sign()
-    # Divide by the largest entry first: the squares of small gradients underflow, those of large ones overflow.
+    # Divide by the largest entry first: the squares of small gradients underflow, and the squares of large ones overflow.
     scaled = gradient / _each(_rows(gradient.abs()).amax(1), gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
     return scaled / _norms(scaled).clamp(min=torch.finfo(gradient.dtype).tiny)
 

@@ -20,7 +20,7 @@ def total_norm(gradients: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
     Args:
         gradients: At least one tensor, each of any shape.
         norm_type: p, above 0; infinity for the largest magnitude.
-        accurate: Sum half precision in float32; False sums in the gradients' dtype, as torch does.
+        accurate: Sum half precision in float32; False sums in the gradients' dtype, like torch.
 
     Returns:
         Tensor: The norm, a scalar on the device of the first gradient; the same on every rank for DTensors.

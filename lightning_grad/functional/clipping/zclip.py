@@ -1,4 +1,4 @@
-"""ZClip: a threshold from the z-score of the gradient norm. Its state works like that of AutoClip."""
+"""ZClip: a threshold from the z-score of the gradient norm. Its state works like AutoClip's."""
 
 import torch
 from torch import Tensor

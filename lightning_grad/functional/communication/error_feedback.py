@@ -1,4 +1,4 @@
-r"""Error feedback and momentum correction: a compressor keeps what it did not send, and sends it later."""
+r"""Error feedback and momentum correction: a compressor keeps the unsent part, and sends it later."""
 
 import torch
 from torch import Tensor

@@ -178,7 +178,7 @@ def select_chunk(values: Tensor, k: int) -> Tensor:
 
 def _check(values: Tensor, k: int) -> None:
     if values.ndim != 1:
-        raise ValueError(f"values must be a vector, (n,); got the shape {tuple(values.shape)}. Flatten them first.")
+        raise ValueError(f"values must be a vector, (n,); got shape {tuple(values.shape)}. Flatten them first.")
     if not 1 <= k <= values.numel():
         raise ValueError(f"k must be between 1 and the number of entries, {values.numel()}; got {k}.")
 

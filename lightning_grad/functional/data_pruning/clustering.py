@@ -144,7 +144,7 @@ def prototype_distance(embeddings: Tensor, clusters: int, seed: int = 0, cosine:
         embeddings: x, (n, d), from any model, for example a self-supervised one.
         clusters: k; the paper uses the number of classes, and finds that it matters little.
         seed: Seed of k-means.
-        cosine: Use the cosine distance, as the paper does; False uses the Euclidean distance.
+        cosine: Use the cosine distance, like the paper; False uses the Euclidean distance.
 
     Returns:
         Tensor: s, (n,).

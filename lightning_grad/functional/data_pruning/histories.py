@@ -37,7 +37,7 @@ def update_vog_(state: dict[str, Tensor], indices: Tensor, gradients: Tensor) ->
     Args:
         state: From :func:`vog_state`; changed in place.
         indices: (B,): distinct indices of the samples in the data set.
-        gradients: g, (B, \*shape): gradients of the true class's logit (before softmax) by the input.
+        gradients: g, (B, \*shape): gradients of the true class's logit (before softmax) with respect to the input.
     """
     mean, m2 = state["mean"], state["m2"]
     indices, g = indices.to(mean.device), gradients.to(mean)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def _low_samples(losses: Tensor) -> Tensor:
     if losses.ndim != 1:
-        raise ValueError(f"losses must have one entry for each sample, (n,); got the shape {tuple(losses.shape)}.")
+        raise ValueError(f"losses must have one entry for each sample, (n,); got shape {tuple(losses.shape)}.")
     losses = losses.detach().to("cpu", torch.float64)
     seen = losses.isfinite()
     # Without finite losses the mean is nan, and no loss is below nan.

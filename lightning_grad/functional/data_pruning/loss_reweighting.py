@@ -1,6 +1,6 @@
 """Weights for the samples of a batch, computed from their losses at each step.
 
-The rules are those of "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released
+The rules come from "Dynamic Loss-Based Sample Reweighting" (Sow et al., 2025, arXiv 2502.06733) and of its released
 code, github.com/sowmaster/Sample-Level-Loss-Reweighting-ICLR-2025.
 """
 
@@ -61,7 +61,7 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
     if not temperature > 0.0:
         raise ValueError(f"temperature must be above 0 (infinity gives equal weights); got {temperature}.")
     if losses.ndim != 1:
-        raise ValueError(f"losses must have one entry for each sample, (B,); got the shape {tuple(losses.shape)}.")
+        raise ValueError(f"losses must have one entry for each sample, (B,); got shape {tuple(losses.shape)}.")
     losses = losses.detach()
     losses = losses if losses.dtype == torch.float64 else losses.float()
     if not len(losses):

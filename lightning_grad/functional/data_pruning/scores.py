@@ -125,7 +125,7 @@ def margin(call: LossCall) -> Tensor:
     .. math::
         m_i = z_{y_i} - \max_{c \ne y_i} z_c
 
-    where z are the logits or the log-probabilities, which give the same value. The margin is unbounded. Unlike for the
+    where z are the logits or the log-probabilities, which give the same value. The margin is unbounded. Unlike with the
     other scores here, a large margin means an *easy* sample. For ``binary_cross_entropy_with_logits`` with one label it
     is :math:`(2 t - 1) z`.
 
@@ -172,7 +172,7 @@ def is_correct(call: LossCall) -> Tensor:
         Tensor: (B,), 0 to 1; nan if no position is valid.
 
     Raises:
-        ValueError: If the loss is not that of a classifier.
+        ValueError: If the loss is not a classification loss.
 
     Example:
         >>> from lightning_grad.functional import LossCapture

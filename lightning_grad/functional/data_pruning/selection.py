@@ -106,7 +106,7 @@ def _check_rule(keep: str, rule: str, balance: str | None, strata: int) -> None:
 
 def _check_count(scores: Tensor, count: int, offset: float) -> None:
     if scores.ndim != 1:
-        raise ValueError(f"scores must have one entry for each sample, (n,); got the shape {tuple(scores.shape)}.")
+        raise ValueError(f"scores must have one entry for each sample, (n,); got shape {tuple(scores.shape)}.")
     total = len(scores)
     if not 0 <= count <= total:
         raise ValueError(f"count must be between 0 and the number of samples, {total}; got {count}.")
@@ -152,7 +152,7 @@ def select_samples(
     for the k hardest samples after an offset o, with rank 1 for the highest score. Ties are ordered by a random
     permutation. A nan score marks a sample that could not be scored; these are kept first. +inf is the hardest score.
 
-    ``rule="ccs"`` (coverage-centric coreset selection) also drops the hardest :math:`\lfloor o n \rfloor`. It splits
+    ``rule="ccs"`` (coverage-centric coreset selection) also drops the hardest :math:`\lfloor o n \rfloor` samples. It splits
     the range of the other scores into strata of equal width, divides k evenly between them, and draws at random within
     each. The unused budget of small strata goes to larger ones.
 

@@ -54,7 +54,7 @@ def leaf_of(node: Node) -> Tensor | None:
 
 
 def apply_backward(node: Node, gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Compute the gradients of a node's inputs from those of its outputs.
+    """Compute the gradients of a node's inputs from the gradients of its outputs.
 
     Unlike a backward pass, it calls no hooks, frees no buffers, and stops after this node.
     """
@@ -64,5 +64,5 @@ def apply_backward(node: Node, gradients: list[Tensor | None]) -> tuple[Tensor |
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return True for a tensor inside a ``torch.func`` transform, whose shape is not that of the batch."""
+    """Return True for a tensor inside a ``torch.func`` transform, whose shape differs from the batch's."""
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))

@@ -52,7 +52,7 @@ class LossCapture(TorchFunctionMode):
     .. math::
         L = \frac{\sum_i w_i \sum_{p \in P_i} \ell_{ip}}{\sum_i \sum_{p \in P_i} w_{ip}}
 
-    (see :class:`LossCall`; with "sum" there is no denominator). The denominator is that of the unweighted mean over the
+    (see :class:`LossCall`; with "sum" there is no denominator). The denominator is the one of the unweighted mean over the
     batch. If all weights are 1, the result is the original loss; weights with a sum below B reduce it.
 
     Args:

@@ -39,7 +39,7 @@ class PerSampleGradientNorms:
         \lVert \partial \ell_b / \partial p \rVert_F^2\Bigr)^{1/2}
 
     where :math:`\ell_b` is the loss of sample b, and :math:`\theta` are all parameters of the module that require grad,
-    including those of normalization layers. The result equals that of one backward pass per sample, up to rounding.
+    including normalization layers. The result equals one backward pass per sample, up to rounding.
 
     From the first batch, the object learns the dimension of the samples in each tensor, by backward passes of single
     losses, and which parameters no rule covers. Gradients, hooks and flags are restored after each call, even after an
@@ -137,7 +137,7 @@ class PerSampleGradientNorms:
         )
 
     def _learn(self, tracer: Tracer) -> bool:
-        """Learn from a forward pass; return True if it must run again with what was learned."""
+        """Learn from a forward pass; return True if it must run again with the new knowledge."""
         if self._exclude(tracer, {name for name, p in tracer.parameters.items() if id(p) in tracer.ends}):
             return True
         unknown = [use for use in tracer.uses if not self._recall(use, len(tracer.losses))]

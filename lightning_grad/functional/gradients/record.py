@@ -1,4 +1,4 @@
-"""The record of a step that a trace makes for the walk through its graph."""
+"""The record of a step, created by a trace for the walk through its graph."""
 
 import os
 import sys

@@ -185,7 +185,7 @@ class Terms:
             raise RuntimeError("These terms were released, so there is no graph to weight. Trace another step.")
         if walk.learned:
             raise walk.learned[0].refusal(
-                "multiplies a term by a learned factor, whose own gradient would be that of the unweighted loss."
+                "multiplies a term by a learned factor, whose own gradient would come from the unweighted loss."
             )
         if self._shares is not None:
             weights = without_ignored(weights, self.own)

@@ -56,11 +56,11 @@ class LossTrace(TorchFunctionMode):
 
     The sample of a row follows from the shape: a tensor with k B rows has them in order. The trace also follows steps
     that move rows by indexing, concatenating, splitting, repeating or transposing. A shape can match by coincidence.
-    Therefore run a new step twice in eval mode, the second time with the samples in another order, and check that
+    Therefore run a new step twice in eval mode, the second time with the samples in a different order, and check that
     ``shares`` has that order, too. Then pass these terms as ``like`` to :meth:`terms` in later steps.
 
     Cost: no host sync, except if rows are moved by an index on a GPU. Functions compiled by ``torch.compile`` run as
-    without the trace, which does not see inside them; a loss computed inside one is rejected.
+    usual, and the trace does not see inside them; a loss computed inside one is rejected.
 
     Raises:
         ValueError: If ``samples`` is less than 1.

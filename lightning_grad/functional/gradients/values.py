@@ -150,7 +150,7 @@ class Values:
             sums, counts, scale = a * numerators, a * denominators, a * total
         else:
             sums, counts, scale = a * numerators / total, a * denominators / total, a
-        # This order of operations makes the plain mean bitwise equal to that of LossCapture.
+        # This order of operations makes the plain mean bitwise equal to LossCapture's.
         own = scale * (numerators / denominators)
         return Part(self._record.places[node], sums, counts, own, call.covers)
 

@@ -177,6 +177,7 @@ def test_scores_of_a_pass(score: str) -> None:
     expected = BY_HAND[score](module, x, y).detach().double()
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-6)
     assert callback.scored.name == score
+    assert re.fullmatch(rf"ScoredSet\(name='{score}', epoch=1, kept \d+ of \d+ samples\)", repr(callback.scored))
     assert callback.scored.epoch == 1
     assert torch.equal(callback.scored.labels, y)
     assert torch.equal(callback.scored.predictions, module(x).argmax(1))

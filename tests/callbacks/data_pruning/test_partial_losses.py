@@ -275,7 +275,7 @@ WAYS_OUT = {
     "el2n": "set score_fn= to a function",
     "aum": "set score_fn= to a function",
     "info": "use RepeatedRandomSubset",
-    "reweighting": "weight the losses in training_step, by lightning_grad.functional.loss_weights",
+    "reweighting": "weight the losses in training_step with lightning_grad.functional.loss_weights",
     "uniform": "use DataPruning with score_fn=, or RepeatedRandomSubset",
 }
 

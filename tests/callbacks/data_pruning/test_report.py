@@ -207,7 +207,7 @@ def test_few_samples_are_shared_between_the_hardest_and_the_easiest(trainer: pl.
 
 
 def test_no_sample_has_a_score(trainer: pl.Trainer, folder: Path) -> None:
-    with pytest.warns(UserWarning, match="shows no samples, because none of 2 has a score"):
+    with pytest.warns(UserWarning, match="shows no samples, because none of the 2 samples has a score"):
         report(trainer, scored([nan, nan]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_scores.png"]
 
@@ -273,7 +273,7 @@ def test_names_that_cannot_be_read_do_not_stop_the_rest(trainer: pl.Trainer, fol
         def __getitem__(self, index: int) -> Any:
             return pages(2)[index]
 
-    with pytest.warns(UserWarning, match="the list of class names could not be made: OSError: no file classes.txt"):
+    with pytest.warns(UserWarning, match="the list of class names could not be created: OSError: no file classes.txt"):
         report(trainer, scored([4.0, 3.0], labels=[0, 1]), Lazy(), "DataPruning", num_shown=1, figure=False)
     assert column(folder / f"{STEM}_samples.csv", "label") == ["0", "1"]
 
@@ -321,14 +321,14 @@ def test_what_cannot_be_drawn_does_not_stop_the_rest(
 
     for name in ("draw_scores", "draw_samples"):
         monkeypatch.setattr(_report, name, broken)
-    with pytest.warns(UserWarning, match="could not be made: MemoryError: too large") as warned:
+    with pytest.warns(UserWarning, match="could not be created: MemoryError: too large") as warned:
         report(trainer, scored([4.0, 3.0]), pages(2), "DataPruning", num_shown=1, figure=True)
     assert len(warned) == 2
     assert [path.name for path in folder.glob(f"{STEM}*")] == [f"{STEM}_samples.csv"]
 
 
 def test_labels_of_another_length_do_not_stop_a_training(trainer: pl.Trainer, folder: Path) -> None:
-    with pytest.warns(UserWarning, match="the report of samples could not be made: IndexError"):
+    with pytest.warns(UserWarning, match="the report of samples could not be created: IndexError"):
         report(trainer, scored([4.0, 3.0], labels=[1]), pages(2), "DataPruning", num_shown=1, figure=False)
     assert list(folder.iterdir()) == []
 

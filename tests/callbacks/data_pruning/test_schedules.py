@@ -302,7 +302,7 @@ def test_manual_optimization_is_told_that_its_schedules_are_its_own(tmp_path: An
 
     net = scheduled("cosine", base=Manual)
     with pytest.warns(
-        UserWarning, match="This module steps its own, and one that counts batches will not reach its end"
+        UserWarning, match="This module steps its own schedulers. If one counts batches, it will not reach its end"
     ):
         run(half_from_two(), net, tmp_path)
 

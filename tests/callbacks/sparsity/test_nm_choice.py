@@ -427,7 +427,7 @@ def test_a_weight_that_something_else_replaces_before_the_fit_is_named(how: str,
         fit(NMSparsity("1:4", figure=False), module)
     (told,) = [r.message for r in caplog.records if "net.1.weight" in r.message]
     assert "net.2.weight  16x16  1:4" in told
-    assert "net.1.weight  dense  reparametrized by pruning" in told
+    assert "net.1.weight  -      dense: reparametrized by pruning" in told
     for asked in ("net.1", "net.[1]"):
         module = layers(nn.Linear, nn.Linear, nn.Linear)
         WAYS[how](module.net[1])

@@ -220,7 +220,7 @@ def test_a_layer_whose_rows_do_not_divide_is_skipped_by_name():
     module = Regression(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8)))
     fit(callback, module)
     assert (module.net[1].weight != 0).all()
-    with pytest.raises(ValueError, match="groups of 32 do not divide 16"):
+    with pytest.raises(ValueError, match="dimension 1 has size 16, which is not a multiple of 32"):
         fit(NMSparsity("1:32", include=["*"]))
 
 
@@ -749,8 +749,10 @@ KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_variance_prune
 
 def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
     logger = CSVLogger(tmp_path)
-    callback = NMSparsity("1:4", gradient="ste", include=["*"], save_masks=True)
-    trainer(callback, logger=logger, max_epochs=2, log_every_n_steps=2).fit(Regression(linear_net()), data(), data())
+    callback = NMSparsity("1:4", gradient="ste", include=["*"], save_masks=True, figure_metric="val_f1")
+    run = trainer(callback, logger=logger, max_epochs=2, log_every_n_steps=2)
+    with pytest.warns(UserWarning, match="figure_metric='val_f1' was not logged in validation"):
+        run.fit(Regression(linear_net()), data(), data())
     folder = tmp_path / "lightning_logs" / "version_0"
     with (folder / "metrics.csv").open() as file:
         columns = set(csv.DictReader(file).fieldnames or [])

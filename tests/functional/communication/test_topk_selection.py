@@ -397,8 +397,8 @@ def test_an_unknown_selector_is_named() -> None:
         ((5,), 0, "got 0"),
         ((5,), -1, "got -1"),
         ((0,), 1, "entries, 0; got 1"),
-        ((2, 3), 1, r"got the shape \(2, 3\)"),
-        ((), 1, r"got the shape \(\)"),
+        ((2, 3), 1, r"got shape \(2, 3\)"),
+        ((), 1, r"got shape \(\)"),
     ],
 )
 def test_what_cannot_be_selected_raises(selector: str, shape: tuple[int, ...], k: int, message: str) -> None:

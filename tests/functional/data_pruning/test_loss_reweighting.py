@@ -133,7 +133,7 @@ def test_nothing_waits_for_the_device(rule: str) -> None:
         ({"rule": "upper"}, "rule must be 'linupper', 'quadratic' or 'extremes'; got 'upper'"),
         ({"temperature": 0.0}, "above 0"),
         ({"temperature": NAN}, "above 0"),
-        ({"losses": torch.zeros(2, 2)}, r"\(B,\); got the shape \(2, 2\)"),
+        ({"losses": torch.zeros(2, 2)}, r"\(B,\); got shape \(2, 2\)"),
     ],
 )
 def test_wrong_arguments_raise(arguments: dict[str, object], message: str) -> None:

@@ -29,7 +29,7 @@ class Layout:
         return self.dim < len(shape) and shape[self.dim] > 0 and shape[self.dim] % samples == 0
 
     def is_ambiguous(self, shape: Sequence[int], samples: int) -> bool:
-        """Return True if the dimension has several entries per sample, so that their order matters."""
+        """Return True if the dimension has several entries per sample, whose order then matters."""
         return self.dim is not None and shape[self.dim] != samples
 
     def split(self, tensor: Tensor, samples: int) -> Tensor:
@@ -64,7 +64,7 @@ def candidates(shape: Sequence[int], dims: Iterable[int], samples: int) -> list[
 
 
 def has_mass(gradient: Tensor) -> bool:
-    """Return True if a gradient is nonzero and finite, so that it can show the place of its sample."""
+    """Return True if a gradient is nonzero and finite, and can therefore show the place of its sample."""
     return bool(gradient.count_nonzero() > 0) and bool(gradient.isfinite().all())
 
 

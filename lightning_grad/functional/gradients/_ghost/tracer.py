@@ -63,7 +63,7 @@ class Use:
         return frozenset().union(*(source.roots for source, _ in self.terms))
 
     def check_unchanged(self) -> None:
-        """Raise if a tensor that the gradient needs was changed in place, as autograd does."""
+        """Raise if a tensor that the gradient needs was changed in place, like autograd."""
         if any(tensor._version != version for tensor, version in self.kept):
             raise RuntimeError(
                 f"Per-sample gradient norms need the input of {self.key[0]} with {', '.join(sorted(self.roots))}, but "
