@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import nn
-from torch.optim import Optimizer
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,9 +44,9 @@ from lightning_grad.callbacks import (
     ValueClipping,
     ZClip,
 )
-from lightning_grad.functional import total_norm
 from studies.common import (
     Follow,
+    GradientRecorder,
     Show,
     build_loggers,
     finish_loggers,
@@ -182,7 +181,7 @@ def run_study(study: Study) -> list[Result]:
 def train(study: Study, variant: str, seed: int, show: Show) -> Result:
     """Run one training with one bad batch, and write ``steps.csv``."""
     seed_everything(seed, verbose=False)
-    folder, recorder = study.folder(variant, seed), Recorder()
+    folder, recorder = study.folder(variant, seed), GradientRecorder("val_acc")
     trainer = Trainer(
         callbacks=[
             BadBatch(study.bad_step, study.factor),
@@ -239,47 +238,7 @@ class BadBatch(Callback):
             labels[0] = (labels[0] + 1) % CLASSES
 
 
-class Recorder(Callback):
-    """Record the loss of every step, the norm of its gradients before and after the rule, and validation accuracies.
-
-    Must come before the rule in the list. After the step, the gradients are still those that the optimizer used.
-    """
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.norms_used: list[float] = []
-        self.accuracies: list[float] = []
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.norms.append(gradient_norm(pl_module))
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        self.losses.append(outputs["loss"].item())
-        self.norms_used.append(gradient_norm(pl_module))
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.accuracies.append(trainer.callback_metrics["val_acc"].item())
-
-    def write(self, path: Path) -> None:
-        """Write a row for each step."""
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", "loss", "norm", "norm_used"])
-            rows = zip(self.losses, self.norms, self.norms_used, strict=True)
-            writer.writerows([step, *row] for step, row in enumerate(rows, start=1))
-
-
-def gradient_norm(module: LightningModule) -> float:
-    """Return the norm of all gradients of a module, or 0 after a skipped step, which removes them."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    return total_norm(gradients).item() if gradients else 0.0
-
-
-def measure(variant: str, seed: int, recorder: Recorder, bad: int) -> Result:
+def measure(variant: str, seed: int, recorder: GradientRecorder, bad: int) -> Result:
     """Compute the result of a training from the record."""
     lost = count_lost(recorder.losses, bad)
     return Result(
@@ -288,10 +247,10 @@ def measure(variant: str, seed: int, recorder: Recorder, bad: int) -> Result:
         usual_norm=statistics.median(recorder.norms[max(0, bad - BEFORE) : bad]),
         bad_norm=recorder.norms[bad],
         used_norm=recorder.norms_used[bad],
-        accuracy_before=recorder.accuracies[0],
-        accuracy=recorder.accuracies[-1],
+        accuracy_before=recorder.validations[0],
+        accuracy=recorder.validations[-1],
         steps_lost=lost,
-        outcome=judge(lost, recorder.accuracies[-1]),
+        outcome=judge(lost, recorder.validations[-1]),
     )
 
 

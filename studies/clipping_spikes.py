@@ -25,13 +25,11 @@ from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, Ar
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch.optim import Optimizer
-from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -39,9 +37,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 from plain_project import CharTransformer, Text
 
 from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, MomentumReset, SpikeClipping, ZClip
-from lightning_grad.functional import total_norm
 from studies.common import (
     Follow,
+    GradientRecorder,
     Show,
     build_loggers,
     finish_loggers,
@@ -136,7 +134,7 @@ def train(study: Study, data: Text, variant: str, seed: int, show: Show) -> Resu
     """Run one training, and find its spikes."""
     seed_everything(seed, verbose=False)
     module, folder = build_module(study, data), study.folder(variant, seed)
-    recorder = Recorder()
+    recorder = GradientRecorder("val_loss")
     trainer = Trainer(
         callbacks=[recorder, Follow(show, variant, seed, "val_loss"), *RULES[variant](study.steps)],
         gradient_clip_val=1.0 if variant == "trainer" else None,
@@ -160,7 +158,7 @@ def train(study: Study, data: Text, variant: str, seed: int, show: Show) -> Resu
     return Result(
         variant,
         seed,
-        validation_loss=statistics.median(recorder.validation_losses[-LAST_EVALUATIONS:]),
+        validation_loss=statistics.median(recorder.validations[-LAST_EVALUATIONS:]),
         spikes=len(spikes),
         steps_lost=sum(lost for _, lost in spikes),
         clipped_share=float(np.mean(recorder.clipped)),
@@ -186,51 +184,6 @@ def write_sums(path: Path, lines: int = 20_000) -> Path:
 def build_module(study: Study, data: Text) -> LightningModule:
     """Return a new module of the plain project."""
     return CharTransformer(data.vocabulary_size, data.context, depth=1, lr=study.lr, schedule="warmup", warmup=WARMUP)
-
-
-class Recorder(Callback):
-    """Record the loss of every step, and the norm of its gradients before and after clipping.
-
-    Must be the first callback, before the rules act. After the step, the gradients are still those that the optimizer
-    used.
-    """
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.norms_used: list[float] = []
-        self.validation_losses: list[float] = []
-
-    @property
-    def clipped(self) -> list[bool]:
-        """Whether each step's gradients were changed."""
-        return [norm != used for norm, used in zip(self.norms, self.norms_used, strict=True)]
-
-    @override
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self.norms.append(gradient_norm(pl_module))
-
-    @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
-        self.losses.append(outputs["loss"].item())
-        self.norms_used.append(gradient_norm(pl_module))
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.validation_losses.append(trainer.callback_metrics["val_loss"].item())
-
-    def write(self, path: Path) -> None:
-        """Write a row for each step."""
-        columns = {"loss": self.losses, "norm": self.norms, "norm_used": self.norms_used, "clipped": self.clipped}
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *columns])
-            writer.writerows([step, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
-
-
-def gradient_norm(module: LightningModule) -> float:
-    """Return the norm of all gradients of a module."""
-    return total_norm([p.grad for p in module.parameters() if p.grad is not None]).item()
 
 
 def find_spikes(losses: Sequence[float]) -> list[tuple[int, int]]:

@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from torch.optim import Optimizer
 from typing_extensions import override
+
+from lightning_grad.functional import total_norm
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -60,6 +63,55 @@ class Follow(Callback):
     def _report(self, trainer: Trainer, share: float) -> None:
         self._shown = share
         self.show(self.name, self.seed, share, float(trainer.callback_metrics.get(self.metric, 0.0)))
+
+
+class GradientRecorder(Callback):
+    """Record the loss of every step, its gradient norm before and after the rules, and a metric of every validation.
+
+    Must come before the rules in the list. After the step, the gradients are still those that the optimizer used.
+
+    Args:
+        metric: Log key of the metric.
+    """
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.norms_used: list[float] = []
+        self.validations: list[float] = []
+
+    @property
+    def clipped(self) -> list[bool]:
+        """Whether each step's gradients were changed."""
+        return [norm != used for norm, used in zip(self.norms, self.norms_used, strict=True)]
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self.norms.append(gradient_norm(pl_module))
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any) -> None:
+        self.losses.append(outputs["loss"].item())
+        self.norms_used.append(gradient_norm(pl_module))
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validations.append(trainer.callback_metrics[self.metric].item())
+
+    def write(self, path: Path) -> None:
+        """Write a row for each step."""
+        columns = {"loss": self.losses, "norm": self.norms, "norm_used": self.norms_used, "clipped": self.clipped}
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", *columns])
+            writer.writerows([step, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
+
+
+def gradient_norm(module: LightningModule) -> float:
+    """Return the norm of all gradients of a module, or 0 after a skipped step, which removes them."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    return total_norm(gradients).item() if gradients else 0.0
 
 
 def percent(share: float) -> str:
