@@ -209,7 +209,7 @@ SCORES: dict[str, tuple[Callable[..., Any], str]] = {
     "nothing": (lambda m, b: None, "got NoneType. Return a tensor"),
     "a pair": (lambda m, b: (losses_by_hand(m, b), b[1]), "got tuple. Return a tensor"),
     "a text": (lambda m, b: "hard", "got str. Return a tensor"),
-    "a mean": (by_hand, r"got \(\). Flatten, or average"),
+    "a mean": (by_hand, r"got \(\). Flatten them, or average"),
     "a column": (lambda m, b: losses_by_hand(m, b)[:, None], r"got \(8, 1\). Flatten"),
     "complex numbers": (lambda m, b: losses_by_hand(m, b) + 0j, "got torch.complex64"),
 }
