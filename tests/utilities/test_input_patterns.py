@@ -80,7 +80,7 @@ def test_a_key_may_mean_several(batch: Any, key: Any, paths: Any) -> None:
         (
             (SAME[0], torch.zeros(3)),
             "*",
-            r"floating-point tensors of one dtype and number of dimensions; those at batch\[\*\] differ",
+            r"floating-point tensors of one dtype and number of dimensions; the tensors at batch\[\*\] differ",
         ),
         ((SAME[0], torch.zeros(3, 1, 1).long()), "*", r"batch\[\*\] differ\. Select one of them\."),
         (([SAME[0], SAME[0].double()], 1), 0, r"batch\[0\]\[\*\] differ"),
