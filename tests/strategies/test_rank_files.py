@@ -459,7 +459,7 @@ def test_weights_alone_bring_none(done):
 
 def _switch(folder: Path) -> None:
     train_on_ranks(POWER.build(), module=POWER.module(), max_epochs=2)[0].save_checkpoint(folder / "power.ckpt")
-    with pytest.warns(UserWarning, match="the checkpoint is of PowerSGDStrategy"):
+    with pytest.warns(UserWarning, match="the checkpoint was saved by PowerSGDStrategy"):
         memory = _start_memory(folder / "power.ckpt")
     assert memory == {}
 
