@@ -19,6 +19,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
+from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.strategies import _rank_files
 from lightning_grad.testing import assert_identical, fit, on_ranks
 from tests.contract.strategy_settings import CANONICAL, Scheme
@@ -171,6 +172,7 @@ def test_a_killed_rank_that_is_missed_first_when_buffers_are_sent(hook, tmp_path
     _assert_says_why(words, CANONICAL[0])
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not change the timeout of a running gloo group")
 def test_a_rank_that_answers_no_more(tmp_path):
     stop = _SendSelf("on_before_backward", signal.SIGSTOP, tmp_path / "lost")
     callbacks = [_WaitsNoLonger(tmp_path / "lost"), stop, _every_other_step(tmp_path)]
