@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 
 IN_THE_DEMO = """\
 Clipped gradients (half a minute). A small network learns handwritten digits.
-In the middle of the training, one image of one batch is multiplied by 1000.
-Each rule is one line, and some of them do not help:
+In the middle of the training, one image of one batch is multiplied by 1000 and
+has a wrong label. Each rule is one line, and some of them do not help:
 
     Trainer(callbacks=[NormClipping(1.0)])
 """
@@ -352,9 +352,10 @@ def draw_comparison(study: Study, results: Sequence[Result]) -> Figure:
     for axis in axes[-1]:
         axis.set_xlabel("optimizer step", fontsize=9)
     seeds = f"{study.seeds} seeds, a line each" if study.seeds > 1 else "one seed"
-    bad = f"one image times {study.factor:g}" if study.factor == study.factor else "one image all nan"
-    title = f"One bad batch ({bad}) in a training with {OPTIMIZERS[study.optimizer]}: which rules save the run"
-    figure.suptitle(f"{title}\nvalidation accuracy before it → at the end; {seeds}", fontsize=11)
+    image = f"one image times {study.factor:g}" if study.factor == study.factor else "one image all nan"
+    bad = f"One bad batch ({image}, with a wrong label) in a training with {OPTIMIZERS[study.optimizer]}"
+    accuracy = "validation accuracy before it → at the end"
+    figure.suptitle(f"{bad}: which rules save the run\n{accuracy}; {seeds}", fontsize=11)
     return figure
 
 
