@@ -288,10 +288,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         """Log scalars under their log keys. Lightning asks for ``sync_dist`` in validation."""
         if getattr(pl_module.trainer, "barebones", False):  # Lightning would warn about every value
             return
-        for shown in (False, True):
-            chosen = {key: value for key, value in values.items() if (key in self.progress_bar) == shown}
-            named = {self.log_key(key, layers): value for key, value in chosen.items()}
-            pl_module.log_dict(named, prog_bar=shown, sync_dist=sync_dist)
+        for key, value in values.items():
+            pl_module.log(self.log_key(key, layers), value, prog_bar=key in self.progress_bar, sync_dist=sync_dist)
 
     def log_key(self, quantity: str, layers: bool = False) -> str:
         """Return the log key of a quantity: ``namespace[/name]/quantity``.
