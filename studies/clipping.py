@@ -19,6 +19,7 @@ import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -53,7 +54,7 @@ from studies.common import (
     hush,
     mean_and_spread,
     print_rows,
-    progress,
+    run_trainings,
     tidy,
     write_results,
 )
@@ -169,10 +170,7 @@ def run_study(study: Study) -> list[Result]:
     hush()
     torch.set_num_threads(study.threads)
     study.output.mkdir(parents=True, exist_ok=True)
-    results = []
-    with progress(study.rules, study.seeds) as show:
-        for seed in range(study.seeds):
-            results += [train(study, variant, seed, show) for variant in study.rules]
+    results = run_trainings(study.rules, study.seeds, partial(train, study))
     write_results(results, study.output / "results.csv")
     draw_comparison(study, results).savefig(study.output / "comparison.png", dpi=140)
     return results

@@ -24,6 +24,7 @@ import sys
 from argparse import SUPPRESS, ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,8 @@ from studies.common import (
     hush,
     mean_and_spread,
     print_rows,
-    progress,
     read_curve,
+    run_trainings,
     write_results,
 )
 
@@ -121,10 +122,8 @@ def run_study(study: Study) -> list[Result]:
     """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     hush()
     torch.set_num_threads(study.threads)
-    data, results = read_text(study), []
-    with progress(study.variants, study.seeds, "{:6.3f}".format) as show:
-        for seed in range(study.seeds):
-            results += [train(study, data, variant, seed, show) for variant in study.variants]
+    train_one = partial(train, study, read_text(study))
+    results = run_trainings(study.variants, study.seeds, train_one, "{:6.3f}".format)
     write_results(results, study.output / "results.csv")
     draw_comparison(study).savefig(study.output / "comparison.png", dpi=140)
     return results

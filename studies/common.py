@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.axes import Axes
 
+R = TypeVar("R")
 Show = Callable[[str, int, float, float], None]  # name, seed, completed share of the training, validation value
 
 
@@ -149,6 +150,14 @@ def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = p
 
     with bars:
         yield show_bar
+
+
+def run_trainings(
+    names: Sequence[str], seeds: int, train: Callable[[str, int, Show], R], write: Callable[[float], str] = percent
+) -> list[R]:
+    """Run each training with each seed, show the progress, and return the results."""
+    with progress(names, seeds, write) as show:
+        return [train(name, seed, show) for seed in range(seeds) for name in names]
 
 
 # Logs and results.

@@ -18,6 +18,7 @@ import time
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,8 @@ from studies.common import (
     hush,
     mean_and_spread,
     print_rows,
-    progress,
     read_curve,
+    run_trainings,
     tidy,
     write_results,
 )
@@ -117,11 +118,8 @@ def run_study(study: Study) -> list[Result]:
     """Run all trainings, and write ``results.csv`` and ``comparison.png``."""
     hush()
     torch.set_num_threads(study.threads)
-    recipes, results = ["dense", *study.recipes], []
     data = CIFAR10(study.data_folder) if study.data_folder else Digits()
-    with progress(recipes, study.seeds) as show:
-        for seed in range(study.seeds):
-            results += [train(study, data, recipe, seed, show) for recipe in recipes]
+    results = run_trainings(["dense", *study.recipes], study.seeds, partial(train, study, data))
     write_results(results, study.output / "results.csv")
     draw_comparison(study).savefig(study.output / "comparison.png", dpi=140)
     return results
