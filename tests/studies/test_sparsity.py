@@ -234,7 +234,7 @@ def test_without_a_terminal_or_rich_a_line_tells_of_each_end(
 ) -> None:
     if not rich_is_there:
         monkeypatch.setitem(sys.modules, "rich.progress", None)
-    with sparsity.progress(["ste"], seeds=2) as show:
+    with common.progress(["ste"], seeds=2) as show:
         show("ste", 0, 0.5, 0.4)
         show("ste", 0, 1.0, 0.9)
     assert capsys.readouterr().out.split() == ["ste", "seed", "0", "validation", "90.0", "%"]
@@ -246,7 +246,7 @@ def test_in_a_terminal_each_recipe_has_a_bar(
     pytest.importorskip("rich")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with sparsity.progress(["dense", "ste"], seeds=2) as show:
+    with common.progress(["dense", "ste"], seeds=2) as show:
         show("ste", 1, 0.5, 0.9)
     printed = capsys.readouterr().out
     assert "75%" in printed
