@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_grad.functional import is_nm
-from studies import clipping, demo, sparsity
+from studies import clipping, common, demo, sparsity
 from studies.common import read_curve
 from studies.sparsity import Result, Study, draw_comparison, parse, print_table, run_study
 from tests.wandb_offline import items, parsed
