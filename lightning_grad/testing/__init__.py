@@ -6,6 +6,7 @@ all other packages, and no other package imports them.
 - A small project: :func:`make_classifier`, :func:`make_data`, :func:`loaders` and :class:`ResumableLoader`,
   :func:`make_trainer` and :func:`fit`. Its optimizers are in ``OPTIMIZERS``, its sizes are ``BATCH``, ``BATCHES``,
   ``TOKENS``, ``WIDTH`` and ``CLASSES``.
+- Any module with its data: :class:`Project`.
 - The state after a run: :func:`state_of`, compared by :func:`assert_identical`.
 - Interrupted runs: :class:`StopIn`, :class:`StopAt`, :class:`StopAfter`, :class:`StopInTrainingStep`.
 - Traces that a technique leaves: :func:`traces` of a module, :func:`trainer_traces`, :func:`optimizer_traces`, and
@@ -14,7 +15,9 @@ all other packages, and no other package imports them.
 - Several processes: :func:`on_ranks`.
 """
 
-from lightning_grad.testing.projects import (
+from lightning_grad.testing.project import Project
+from lightning_grad.testing.ranks import on_ranks
+from lightning_grad.testing.reference import (
     BATCH,
     BATCHES,
     CLASSES,
@@ -28,7 +31,6 @@ from lightning_grad.testing.projects import (
     make_data,
     make_trainer,
 )
-from lightning_grad.testing.ranks import on_ranks
 from lightning_grad.testing.states import assert_identical, state_of
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn, StopInTrainingStep
 from lightning_grad.testing.syncs import GuardStep, NoSync, guarded
@@ -44,6 +46,7 @@ __all__ = [
     "GuardStep",
     "NoSync",
     "PicklerOfNoRun",
+    "Project",
     "ResumableLoader",
     "StopAfter",
     "StopAt",
