@@ -15,30 +15,26 @@ from typing import Any
 
 import torch
 
-_LOGGERS = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric", "lightning_grad")
-
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """Use one thread and hide warnings and logs of Lightning; restore these, random states and the handler of Ctrl-C after it.
+    """Use one thread, and hide warnings and logs; then restore these, random states and the handler of Ctrl-C.
 
     Lightning ignores SIGINT after the Ctrl-C that ends a fit, and ``seed_everything`` writes environment variables.
     """
-    threads, levels = torch.get_num_threads(), {name: logging.getLogger(name).level for name in _LOGGERS}
+    threads, logs = torch.get_num_threads(), logging.root.manager.disable
     variables, states = dict(os.environ), _random_states()
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGINT)
     try:
         torch.set_num_threads(1)
-        for name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.set_num_threads(threads)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        logging.disable(logs)
         _restore_variables(variables)
         _restore_random_states(states)
         if in_main_thread:

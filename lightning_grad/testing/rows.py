@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from typing import Literal, NamedTuple
 
 Status = Literal["ok", "failed", "not applicable", "expected failure"]
 REFUSES = "refuses before the first batch: "
-_WIDTH = 120
+_WIDTH, _MANY = 120, 3
 
 
 class Row(NamedTuple):
@@ -69,23 +70,32 @@ class Rows(list[Row]):
         return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no check"
 
     def __str__(self) -> str:
-        names = max((len(row.check) for row in self), default=0)
-        states = max((len(row.status) for row in self), default=0)
         lines = [f"{self.title}: {self.summary()}" if self.title else self.summary()]
-        for row in self:
+        shown = self._shown()
+        names = max((len(name) for name, _ in shown), default=0)
+        states = max((len(row.status) for row in self), default=0)
+        for name, row in shown:
             status = row.status.upper() if row.status == "failed" else row.status
-            head = f"{row.check:{names}}  {status:{states}}  "
-            words = [
-                part for text in (row.words, row.line) for part in textwrap.wrap(text, max(_WIDTH - len(head), 40))
-            ]
+            head = f"{name:{names}}  {status:{states}}  "
+            words = textwrap.wrap(row.words, max(_WIDTH - len(head), 40)) + [row.line] * bool(row.line)
             lines += [f"{head}{words[0] if words else ''}".rstrip(), *(" " * len(head) + part for part in words[1:])]
         return "\n".join(lines)
 
+    def _shown(self) -> list[tuple[str, Row]]:
+        """Return a name and a row for each line; checks in a row that do not apply for the same reason share one."""
+        shown: list[tuple[str, Row]] = []
+        for reason, rows in itertools.groupby(self, lambda row: row.status == "not applicable" and row.words):
+            group = list(rows)
+            if reason and len(group) > _MANY:
+                shown.append((f"{len(group)} more checks", group[0]))
+            else:
+                shown += [(row.check, row) for row in group]
+        return shown
+
     def markdown(self) -> str:
         """Return the rows as a table in Markdown."""
-        cells = [(f"`{row.check}`", row.status, f"{row.words} {f'(`{row.line}`)' if row.line else ''}") for row in self]
-        body = (
-            f"| {name} | {status} | {' '.join(words.split()).replace('|', chr(92) + '|')} |"
-            for name, status, words in cells
-        )
-        return "\n".join(["| Check | Result | Found |", "|---|---|---|", *body])
+        lines = ["| Check | Result | Found |", "|---|---|---|"]
+        for name, row in self._shown():
+            found = f"{row.words} (`{row.line}`)" if row.line else row.words
+            lines.append(f"| {name} | {row.status} | {' '.join(found.split()).replace('|', chr(92) + '|')} |")
+        return "\n".join(lines)

@@ -265,9 +265,9 @@ class Subject:
             return self.run(ckpt=path)  # type: ignore[no-any-return]
 
     def middle(self) -> int:
-        """Return a step within an epoch, behind the half of the run without a callback."""
-        steps = int(self.plain.bare().left["steps"])
-        return steps // 2 + max(steps // 12, 1)
+        """Return an even step within an epoch, behind the half of the run."""
+        steps = int(self.bare().left["steps"])
+        return 2 * ((steps // 2 + max(steps // 12, 1) + 1) // 2)
 
 
 def _saver_on_exception(folder: Path, filename: str, **rest: Any) -> Saver:
