@@ -40,11 +40,18 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
             assert_identical(a[key], b[key], f"{where}/{key}")
     elif isinstance(a, (list, tuple)):
         if len(a) != len(b):
-            raise AssertionError(f"{where}: {len(a)} entries are not {len(b)}")
+            raise AssertionError(f"{where}: {_of_other_length(a, b)}")
         for index, (left, right) in enumerate(zip(a, b, strict=True)):
             assert_identical(left, right, f"{where}/{index}")
     elif not (a == b or (a != a and b != b)):  # two NaN count as equal
         raise AssertionError(f"{where}: {a} is not {b}")
+
+
+def _of_other_length(a: Any, b: Any) -> str:
+    """Name the strings that only one of two lists contains, such as attributes; otherwise tell the lengths."""
+    if all(isinstance(entry, str) for entry in (*a, *b)) and set(a) != set(b):
+        return f"only one side has {sorted({*a} ^ {*b})}"
+    return f"{len(a)} entries are not {len(b)}"
 
 
 def _assert_same_tensor(a: Tensor, b: Tensor, where: str) -> None:

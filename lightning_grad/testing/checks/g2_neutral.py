@@ -25,7 +25,8 @@ def g2_neutral_with_accumulation(subject: Subject) -> None:
 def _assert_neutral(subject: Subject, accumulate: int) -> None:
     if not callable(subject.neutral):
         raise NotApplicableError(subject.neutral or "No neutral= was given.")
-    neutral = subject.run([subject.neutral()], accumulate_grad_batches=accumulate)
+    run = subject.run if accumulate == 1 else subject.run_or_refuse
+    neutral = run([subject.neutral()], accumulate_grad_batches=accumulate)
     plain = subject.plain.bare(accumulate)
     assert_identical(compared(plain, plain), compared(neutral, plain), "")
 
