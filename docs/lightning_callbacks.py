@@ -141,9 +141,13 @@ def write(outcomes: list[Outcome]) -> dict[str, str]:
 def _summary(outcomes: list[Outcome]) -> str:
     versions = f"torch {torch.__version__}, lightning {lightning.__version__}, Python {platform.python_version()}"
     about = f"{len(CHECKS)} checks at the full level with {versions}. Time is processor time in one thread."
+    return f"{about}\n\n{write_table(heads(), [_row(outcome) for outcome in outcomes])}"
+
+
+def heads() -> tuple[str, ...]:
+    """Return the head of the summary: the guarantees, with their numbers of checks."""
     counts = Counter(check.guarantee.upper() for check in CHECKS.values())
-    heads = ("Callback", *(f"{name} ({counts[name]})" for name in GUARANTEES), "Time")
-    return f"{about}\n\n{write_table(heads, [_row(outcome) for outcome in outcomes])}"
+    return ("Callback", *(f"{name} ({counts[name]})" for name in GUARANTEES), "Time")
 
 
 def _row(outcome: Outcome) -> tuple[str, ...]:
@@ -187,6 +191,25 @@ def fill(text: str, parts: Mapping[str, str]) -> str:
     if missing:
         raise ValueError(f"{PAGE.name} has no lines <!-- measured: {missing.pop()} --> and <!-- end -->. Add them.")
     return PART.sub(lambda part: f"<!-- measured: {part[1]} -->\n\n{parts[part[1]]}\n<!-- end -->", text)
+
+
+def outdated(text: str) -> list[str]:
+    """Return what in the page does not fit the cases and checks of today; it does not run them again."""
+    parts = dict(PART.findall(text))
+    summary = parts.get("summary", "")
+    table = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in summary.splitlines() if "|" in line]
+    unknown = {name for part in parts.values() for name in re.findall(r"`(g\d_\w+)`", part)} - CHECKS.keys()
+    calls = {case.call(arguments) for case in CASES for arguments in (case.arguments, case.neutral)}
+    answers = (
+        ("parts", [*parts] == ["summary", *dict.fromkeys(case.callback for case in CASES)]),
+        ("number of checks", summary.lstrip().startswith(f"{len(CHECKS)} checks ")),
+        ("versions", bool(re.search(r"torch \d+\.\d+\S*, lightning \d+\.\d+\S*, Python \d", summary))),
+        ("head of the summary", table[:1] == [heads()]),
+        ("callbacks", [row[0] for row in table[2:]] == [case.title for case in CASES]),
+        ("names of checks", not unknown),
+        ("arguments", all(call in " ".join("".join(parts.values()).split()) for call in calls)),
+    )
+    return [what for what, holds in answers if not holds]
 
 
 def main() -> None:
