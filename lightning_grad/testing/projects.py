@@ -28,14 +28,17 @@ class _Named(Dataset[dict[str, Any]]):
 
 
 def _dictionaries() -> Any:
-    """Return a module whose batches and results of a step are dictionaries, without validation data."""
+    """Return a module whose batches and results of a step are dictionaries."""
 
     class WithDictionaries(type(make_classifier())):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step((batch["inputs"], batch["labels"]), batch_idx)
             return {"loss": loss, "size": len(batch["labels"])}
 
-    return WithDictionaries(), DataLoader(_Named(), BATCH)
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            super().validation_step((batch["inputs"], batch["labels"]), batch_idx)
+
+    return WithDictionaries(), DataLoader(_Named(), BATCH), DataLoader(_Named(), BATCH)
 
 
 def _of_pytorch_lightning() -> Any:

@@ -79,7 +79,7 @@ def g3_second_fit_equals_the_first(subject: Subject) -> None:
     with contextlib.suppress(Exception):  # a check of its own says so if saving fails
         path = max(subject.watched().saved("epochs").values())
     if first.trainer.num_val_batches:
-        subject.project.validate(subject.project.make(), first.callbacks, path)
+        subject.validate(subject.project.make(), first.callbacks, path)
     assert_identical(first.weights, subject.run(first.callbacks).weights, "weights of the second fit")
 
 

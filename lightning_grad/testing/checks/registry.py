@@ -47,6 +47,9 @@ class Check:
         """The guarantee, such as ``"g3"``."""
         return self.name.split("_")[0]
 
+    def __str__(self) -> str:
+        return self.name
+
     def of(self, subject: Subject) -> Row:
         """Run the check, and return its row. Only Ctrl-C ends it."""
         try:
