@@ -12,7 +12,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,14 +199,22 @@ class Subject:
                 self.project.fit_built(built, [*callbacks, stop, *savers], default_root_dir=folder)
             broken: Broken = self._left(Broken, stop.trainer, built.module, callbacks, warned)
             if how == "exception":
-                broken.trainer.save_checkpoint(folder / "by_hand.ckpt")
+                with suppress(Exception):  # the check finds no checkpoint
+                    broken.trainer.save_checkpoint(folder / "by_hand.ckpt")
             broken.saved = {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.ckpt")}
         return broken
 
     def _left(self, kind: type, trainer: Any, module: Any, callbacks: Any, warned: list[str], start: Any = None) -> Any:
         own = [callback for callback in callbacks if not isinstance(callback, Begun)]
-        states = [copy.deepcopy(self.state_of_callback(callback)) for callback in own]
+        states = [self._state_of(callback) for callback in own]
         return kind(trainer, module, list(callbacks), states, warned, start)
+
+    def _state_of(self, callback: Any) -> Any:
+        """Return the state, or the words of the error: then saving fails too, which checks of their own say."""
+        try:
+            return copy.deepcopy(self.state_of_callback(callback))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
     # Fits that run once for the same arguments.
 
