@@ -33,7 +33,8 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
     """
     if type(a) is not type(b) and not {type(a), type(b)} <= {list, tuple}:
         raise AssertionError(f"{where}: {type(a).__name__} is not {type(b).__name__}")
-    if type(a).__eq__ == object.__eq__ and hasattr(a, "__dict__") and not callable(a):
+    own_equality = any("__eq__" in vars(cls) for cls in type(a).__mro__[:-1])
+    if not own_equality and hasattr(a, "__dict__") and not callable(a):
         a, b = vars(a), vars(b)
     if isinstance(a, Tensor):
         _assert_same_tensor(a, b, where)
