@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import shutil
 import tempfile
 import warnings
@@ -89,6 +90,7 @@ class Subject:
     ) -> None:
         self.make, self.neutral, self.project, self.state_of_callback = make, neutral, project, state_of_callback
         self._done: dict[Any, tuple[Any, Exception | None]] = {}
+        self._root: Path | None = None
 
     @functools.cached_property
     def kind(self) -> type:
@@ -140,7 +142,7 @@ class Subject:
         built = self.project.make()
         change(built.module)
         start = copy.deepcopy(built.module.state_dict())
-        with _recorded_warnings() as warned, _folder() as folder:
+        with _recorded_warnings() as warned, self._run_folder() as folder:
             given = {"default_root_dir": folder, **arguments}
             trainer, module = self.project.fit_built(built, [*callbacks, *others], **given)
         return self._left(kind, trainer, module, callbacks, warned, start)
@@ -208,6 +210,19 @@ class Subject:
         own = [callback for callback in callbacks if not isinstance(callback, Begun)]
         states = [self._state_of(callback) for callback in own]
         return kind(trainer, module, list(callbacks), states, warned, start)
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[Path]:
+        """Make an empty folder with the same path for each run: states of checkpoint callbacks hold paths."""
+        if self._root is None:
+            self._root = Path(tempfile.mkdtemp())
+            weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
+        folder = self._root / f"{os.getpid()}"  # ranks that are forked share the rest of it
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _state_of(self, callback: Any) -> Any:
         """Return the state, or the words of the error: then saving fails too, which checks of their own say."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import io
 import re
 import tempfile
 from collections import Counter
@@ -15,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
+from lightning_grad.testing.environment import hidden
 from lightning_grad.testing.lines import line_of_class
 from lightning_grad.testing.states import assert_identical
 from lightning_grad.testing.subject import NotApplicableError, Subject
@@ -48,7 +47,7 @@ def g8_yaml_round_trip(subject: Subject) -> None:
             path = Path(folder, "config.yaml")
             path.write_text(text)
             try:
-                with contextlib.redirect_stderr(io.StringIO()):  # the parser prints its usage, and exits
+                with hidden():  # the parser prints its usage, and exits
                     built = cli(path)
             except (Exception, SystemExit) as error:
                 words = _reason(str(error.__context__ or error))
@@ -61,7 +60,8 @@ def g8_yaml_round_trip(subject: Subject) -> None:
 
 def _reason(words: str) -> str:
     """Return what the parser says of the callback; the rest lists all types that a callback may have."""
-    found = re.search(r"(?s)Problem with given class_path [^\n]*\n(.*?)(?=\n *- |\Z)", words)
+    patterns = r"Problem with given class_path [^\n]*\n(.*?)(?=\n *- |\Z)", r"Errors:\n(.*?)(?=\n *- Not a valid|\Z)"
+    found = re.search(patterns[0], words, re.S) or re.search(patterns[1], words, re.S)
     return " ".join((found.group(1) if found else words).split())
 
 
