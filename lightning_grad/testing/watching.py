@@ -124,8 +124,8 @@ class Watch(Outputs):
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.keys.append([*pl_module.state_dict(), *dict(pl_module.named_parameters())])
-        with keeping(self.pickling_errors):
-            PicklerOfNoRun(io.BytesIO()).dump(without_links(self.technique))
+        with keeping(self.pickling_errors), without_links(self.technique) as technique:
+            PicklerOfNoRun(io.BytesIO()).dump(technique)
 
     @override
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
@@ -138,12 +138,18 @@ class Watch(Outputs):
                     self.copies.append((twin, inputs, output))
 
 
-def without_links(callback: Any) -> Any:
-    """Return a shallow copy without ``log`` and ``log_dict``, which Lightning leaves on it and which hold the module."""
-    twin = copy.copy(callback)
-    for name in ("log", "log_dict"):
-        getattr(twin, "__dict__", {}).pop(name, None)
-    return twin
+@contextlib.contextmanager
+def without_links(callback: Any) -> Iterator[Any]:
+    """Take off ``log`` and ``log_dict`` in the block, which Lightning leaves on a callback and which hold the module.
+
+    A copy without them would not do: a bound method in the callback holds the original.
+    """
+    attributes = getattr(callback, "__dict__", {})
+    taken = {name: attributes.pop(name) for name in ("log", "log_dict") if name in attributes}
+    try:
+        yield callback
+    finally:
+        attributes.update(taken)
 
 
 @contextlib.contextmanager

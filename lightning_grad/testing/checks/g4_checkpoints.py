@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,31 @@ def g4_checkpoint_loads_by_default(subject: Subject) -> None:
             torch.load(path, weights_only=True)
         except Exception as error:
             line = line_of_class(subject.kind, "state_dict", "on_save_checkpoint")
-            raise GuaranteeError(str(error).split("\n")[0], line) from error
+            raise GuaranteeError(f"{_refused_part(path) or error}", line) from error
+
+
+def _refused_part(path: Path) -> str:
+    """Say which part of a checkpoint ``weights_only=True`` refuses; empty if none does alone."""
+    part, where = torch.load(path, weights_only=False), ""
+    while isinstance(part, dict):
+        refused = [key for key, value in part.items() if not _loads_by_default(value)]
+        if not refused:
+            break
+        part, where = part[refused[0]], f"{where}[{refused[0]!r}]"
+    kind = part if isinstance(part, type) else type(part)
+    what = f"{'the class' if part is kind else 'an object of'} {kind.__module__}.{kind.__qualname__}"
+    return where and f"weights_only=True refuses checkpoint{where}, which holds {what}."
+
+
+def _loads_by_default(value: Any) -> bool:
+    with io.BytesIO() as file:
+        torch.save(value, file)
+        file.seek(0)
+        try:
+            torch.load(file, weights_only=True)
+        except Exception:
+            return False
+    return True
 
 
 @check("quick")
