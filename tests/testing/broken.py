@@ -803,7 +803,7 @@ BROKEN = [
     Broken(CounterStaysAfterAnException, AGAIN[1:], "weights of the fit after an exception"),
     Broken(HoldsALambda, ("g3_pickles_and_copies",), "attribute of"),
     Broken(KeyChangesInCopies, ("g3_pickles_and_copies",), "changes state_key"),
-    Broken(HoldsTheModule, ("g3_copy_in_a_fit_holds_no_run",), "holds a Small"),
+    Broken(HoldsTheModule, ("g3_copy_in_a_fit_holds_no_run",), "holds an object of type Small"),
     Broken(ChangesClassInAFit, ("g3_module_copied_in_a_fit_is_plain",), "Slim"),
     Broken(ReordersParameters, ("g4_state_dict_keys_in_a_fit", "g4_with_weight_averaging"), "their order"),
     Broken(NumpyInState, ("g4_checkpoint_loads_by_default",), "numpy"),
