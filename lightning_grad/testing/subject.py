@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_grad.testing.project import Project
+from lightning_grad.testing.project import Built, Project
 from lightning_grad.testing.projects import REFERENCE
 from lightning_grad.testing.runs import Broken, Run, Watched
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn
@@ -88,6 +88,8 @@ class Subject:
         state_of_callback: Callable[[Any], Any] = lambda callback: callback.state_dict(),
     ) -> None:
         self.make, self.neutral, self.project, self.state_of_callback = make, neutral, project, state_of_callback
+        self.warned: list[str] = []
+        """The warnings of all runs so far, also on variants of the project."""
         self._done: dict[Any, tuple[Any, Exception | None]] = {}
 
     @functools.cached_property
@@ -119,7 +121,9 @@ class Subject:
         """
         if variant not in self.project.variants:
             raise NotApplicableError(f"There is no module with {variant.replace('_', ' ')} among the given ones.")
-        return Subject(self.make, self.neutral, self.project.variants[variant], self.state_of_callback)
+        other = Subject(self.make, self.neutral, self.project.variants[variant], self.state_of_callback)
+        other.warned = self.warned
+        return other
 
     def built(self) -> list[Any]:
         """Return a list of a new callback, or of none."""
@@ -152,6 +156,12 @@ class Subject:
             given = {"default_root_dir": folder, **arguments}
             trainer, module = self.project.fit_built(built, [*callbacks, *others], **given)
         return self._left(kind, trainer, module, callbacks, warned, start)
+
+    def validate(self, built: Built, callbacks: Sequence[Any], ckpt: Path | None = None) -> None:
+        """Validate a module, with the weights of a checkpoint if its path is given."""
+        with _recorded_warnings() as warned:
+            self.project.validate(built, list(callbacks), ckpt)
+        self.warned += warned
 
     def run_or_refuse(self, callbacks: Sequence[Any], others: Sequence[Any] = (), **rest: Any) -> Any:
         """Do what :meth:`run` does.
@@ -213,6 +223,7 @@ class Subject:
         return broken
 
     def _left(self, kind: type, trainer: Any, module: Any, callbacks: Any, warned: list[str], start: Any = None) -> Any:
+        self.warned += warned
         own = [callback for callback in callbacks if not isinstance(callback, Begun)]
         states = [self._state_of(callback) for callback in own]
         return kind(trainer, module, list(callbacks), states, warned, start)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +40,7 @@ def _without_numbers(text: str) -> str:
 @check("quick")
 def g8_yaml_round_trip(subject: Subject) -> None:
     """LightningCLI builds it with the same arguments from a YAML file, and again from the config that it writes of that."""
-    class_path, arguments = _importable(subject.kind), _arguments(subject)
+    class_path, arguments = importable_path(subject.kind), _arguments(subject)
     yaml, cli = _modules_or_skip()
     callback = {"class_path": class_path, "init_args": arguments}
     text = yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [callback]}})
@@ -47,7 +49,9 @@ def g8_yaml_round_trip(subject: Subject) -> None:
             path = Path(folder, "config.yaml")
             path.write_text(text)
             try:
-                with hidden():  # the parser prints its usage, and exits
+                # The parser prints its usage and exits, and reads no other command line.
+                with hidden(), patch.object(sys, "argv", sys.argv[:1]), warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
                     built = cli(path)
             except (Exception, SystemExit) as error:
                 words = _reason(str(error.__context__ or error))
@@ -55,7 +59,7 @@ def g8_yaml_round_trip(subject: Subject) -> None:
         (parsed,) = built.config.trainer.callbacks
         given = {name: _yaml_value(name, parsed.init_args[name]) for name in arguments}
         assert_identical(arguments, given, f"arguments from {source}: ")
-        text = built.parser.dump(built.config)
+        text = built.parser.dump(built.config, skip_none=False)
 
 
 def _reason(words: str) -> str:
@@ -84,7 +88,7 @@ def _modules_or_skip() -> tuple[Any, Any]:
     return importlib.import_module("yaml"), lambda path: cli(model, args=["--config", str(path)], **given)
 
 
-def _importable(kind: type) -> str:
+def importable_path(kind: type) -> str:
     """Return the shortest path that the class can be imported from."""
     if "<locals>" in kind.__qualname__ or kind.__module__ == "__main__":
         raise NotApplicableError("The class is not in a module that a config could name.")
