@@ -29,9 +29,9 @@ def _assert_neutral(subject: Subject, accumulate: int) -> None:
     try:
         neutral = subject.run_or_refuse([subject.neutral()], accumulate_grad_batches=accumulate)
     except RefusedError as refusal:
-        if accumulate > 1:
-            raise
-        raise GuaranteeError(f"The neutral setting refuses an ordinary fit: {refusal}") from refusal.__cause__
+        if accumulate == 1:
+            raise GuaranteeError(f"The neutral setting refuses an ordinary fit: {refusal}") from refusal.__cause__
+        raise
     plain = subject.plain.bare(accumulate)
     assert_no_number_drawn(plain, neutral)
     assert_identical(compared(plain, plain), compared(neutral, plain))
