@@ -845,7 +845,7 @@ BROKEN = [
     Broken(NeedsFiniteGradients, ("g6_fp16_with_overflow", "g7_no_host_sync"), "non-finite"),
     Broken(ClipsToo, ("g6_gradient_clip_val",), "Both clip."),
     Broken(NeedsEpochs, ("g6_max_steps_and_val_check_interval",), "math domain error"),
-    Broken(NeedsValidation, ("g1_trains_without_validation",), "KeyError: 'val_loss'"),
+    Broken(NeedsValidation, ("g6_no_validation",), "KeyError: 'val_loss'"),
     Broken(NeedsManySteps, ("g6_fast_dev_run",), "division by zero"),
     Broken(NeedsAScheduler, ("g6_manual_optimization_with_two_optimizers",), "IndexError"),
     Broken(NeedsAdam, ("g6_optimizer_without_second_moment",), "exp_avg_sq"),
