@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
-from tests.contract.recorded import broken, run, state_that_resumes, watched
+from tests.contract.recorded import broken, run, watched
 from tests.contract.settings import BROAD, CANONICAL, build_together
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
@@ -25,7 +25,7 @@ def _finish(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
     trainer, module = fit(callbacks, make_classifier(), resumable=True, **arguments)
     state = {**state_of(trainer, module), "steps": trainer.global_step}
     del state["random"]
-    states = [copy.deepcopy(state_that_resumes(c)) for c in callbacks if hasattr(c, "settings")]
+    states = [copy.deepcopy(c.state_dict()) for c in callbacks if hasattr(c, "settings")]
     for own in states:
         own.get("record", {}).pop("validations", None), own.pop("validations", None)
     return {**state, "callbacks": states}
