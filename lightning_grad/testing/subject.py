@@ -97,9 +97,9 @@ class Subject:
 
     @functools.cached_property
     def root(self) -> Path:
-        """A folder that is removed with the subject, by the process that asked for it first."""
+        """A folder that is removed with the subject."""
         root = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        _remove_with(self, root)
         return root
 
     @property
@@ -202,7 +202,7 @@ class Subject:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         run.watch, run.folder, run.savers = watch, folder, savers
-        weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
+        _remove_with(run, folder)
         return run
 
     def break_off(self, callbacks: Sequence[Any], how: str) -> Broken:
@@ -303,6 +303,17 @@ class Subject:
         """Return an even step within an epoch, behind the half of the run."""
         steps = int(self.bare().left["steps"])
         return 2 * ((steps // 2 + max(steps // 12, 1) + 1) // 2)
+
+
+def _remove_with(owner: object, folder: Path) -> None:
+    """Remove a folder when its owner is gone, but not with a copy of the owner in a forked process."""
+    process = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    weakref.finalize(owner, remove)
 
 
 def _saver_on_exception(folder: Path, filename: str, **rest: Any) -> Saver:
