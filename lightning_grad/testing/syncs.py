@@ -8,8 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_grad.core.syncs import SYNCING
+
 _ATEN = torch.ops.aten
-_SYNCING = {_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.masked_select.default}
+_SYNCING = {getattr(_ATEN, name).default for name in SYNCING}
 
 
 class NoSync(TorchDispatchMode):  # type: ignore[no-untyped-call]

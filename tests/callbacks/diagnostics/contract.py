@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.entries import conditioner
+from tests.contract.entries import Technique, conditioner
 
 ENTRIES = [
     conditioner(
@@ -14,5 +14,8 @@ ENTRIES = [
             ({"layer_depth": 0}, "layer_depth must be at least 1"),
             ({"max_layers": -1}, "max_layers must be at least 0"),
         ),
+    ),
+    Technique(
+        "TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)
     ),
 ]
