@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_grad.callbacks.diagnostics._doctor_watch import HOOKS, PARTS, STEP, Watch
 from lightning_grad.callbacks.diagnostics._owner_stack import REST
 from lightning_grad.core.record import style_axis
-from lightning_grad.utilities.reporting import counted, format_table, listed
+from lightning_grad.utilities.reporting import format_table, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 _TINY = 0.001  # a callback with a smaller share has no line of its own in the text
+_LITTLE = 0.001  # seconds
+_CPU_NOTE = "Host syncs are calls that would wait for a GPU."
+_GPU_NOTE = "Host time is the time of Python. What the GPU still computes counts where Python waits for it."
 _SYNCING_PARTS = (STEP, HOOKS, REST)  # others read tensors that are on the host anyway
 
 
@@ -40,17 +43,24 @@ def rows_of(watch: Watch) -> list[dict[str, Any]]:
     return rows
 
 
-def text_of(rows: Sequence[Row], display_name: str, batches: int, device: str) -> str:
+def text_of(rows: Sequence[Row], batches: int, device: str) -> str:
     """Return the table as text, with a line on what it shows."""
-    total = sum(row["milliseconds"] for row in rows)
     tiny = [row["name"] for row in rows if _is_tiny(row)]
     shown = [row for row in rows if row["name"] not in tiny and (row["share"] or row["host_syncs"])]
-    has_between = any(row["is_callback"] and row["seconds_between_batches"] >= 1e-3 for row in rows)
-    header = ["host time by callback", "share", "ms", "host syncs", "MB", *["s between batches"] * has_between]
-    lines = [list(_cells(row))[: len(header)] for row in shown]
-    table = format_table([*lines, ["total", "100.0 %", f"{total:.2f}"] + [""] * (len(header) - 3)], header)
-    notes = [f"Below {_TINY:.1%} each: {listed(tiny, most=8)}."] if tiny else []
-    return "\n".join([f"{display_name}: means of {counted(batches, 'batch').replace('batchs', 'batches')}", table, *notes, _note(device)])
+    header = ["host time by callback", "share", "ms", "host syncs", "memory MB"]
+    if any(row["is_callback"] and row["seconds_between_batches"] >= _LITTLE for row in rows):
+        header.append("s between batches")
+    total = ["all", "100.0 %", f"{sum(row['milliseconds'] for row in rows):.2f}"]
+    lines = [*(list(_cells(row))[: len(header)] for row in shown), [*total, *[""] * (len(header) - len(total))]]
+    notes = [f"Below {100 * _TINY:.1f} % each: {listed(tiny, most=8)}."] if tiny else []
+    return "\n".join(
+        [
+            f"A batch, mean of {batches}:",
+            format_table(lines, header),
+            *notes,
+            _GPU_NOTE if device != "cpu" else _CPU_NOTE,
+        ]
+    )
 
 
 def _cells(row: Row) -> Iterator[str]:
@@ -63,14 +73,8 @@ def _cells(row: Row) -> Iterator[str]:
 
 
 def _is_tiny(row: Row) -> bool:
-    costs_elsewhere = row["host_syncs"] or (row["megabytes"] or 0) >= 0.05 or row["seconds_between_batches"] >= 1e-3
-    return row["is_callback"] and row["share"] < _TINY and not costs_elsewhere
-
-
-def _note(device: str) -> str:
-    if device == "cpu":
-        return "Host syncs are calls that would wait for a GPU."
-    return f"This is the time of Python: work of the {device.upper()} device counts where Python waits for it."
+    costs_more = row["host_syncs"] or (row["megabytes"] or 0.0) >= 0.05 or row["seconds_between_batches"] >= _LITTLE
+    return row["is_callback"] and row["share"] < _TINY and not costs_more
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:

@@ -39,6 +39,7 @@ class Watch:
         pl_module: Its module.
         own: The callback that watches; it is not timed.
         batches: Number of batches to time.
+        host_syncs: Whether to record the events of the batches before them.
         finish: Called after the last of them.
     """
 
@@ -48,6 +49,7 @@ class Watch:
         pl_module: pl.LightningModule,
         own: pl.Callback,
         batches: int,
+        host_syncs: bool,
         finish: Callable[[], None],
     ) -> None:
         self._trainer, self._pl_module, self._finish = trainer, pl_module, finish
@@ -55,6 +57,7 @@ class Watch:
         self._labels = dict(zip(map(id, callbacks), _labels(callbacks), strict=True))
         self._callbacks = callbacks  # an id means nothing once its object is gone
         self._batches, self.seen = batches, 0
+        self._records = host_syncs and not _uses_torch_profiler(trainer)
         self.clock = StepClock(self.labels)
         self.recorder = EventRecorder(self.labels, trainer.strategy.root_device.type)
         self._meter: OwnerStack | None = None
@@ -105,12 +108,10 @@ class Watch:
         return result
 
     def _hooks(self) -> Iterator[_Hooks]:
-        """Yield the hooks of optimizers and modules; of modules none if one is compiled, because it would recompile."""
         for optimizer in self._trainer.optimizers:
             yield optimizer._optimizer_step_pre_hooks
             yield optimizer._optimizer_step_post_hooks
-        modules = list(self._pl_module.modules())
-        for module in [] if any(map(is_compiled, modules)) else modules:
+        for module in self._pl_module.modules():
             yield module._forward_pre_hooks
             yield module._forward_hooks
 
@@ -133,10 +134,10 @@ class Watch:
         if self.seen < SKIPPED:
             result = inner(*args)
         elif self.seen < SKIPPED + RECORDED:
-            self._meter = self.recorder
             if self.seen == SKIPPED:
                 self._divide_step()
-            result = self.recorder.record(inner, *args)
+            self._meter = self.recorder
+            result = self.recorder.record(inner, *args) if self._records else inner(*args)
         else:
             result = self._time(inner, *args)
         self.seen += 1
@@ -161,10 +162,15 @@ class Watch:
         for name in _MODULE:
             if overrides(self._pl_module, name):
                 self._wrap(self._pl_module, name, partial(self._around_part, HOOKS))
-        self._wrap(self._trainer.profiler, "start", self._before_fetch)
-        self._wrap(self._trainer.profiler, "stop", self._after_fetch)
+        profiler = self._trainer.profiler  # type: ignore[attr-defined]
+        self._wrap(profiler, "start", self._before_fetch)
+        self._wrap(profiler, "stop", self._after_fetch)
+        modules = list(self._pl_module.modules())
+        # A compiled module would recompile if one of its hooks changed.
+        fixed = [m._forward_pre_hooks for m in modules] + [m._forward_hooks for m in modules]
+        untouched = {id(hooks) for hooks in fixed} if any(map(is_compiled, modules)) else set()
         for hooks, key, label in self._added:
-            if key in hooks:
+            if key in hooks and id(hooks) not in untouched:
                 self._undo.push(_CountedHook(self, label, hooks, key).remove)
 
     def _around_part(self, part: str, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +219,11 @@ class _CountedHook:
 
 def _plain(hook: Callable[..., Any]) -> Callable[..., Any]:
     return hook
+
+
+def _uses_torch_profiler(trainer: pl.Trainer) -> bool:
+    """Return True if the Trainer's profiler starts torch's own, of which only one may run."""
+    return any(cls.__name__ == "PyTorchProfiler" for cls in type(trainer.profiler).__mro__)  # type: ignore[attr-defined]
 
 
 def _labels(callbacks: list[Any]) -> list[str]:

@@ -5,11 +5,12 @@ under a mode compiled functions run uncompiled, with other rounding.
 """
 
 import ctypes
+import math
 import os
-from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +49,17 @@ class EventRecorder(OwnerStack):
 
     def record(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function and record what happens in it, unless another profiler is running."""
-        if torch.autograd._profiler_enabled():
+        if torch._C._autograd._profiler_enabled():
             return function(*args)
-        recording = profiler.profile(use_kineto=True, profile_memory=True)
-        with _without_messages():
-            recording.__enter__()
+        recording: Any = profiler.profile(use_kineto=True, profile_memory=True)
+        with _without_messages(), recording:
             self.begin()
             try:
-                return function(*args)
+                result = function(*args)
             finally:
                 self.end()
-                recording.__exit__(None, None, None)
-                self._read(recording.kineto_results.events())
+        self._read(recording.kineto_results.events())
+        return result
 
     def enter(self, owner: str) -> None:
         super().enter(owner)
@@ -88,50 +88,24 @@ class EventRecorder(OwnerStack):
 
 def _by_owner(events: Iterable[Any], device: str) -> Iterator[tuple[str, int, int]]:
     """Yield (owner, number of syncs, bytes allocated) for each event that syncs or allocates, in order of time."""
-    timed = sorted(((event.start_ns(), event) for event in events), key=lambda pair: pair[0])
-    owners = _Owners([event for _, event in timed if event.name().startswith(_MARK)])
+    running: list[tuple[float, str]] = [(math.inf, REST)]  # end and owner, innermost last
     waiting_until = copying_until = 0
-    for start, event in timed:
-        name = event.name()
-        if name in _WAITING and start >= waiting_until:  # nonzero may be a part of masked_select
-            waiting_until = start + event.duration_ns()
-            yield owners.at(start), 1, 0
+    for start, event in sorted(((event.start_ns(), event) for event in events), key=itemgetter(0)):
+        while running[-1][0] <= start:
+            running.pop()
+        owner, name, end = running[-1][1], event.name(), start + event.duration_ns()
+        if name.startswith(_MARK):
+            running.append((end, name.removeprefix(_MARK)))
+        elif name in _WAITING and start >= waiting_until:  # nonzero may be a part of masked_select
+            waiting_until = end
+            yield owner, 1, 0
         elif name == _COPY:
-            copying_until = start + event.duration_ns()
+            copying_until = end
         elif name == _MEMORY:
-            kind = event.device_type().name.lower()
-            is_result_on_host = kind == "cpu" != device and event.nbytes() > 0 and start < copying_until
+            place, size = event.device_type().name.lower(), event.nbytes()
+            is_result_on_host = place == "cpu" != device and size > 0 and start < copying_until
             copying_until = 0 if is_result_on_host else copying_until
-            yield owners.at(start), int(is_result_on_host), event.nbytes() if kind == device else 0
-
-
-class _Owners:
-    """Whose code ran at a time.
-
-    Args:
-        marks: Events of the marks, in order of time. Marks are nested.
-    """
-
-    def __init__(self, marks: list[Any]) -> None:
-        self._times, self._owners = [0], [REST]
-        open_marks: list[tuple[float, str]] = [(float("inf"), REST)]
-        for mark in [*marks, None]:
-            start = float("inf") if mark is None else mark.start_ns()
-            while len(open_marks) > 1 and open_marks[-1][0] <= start:
-                end, _ = open_marks.pop()
-                self._note(end, open_marks[-1][1])
-            if mark is not None:
-                owner = mark.name().removeprefix(_MARK)
-                self._note(start, owner)
-                open_marks.append((start + mark.duration_ns(), owner))
-
-    def _note(self, time: Any, owner: str) -> None:
-        self._times.append(time)
-        self._owners.append(owner)
-
-    def at(self, time: int) -> str:
-        """Return the owner at a time."""
-        return self._owners[bisect(self._times, time) - 1]
+            yield owner, int(is_result_on_host), size if place == device else 0
 
 
 @contextmanager
@@ -150,7 +124,7 @@ def _without_messages() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _log_level() -> "ctypes.c_int":
+def _log_level() -> ctypes.c_int:
     """Return the lowest level of messages that torch's C++ code prints, or an unused number if it is not found."""
     # torch has no Python function that changes this level.
     for library in (Path(torch.__file__).parent / "lib").glob("*c10.*"):

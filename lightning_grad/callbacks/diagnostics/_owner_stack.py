@@ -73,7 +73,8 @@ class OwnerStack:
         A wrapper may run what it wraps several times, as an attack does. Only the last run is the
         step of the training; the others are work of the wrapper.
         """
-        caller, last = self._stack[-1], None
+        caller = self._stack[-1]
+        last: Counter[str] | None = None
 
         def run(*own: Any, **named: Any) -> Any:
             nonlocal last
@@ -87,10 +88,10 @@ class OwnerStack:
 
         return self.call(owner, wrapper, run, *args, **kwargs)
 
-    def _spent(self) -> "Counter[str]":
+    def _spent(self) -> Counter[str]:
         return Counter()
 
-    def _take_over(self, owner: str, spent: "Counter[str]") -> None:
+    def _take_over(self, owner: str, spent: Counter[str]) -> None:
         """Count for an owner what was counted for others."""
 
 
@@ -144,9 +145,9 @@ class StepClock(OwnerStack):
             self._current[self._stack[-1]] += now - self._since
         self._since = now
 
-    def _spent(self) -> "Counter[str]":
+    def _spent(self) -> Counter[str]:
         return self._current.copy()
 
-    def _take_over(self, owner: str, spent: "Counter[str]") -> None:
+    def _take_over(self, owner: str, spent: Counter[str]) -> None:
         self._current.subtract(spent)
         self._current[owner] += spent.total()

@@ -28,8 +28,11 @@ class TrainingDoctor(GradCallback):
 
     Args:
         batches: Number of batches to time. They follow one batch that is skipped and two whose syncs are counted.
-            The default is Lightning's interval of log steps, so one of them is a log step.
+            The default is the Trainer's interval of log steps, so one of them is a log step.
+        host_syncs: Count host syncs and memory in two batches, with torch's profiler.
+            Set it to False if your own code starts that profiler in these batches: only one can run.
         figure: Draw the table at the end of the run. Needs matplotlib and a logger with a folder.
+        name: Name of this instance; part of state and log keys.
 
     Raises:
         ValueError: In the constructor for numbers out of range. In ``setup`` if the Trainer has two.
@@ -80,9 +83,12 @@ class TrainingDoctor(GradCallback):
     rows = until_next_fit.of(list[dict[str, Any]])
     _watch = during_fit[Watch | None](lambda _: None)
 
-    def __init__(self, batches: int = 50, figure: bool = True) -> None:
-        super().__init__()
+    def __init__(
+        self, batches: int = 50, host_syncs: bool = True, figure: bool = True, name: str | None = None
+    ) -> None:
+        super().__init__(name)
         self.batches: int = check_count(batches, 1, "batches")
+        self.host_syncs = host_syncs
         self.figure = figure
 
     @override
@@ -93,7 +99,8 @@ class TrainingDoctor(GradCallback):
         if sum(isinstance(other, TrainingDoctor) for other in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise ValueError("Use only one TrainingDoctor per Trainer: two would time each other.")
         if trainer.is_global_zero:
-            watch = self._watch = Watch(trainer, pl_module, self, self.batches, partial(self._finish, trainer))
+            finish = partial(self._finish, trainer)
+            watch = self._watch = Watch(trainer, pl_module, self, self.batches, self.host_syncs, finish)
             self.undo.push(watch.stop)
             watch.start()
 
@@ -101,7 +108,8 @@ class TrainingDoctor(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = [] if self._watch is None else self._watch.labels
         first = SKIPPED + RECORDED + 1
-        self.announce(f"times all callbacks in batches {first} to {first + self.batches - 1} of this fit", "callbacks", names)
+        last = first + self.batches - 1
+        self.announce(f"times all callbacks in batches {first} to {last} of this fit", "callbacks", names)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,14 +132,13 @@ class TrainingDoctor(GradCallback):
             return
         watch.stop()
         if watch.timed:
-            self.rows = rows_of(watch)
-            rank_zero_info(text_of(self.rows, self.display_name, watch.timed, trainer.strategy.root_device.type))
-            self._log(trainer)
+            with tolerated(self.display_name, "the table"):
+                self.rows = rows_of(watch)
+                table = text_of(self.rows, watch.timed, trainer.strategy.root_device.type)
+                rank_zero_info(f"{self.display_name}. {table}")
+                self._log(trainer)
         elif watch.seen:
-            self.say(
-                f"has no times: the fit ended after {watch.seen} of the {SKIPPED + RECORDED} batches before them. "
-                "Train longer"
-            )
+            self.say(f"has no times: it times from batch {SKIPPED + RECORDED + 1} on, and the fit ended before")
 
     def _log(self, trainer: pl.Trainer) -> None:
         callbacks = [row for row in self.rows if row["is_callback"]]
@@ -141,8 +148,7 @@ class TrainingDoctor(GradCallback):
             "callbacks_host_syncs": sum(row["host_syncs"] or 0.0 for row in callbacks),
         }
         log_summary(trainer, {self.log_key(key): value for key, value in summary.items()})
-        with tolerated(self.display_name, "the table"):
-            log_table(trainer, self.log_key("table"), self.rows, output_file(trainer, self.display_name, ".csv"))
+        log_table(trainer, self.log_key("table"), self.rows, output_file(trainer, self.display_name, ".csv"))
 
     def _title(self) -> str:
         share = sum(row["share"] for row in self.rows if row["is_callback"])

@@ -15,7 +15,5 @@ ENTRIES = [
             ({"max_layers": -1}, "max_layers must be at least 0"),
         ),
     ),
-    Technique(
-        "TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)
-    ),
+    Technique("TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)),
 ]

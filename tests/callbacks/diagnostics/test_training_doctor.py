@@ -1,0 +1,419 @@
+"""TrainingDoctor finds what sleeps, syncs and allocates, whoever wrote it; its shares add up, and nothing of it stays."""
+
+import copy
+import csv
+import pickle
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.profilers import PyTorchProfiler
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_grad.callbacks import AdversarialTraining, GradientMonitor, NormClipping, TrainingDoctor
+from lightning_grad.callbacks.diagnostics._doctor_table import text_of
+from lightning_grad.callbacks.diagnostics._host_events import EventRecorder
+from lightning_grad.callbacks.diagnostics._owner_stack import REST, OwnerStack, StepClock
+from lightning_grad.core import wrap_method
+from lightning_grad.core.dispatch import MethodDispatcher
+from lightning_grad.testing import StopAt, fit, make_classifier, on_ranks, traces, trainer_traces
+
+_TOLD = "lightning_grad.callbacks.diagnostics.training_doctor.rank_zero_info"
+PAUSE = 0.005
+
+
+class Sleeps(pl.Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        time.sleep(PAUSE)
+
+
+class Syncs(pl.Callback):
+    """Waits for a GPU four times in each batch, in four ways."""
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        x = torch.arange(4.0)
+        self.seen = [x.sum().item(), bool((x > 0).any()), x[x > 1], torch.masked_select(x, x > 1)]
+
+
+class Allocates(pl.Callback):
+    def on_train_batch_start(self, *_: Any) -> None:
+        torch.zeros(1_000_000)
+
+
+class Registers(pl.Callback):
+    """Sleeps in hooks of the optimizer and of a layer, in a wrapper around the step, and before the step in none."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        sleep = lambda *_: time.sleep(PAUSE)  # noqa: E731
+
+        def around(inner: Any, *args: Any) -> Any:
+            time.sleep(PAUSE)
+            return inner(*args)
+
+        optimizer = trainer.optimizers[0].register_step_post_hook(sleep)
+        layer = pl_module.head.register_forward_hook(sleep)
+        self.ends = [optimizer.remove, layer.remove, wrap_method(pl_module, "training_step", around)]
+
+    def on_fit_end(self, *_: Any) -> None:
+        for end in self.ends:
+            end()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Collect what the callback prints."""
+    lines: list[str] = []
+    monkeypatch.setattr(_TOLD, lines.append)
+    monkeypatch.setattr("lightning_grad.core.callback.rank_zero_info", lines.append)
+    return lines
+
+
+def watched(*callbacks: Any, batches: int = 4, **arguments: Any) -> tuple[dict[str, dict[str, Any]], TrainingDoctor]:
+    """Fit with a doctor that is listed last, and return its rows by name."""
+    doctor = TrainingDoctor(batches=batches)
+    fit([*callbacks, doctor], arguments.pop("module", None), **{"max_epochs": 2, **arguments})
+    return {row["name"]: row for row in doctor.rows}, doctor
+
+
+# What it finds.
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("doctor")
+    found, _ = watched(Sleeps(), Syncs(), Allocates(), Registers(), Sleeps(), logger=CSVLogger(folder))
+    found["folder"] = {"path": folder / "lightning_logs/version_0"}
+    return found
+
+
+def test_the_time_of_a_callback_is_its_own(rows):
+    for name in ("Sleeps (1)", "Sleeps (2)"):
+        assert rows[name]["milliseconds"] >= PAUSE * 1e3
+    # None of them has the pauses of another.
+    assert sum(row["milliseconds"] >= PAUSE * 1e3 for name, row in rows.items() if name in ("Syncs", "Allocates")) == 0
+
+
+def test_hooks_and_wrappers_that_a_callback_adds_count_for_it(rows):
+    assert rows["Registers"]["milliseconds"] >= 3 * PAUSE * 1e3
+
+
+def test_shares_add_up(rows):
+    parts = [row for name, row in rows.items() if name != "folder"]
+    assert sum(row["share"] for row in parts) == pytest.approx(1.0)
+    assert all(row["share"] >= 0 for row in parts)
+    whole = sum(row["milliseconds"] for row in parts)
+    assert rows["Registers"]["share"] == pytest.approx(rows["Registers"]["milliseconds"] / whole)
+    assert all(
+        rows[part]["share"] > 0 for part in ("training_step", "backward", "optimizer step", "data loading", REST)
+    )
+
+
+def test_syncs_are_counted_for_the_callback_that_causes_them(rows):
+    assert {name: row["host_syncs"] for name, row in rows.items() if row.get("is_callback")} == {
+        "Sleeps (1)": 0,
+        "Sleeps (2)": 0,
+        "Syncs": 4,
+        "Allocates": 0,
+        "Registers": 0,
+    }
+    assert rows["training_step"]["host_syncs"] == 0
+    assert rows["optimizer step"]["host_syncs"] is None  # reads its own step counts, which are on the host
+
+
+def test_memory_is_counted_for_the_callback_that_allocates_it(rows):
+    assert rows["Allocates"]["megabytes"] == pytest.approx(4.0)
+    assert rows["Sleeps (1)"]["megabytes"] == 0
+    assert 0 < rows["Syncs"]["megabytes"] < 0.01
+
+
+def test_table_goes_to_the_logger_and_the_figure_next_to_it(rows):
+    folder: Path = rows["folder"]["path"]
+    lines = list(csv.DictReader((folder / "training_doctor.csv").read_text().splitlines()))
+    assert [line["name"] for line in lines] == [name for name in rows if name != "folder"]
+    assert float(lines[0]["share"]) == pytest.approx(
+        max(row["share"] for n, row in rows.items() if row.get("is_callback"))
+    )
+    assert (folder / "training_doctor.png").stat().st_size > 0
+    logged = [
+        row for row in csv.DictReader((folder / "metrics.csv").read_text().splitlines()) if row["doctor/batch_ms"]
+    ]
+    assert len(logged) == 1
+    assert float(logged[0]["doctor/callbacks_host_syncs"]) == 4
+
+
+def test_only_the_last_run_of_a_repeated_step_is_the_training():
+    """An attack runs the step seven times more: it is the attack that costs this."""
+    attacked, _ = watched(AdversarialTraining(epsilon=0.01, attack="pgd", steps=7))
+    assert attacked["AdversarialTraining"]["milliseconds"] > 2 * attacked["training_step"]["milliseconds"]
+
+
+def test_time_between_batches_has_a_column_of_its_own():
+    class Validates(pl.Callback):
+        def on_validation_start(self, *_: Any) -> None:
+            time.sleep(PAUSE)
+
+    rows, _ = watched(Validates(), batches=8)
+    assert rows["Validates"]["seconds_between_batches"] >= PAUSE
+    assert rows["Validates"]["milliseconds"] == 0
+
+
+# What it leaves alone.
+
+
+class _Calls(TorchDispatchMode):
+    """Counts the operators of a step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _operators(callbacks: list[Any]) -> list[str]:
+    calls = _Calls()
+    modes = LambdaCallback(
+        on_train_start=lambda *_: calls.__enter__(), on_train_end=lambda *_: calls.__exit__(None, None, None)
+    )
+    fit([modes, *callbacks], max_epochs=1, limit_val_batches=0)
+    return calls.names
+
+
+def test_it_adds_no_tensor_call():
+    plain = _operators([])
+    assert len(plain) > 100
+    assert _operators([TrainingDoctor(batches=2)]) == plain
+    assert _operators([TrainingDoctor(batches=100)]) == plain  # watches to the end
+
+
+class _Looks(pl.Callback):
+    """Notes, at the start of each batch, which callbacks have something in their ``__dict__`` that dispatches."""
+
+    def __init__(self, others: list[Any]) -> None:
+        self.others, self.wrapped = others, []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        watched = [*self.others, trainer.strategy, trainer.profiler, trainer.fit_loop.epoch_loop]
+        self.wrapped.append(any(isinstance(v, MethodDispatcher) for one in watched for v in vars(one).values()))
+        for copied in (pickle.loads(pickle.dumps(self.others[0])), copy.deepcopy(self.others[0])):
+            assert not any(isinstance(value, MethodDispatcher) for value in vars(copied).values())
+        copy.deepcopy(pl_module.head)
+
+
+def test_it_stops_watching_in_the_middle_of_a_fit():
+    others = [NormClipping(max_norm=1.0), Registers()]
+    looks = _Looks(others)
+    doctor = TrainingDoctor(batches=2)
+    fit([looks, doctor, *others], max_epochs=2)
+    assert looks.wrapped[:5] == [True] * 5  # one batch that is skipped, two that are recorded, two that are timed
+    assert looks.wrapped[5:] == [False] * (len(looks.wrapped) - 5)
+    assert doctor._watch is None
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_watch_shows_what_it_has_and_leaves_nothing(error, told):
+    other, module, trainers = Sleeps(), make_classifier(), []
+    doctor = TrainingDoctor(batches=100)
+    begin = LambdaCallback(setup=lambda trainer, *_, **__: trainers.append(trainer))
+    with suppress(RuntimeError, SystemExit):
+        fit([begin, doctor, other, StopAt(5, error)], module)
+    assert any("mean of 2:" in line for line in told)
+    assert not any(isinstance(value, MethodDispatcher) for value in vars(other).values())
+    trainer, plain = fit([])
+    assert traces(module) == traces(plain)
+    assert trainer_traces(trainers[0])["strategy"] == trainer_traces(trainer)["strategy"]
+    assert not torch._C._autograd._profiler_enabled()
+
+
+def test_an_error_in_a_recorded_batch_ends_the_recording(told):
+    doctor = TrainingDoctor()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit([doctor, Sleeps(), StopAt(2)])
+    assert not torch._C._autograd._profiler_enabled()
+    assert any("has no times" in line for line in told)
+
+
+# Other runs.
+
+
+def test_a_short_run_shows_what_it_has(told):
+    rows, _ = watched(Sleeps(), batches=100, max_epochs=1)
+    assert rows["Sleeps"]["milliseconds"] >= PAUSE * 1e3
+    assert len([line for line in told if "host time by callback" in line]) == 1
+
+
+def test_a_run_that_ends_before_the_first_timed_batch_says_so(told):
+    _, doctor = watched(Sleeps(), limit_train_batches=3, max_epochs=1)
+    assert doctor.rows == []
+    assert told[-1] == "TrainingDoctor has no times: it times from batch 4 on, and the fit ended before."
+
+
+def test_a_list_without_any_callback():
+    rows, _ = watched()
+    assert [name for name, row in rows.items() if row["is_callback"]] == []
+    assert sum(row["share"] for row in rows.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("arguments", [{"accumulate_grad_batches": 3}, {"module": "manual"}])
+def test_accumulation_and_manual_optimization(arguments):
+    if "module" in arguments:
+        arguments = {"module": make_classifier(manual=True)}
+    rows, _ = watched(Sleeps(), Syncs(), **arguments)
+    assert rows["Sleeps"]["milliseconds"] >= PAUSE * 1e3
+    for part in ("training_step", "backward", "optimizer step"):
+        assert rows[part]["share"] > 0
+    assert rows["Syncs"]["host_syncs"] == (8 if "module" in arguments else 2)  # of two optimizers; in every third batch
+
+
+def test_a_resumed_run_is_watched_again(tmp_path, told):
+    def run(**arguments: Any) -> None:
+        saving = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+        fit([TrainingDoctor(batches=2), saving], resumable=True, **arguments)
+
+    run(max_epochs=1)
+    run(max_epochs=2, ckpt=str(tmp_path / "epoch=0.ckpt"))
+    assert len([line for line in told if "host time by callback" in line]) == 2
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
+def test_another_profiler_keeps_its_events(tmp_path, told):
+    rows, _ = watched(Syncs(), profiler=PyTorchProfiler(tmp_path, "trace", export_to_chrome=False))
+    assert rows["Syncs"]["host_syncs"] is None
+    assert rows["Syncs"]["megabytes"] is None
+    assert "Syncs" in next(line for line in told if "host time by callback" in line)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo, about the layer's input
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_hooks_of_a_compiled_model_stay_as_they_are(is_compiled):
+    """Else it would compile again."""
+    module, hooks = make_classifier(), []
+    if is_compiled:
+        module.head.compile(backend="eager")
+    registers = LambdaCallback(
+        on_fit_start=lambda _, m: m.head.register_forward_hook(lambda *_: None),
+        on_train_batch_end=lambda _, m, *__: hooks.extend(m.head._forward_hooks.values()),
+    )
+    watched(registers, module=module, max_epochs=1)
+    assert len(set(map(id, hooks))) == (1 if is_compiled else 2)
+
+
+def _two_ranks() -> tuple[int, list[str], list[bool]]:
+    doctor, other = TrainingDoctor(batches=2, host_syncs=False), NormClipping(max_norm=1.0)
+    lines: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_TOLD, lines.append)
+        looks = _Looks([other])
+        fit([looks, doctor, other], max_epochs=2, devices=2, strategy="ddp")
+    return len(doctor.rows), lines, looks.wrapped
+
+
+def test_only_rank_zero_watches_and_prints():
+    (count, lines, wrapped), (other_count, other_lines, other_wrapped) = on_ranks(2, _two_ranks)
+    assert count > 0 == other_count
+    assert len(lines) == 1
+    assert other_lines == []
+    assert any(wrapped)
+    assert not any(other_wrapped)
+
+
+def test_two_are_refused():
+    with pytest.raises(ValueError, match="Use only one TrainingDoctor"):
+        fit([TrainingDoctor(), TrainingDoctor(name="second")])
+
+
+def test_table_is_text_in_tensorboard(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    shown: dict[str, str] = {}
+    logger = TensorBoardLogger(tmp_path)
+    monkeypatch.setattr(logger.experiment, "add_text", lambda key, text, **_: shown.update({key: text}))
+    watched(Sleeps(), logger=logger, max_epochs=1)
+    assert "| Sleeps |" in shown["doctor/table"]
+
+
+# Its parts.
+
+
+def test_a_part_that_a_callback_runs_itself_counts_for_the_callback():
+    clock = StepClock(["Probes"])
+    clock.begin()
+    clock.begin_batch()
+    clock.call("Probes", clock.call_part, "training_step", time.sleep, 0.001)
+    clock.end_batch()
+    clock.end()
+    assert clock.in_batches["Probes"] >= 1e6
+    assert clock.in_batches["training_step"] == 0
+
+
+def test_calls_from_another_thread_do_not_count():
+    stack = OwnerStack([])
+    stack.begin()
+    assert stack.counts
+    stack._thread += 1
+    assert not stack.counts
+
+
+def _event(name: str, start: int, duration: int = 0, size: int = 0, device: str = "CPU") -> Any:
+    return SimpleNamespace(
+        name=lambda: name,
+        start_ns=lambda: start,
+        duration_ns=lambda: duration,
+        nbytes=lambda: size,
+        device_type=lambda: SimpleNamespace(name=device),
+    )
+
+
+def test_events_of_a_gpu_are_read():
+    """Copies to the host wait; memory is that of the device. The events are made up: no GPU is needed."""
+    mark = "TrainingDoctor: "
+    events = [
+        _event(f"{mark}Copies", 10, 100),
+        _event("aten::_to_copy", 20, 30),
+        _event("[memory]", 25, size=8),
+        _event("aten::_to_copy", 60, 20),  # to the device
+        _event("[memory]", 65, size=1000, device="CUDA"),
+        _event("[memory]", 70, size=-1000, device="CUDA"),
+        _event(f"{mark}Masks", 120, 50),
+        _event("aten::masked_select", 130, 20),
+        _event("aten::nonzero", 135, 10),
+        _event("aten::_local_scalar_dense", 300, 5),
+    ]
+    recorder = EventRecorder(["Copies", "Masks"], "cuda")
+    recorder._read(reversed(events))
+    assert recorder.syncs == {"Copies": 1, "Masks": 1, REST: 1}
+    assert recorder.memory["Copies"] == 1000
+
+
+def test_small_callbacks_share_a_line():
+    def row(name: str, share: float, syncs: float | None, is_callback: bool = True) -> dict[str, Any]:
+        costs = {"share": share, "milliseconds": 10 * share, "seconds_between_batches": 0.0}
+        return {"name": name, "is_callback": is_callback, **costs, "host_syncs": syncs, "megabytes": 0.0}
+
+    rows = [
+        row("Large", 0.5, 0),
+        row("Syncing", 0.0005, 2),
+        row("Tiny", 0.0005, 0),
+        row("backward", 0.499, None, False),
+    ]
+    text = text_of(rows, 50, "cuda")
+    assert "Below 0.1 % each: Tiny." in text
+    assert "Syncing" in text
+    assert "s between batches" not in text
+    assert "What the GPU still computes counts where Python waits for it." in text
+    assert text.startswith("A batch, mean of 50:")
+
+
+def test_monitor_and_doctor_work_together_in_either_order():
+    for callbacks in ([GradientMonitor(figure=False)], [Sleeps(), GradientMonitor(figure=False)]):
+        rows, _ = watched(*callbacks)
+        assert rows["GradientMonitor"]["share"] > 0
