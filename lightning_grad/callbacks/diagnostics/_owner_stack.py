@@ -68,7 +68,7 @@ class OwnerStack:
     def call_wrapper(
         self, owner: str, wrapper: Callable[..., Any], inner: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Call a wrapper for its owner, and what it wraps for whoever called it.
+        """Call a wrapper for its owner, and what it wraps for the caller.
 
         A wrapper may run what it wraps several times, as an attack does. Only the last run is the
         step of the training; the others are work of the wrapper.

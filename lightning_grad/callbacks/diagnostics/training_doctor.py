@@ -57,7 +57,7 @@ class TrainingDoctor(GradCallback):
     and ``doctor/callbacks_host_syncs`` per batch. At the end of the fit: ``doctor/figure``
     (``training_doctor.png``).
 
-    **State.** None: each fit, including a resumed one, is watched anew.
+    **State.** None: every fit is watched, including a resumed one.
 
     **Cost.** docs/benchmarks.md lists it. Nothing after the watch.
 
