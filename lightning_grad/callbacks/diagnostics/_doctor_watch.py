@@ -52,7 +52,7 @@ class Watch:
         host_syncs: bool,
         finish: Callable[[], None],
     ) -> None:
-        self._trainer, self._pl_module, self._finish = trainer, pl_module, finish
+        self._trainer, self._pl_module, self._own, self._finish = trainer, pl_module, own, finish
         callbacks: list[Any] = [other for other in trainer.callbacks if other is not own]  # type: ignore[attr-defined]
         self._labels = dict(zip(map(id, callbacks), _labels(callbacks), strict=True))
         self._callbacks = callbacks  # an id means nothing once its object is gone
@@ -78,7 +78,7 @@ class Watch:
         """Wrap the hooks of all callbacks, and the batch of the loop."""
         for callback in self._callbacks:
             for name in ("setup", *_CALLBACK):
-                if name in vars(callback) or overrides(callback, name):
+                if name in vars(callback) or (hasattr(callback, name) and overrides(callback, name)):
                     around = self._around_beginning if name in _BEGINNINGS else self._around_hook
                     self._wrap(callback, name, partial(around, callback))
         self._undo.push(meter_wrappers(self._metered))
@@ -131,6 +131,8 @@ class Watch:
     # Batches.
 
     def _around_batch(self, inner: Callable[..., Any], *args: Any) -> Any:
+        if all(callback is not self._own for callback in self._trainer.callbacks):  # type: ignore[attr-defined]
+            return inner(*args)  # a tuner, such as that of learning rates, runs the loop with callbacks of its own
         if self.seen < SKIPPED:
             result = inner(*args)
         elif self.seen < SKIPPED + RECORDED:

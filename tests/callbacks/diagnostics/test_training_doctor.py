@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +24,7 @@ from lightning_grad.callbacks.diagnostics._host_events import EventRecorder
 from lightning_grad.callbacks.diagnostics._owner_stack import REST, OwnerStack, StepClock
 from lightning_grad.core import wrap_method
 from lightning_grad.core.dispatch import MethodDispatcher
-from lightning_grad.testing import StopAt, fit, make_classifier, on_ranks, traces, trainer_traces
+from lightning_grad.testing import StopAt, fit, loaders, make_classifier, make_trainer, on_ranks, traces, trainer_traces
 
 _TOLD = "lightning_grad.callbacks.diagnostics.training_doctor.rank_zero_info"
 PAUSE = 0.005
@@ -306,6 +306,31 @@ def test_hooks_of_a_compiled_model_stay_as_they_are(is_compiled):
     )
     watched(registers, module=module, max_epochs=1)
     assert len(set(map(id, hooks))) == (1 if is_compiled else 2)
+
+
+def test_callbacks_of_the_other_namespace_are_timed():
+    other = pytest.importorskip("pytorch_lightning")
+
+    class SleepsToo(other.Callback):  # type: ignore[misc, name-defined]
+        def on_train_batch_end(self, *_: Any) -> None:
+            time.sleep(PAUSE)
+
+    doctor, module = TrainingDoctor(batches=2), make_classifier(other.LightningModule)
+    trainer = make_trainer(other.Trainer, callbacks=[SleepsToo(), doctor], max_epochs=1)
+    trainer.fit(module, *loaders())
+    assert doctor.rows[0]["name"] == "SleepsToo"
+    assert doctor.rows[0]["milliseconds"] >= PAUSE * 1e3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of the search for a learning rate
+def test_steps_of_a_search_for_a_learning_rate_are_not_watched(told):
+    module = make_classifier()
+    module.lr = 1e-3
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=module.lr)
+    search = LearningRateFinder(num_training_steps=8, early_stop_threshold=None)
+    rows, _ = watched(search, Sleeps(), module=module)
+    assert rows["LearningRateFinder"]["milliseconds"] == 0
+    assert rows["Sleeps"]["milliseconds"] >= PAUSE * 1e3
 
 
 def _two_ranks() -> tuple[int, list[str], list[bool]]:
