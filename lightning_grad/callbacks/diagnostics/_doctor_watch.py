@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_grad.callbacks.diagnostics._host_events import EventRecorder
 from lightning_grad.callbacks.diagnostics._owner_stack import OwnerStack, StepClock
 from lightning_grad.core.dispatch import WrapOrder, acting, meter_wrappers, overrides, wrap_method
 from lightning_grad.core.undo import UndoList
-from lightning_grad.utilities.forward_order import is_compiled
 
 STEP, BACKWARD, UPDATE = "training_step", "backward", "optimizer step"
 LOADING, MOVING, HOOKS = "data loading", "moving the batch", "hooks of the module"
@@ -167,12 +167,8 @@ class Watch:
         profiler = self._trainer.profiler  # type: ignore[attr-defined]
         self._wrap(profiler, "start", self._before_fetch)
         self._wrap(profiler, "stop", self._after_fetch)
-        modules = list(self._pl_module.modules())
-        # A compiled module would recompile if one of its hooks changed.
-        fixed = [m._forward_pre_hooks for m in modules] + [m._forward_hooks for m in modules]
-        untouched = {id(hooks) for hooks in fixed} if any(map(is_compiled, modules)) else set()
         for hooks, key, label in self._added:
-            if key in hooks and id(hooks) not in untouched:
+            if key in hooks:
                 self._undo.push(_CountedHook(self, label, hooks, key).remove)
 
     def _around_part(self, part: str, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -208,6 +204,8 @@ class _CountedHook:
         hooks[key] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the compiler sees the plain hook, and makes the same graph of it
+            return self._hook(*args, **kwargs)
         return self._watch.run(self._label, self._hook, *args, **kwargs)
 
     def remove(self) -> None:

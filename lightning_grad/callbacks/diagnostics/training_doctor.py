@@ -46,7 +46,7 @@ class TrainingDoctor(GradCallback):
 
     **What is not counted for a callback.** Hooks of tensors, which run inside ``backward``; weights
     that a view computes inside ``training_step``; methods that a callback replaces by plain
-    assignment; hooks on modules if one is compiled; and what it added in ``setup`` before this
+    assignment; hooks on compiled modules; and what it added in ``setup`` before this
     callback's turn, unless it is a wrapper. All of it counts for the part of the step in which it runs.
 
     **Hooks.** ``setup``, to wrap the hooks of all callbacks on the instances. Everything is removed
@@ -76,7 +76,7 @@ class TrainingDoctor(GradCallback):
     namespace: ClassVar[str] = "doctor"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         ddp=yes("Only rank zero is watched; its waiting for other ranks counts as backward."),
-        compiled=yes("If a module is compiled, hooks on modules count as part of the step that calls them."),
+        compiled=yes("Hooks on compiled modules count as part of the step."),
     )
     trial: ClassVar[Mapping[str, Any]] = {"batches": 6}
 

@@ -293,19 +293,26 @@ def test_another_profiler_keeps_its_events(tmp_path, told):
     assert "Syncs" in next(line for line in told if "host time by callback" in line)
 
 
+def _graphs(doctors: list[Any]) -> tuple[int, int]:
+    """Return how often a layer compiles in a fit, and how often its graph runs."""
+    torch._dynamo.reset()
+    made, runs, module = [], [], make_classifier()
+
+    def backend(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return lambda *args: runs.append(graph) or graph(*args)
+
+    module.head.compile(backend=backend)
+    hooks = LambdaCallback(on_fit_start=lambda _, m: m.head.register_forward_hook(lambda *_: None))
+    fit([hooks, *doctors], module, max_epochs=1, limit_train_batches=6, limit_val_batches=0)
+    return len(made), len(runs)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo, about the layer's input
-@pytest.mark.parametrize("is_compiled", [False, True])
-def test_hooks_of_a_compiled_model_stay_as_they_are(is_compiled):
-    """Else it would compile again."""
-    module, hooks = make_classifier(), []
-    if is_compiled:
-        module.head.compile(backend="eager")
-    registers = LambdaCallback(
-        on_fit_start=lambda _, m: m.head.register_forward_hook(lambda *_: None),
-        on_train_batch_end=lambda _, m, *__: hooks.extend(m.head._forward_hooks.values()),
-    )
-    watched(registers, module=module, max_epochs=1)
-    assert len(set(map(id, hooks))) == (1 if is_compiled else 2)
+def test_compiled_layers_run_their_graph_and_do_not_compile_again():
+    made, runs = _graphs([])
+    assert runs >= 6
+    assert _graphs([TrainingDoctor(batches=2)]) == (made, runs)
 
 
 def test_callbacks_of_the_other_namespace_are_timed():
