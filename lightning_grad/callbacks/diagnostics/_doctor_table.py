@@ -46,21 +46,15 @@ def rows_of(watch: Watch) -> list[dict[str, Any]]:
 def text_of(rows: Sequence[Row], batches: int, device: str) -> str:
     """Return the table as text, with a line on what it shows."""
     tiny = [row["name"] for row in rows if _is_tiny(row)]
-    shown = [row for row in rows if row["name"] not in tiny and (row["share"] or row["host_syncs"])]
-    header = ["host time by callback", "share", "ms", "host syncs", "memory MB"]
+    shown = [row for row in rows if row["name"] not in tiny and (row["is_callback"] or row["share"])]
+    header = ["callback or part of the step", "share", "ms", "host syncs", "memory MB"]
     if any(row["is_callback"] and row["seconds_between_batches"] >= _LITTLE for row in rows):
         header.append("s between batches")
     total = ["all", "100.0 %", f"{sum(row['milliseconds'] for row in rows):.2f}"]
     lines = [*(list(_cells(row))[: len(header)] for row in shown), [*total, *[""] * (len(header) - len(total))]]
     notes = [f"Below {100 * _TINY:.1f} % each: {listed(tiny, most=8)}."] if tiny else []
-    return "\n".join(
-        [
-            f"A batch, mean of {batches}:",
-            format_table(lines, header),
-            *notes,
-            _GPU_NOTE if device != "cpu" else _CPU_NOTE,
-        ]
-    )
+    title = f"host time of a batch, mean of {batches}"
+    return "\n".join([title, format_table(lines, header), *notes, _CPU_NOTE if device == "cpu" else _GPU_NOTE])
 
 
 def _cells(row: Row) -> Iterator[str]:

@@ -28,7 +28,7 @@ class TrainingDoctor(GradCallback):
 
     Args:
         batches: Number of batches to time. They follow one batch that is skipped and two whose syncs are counted.
-            The default is the Trainer's interval of log steps, so one of them is a log step.
+            The default equals the default of log_every_n_steps, so one of them is a log step.
         host_syncs: Count host syncs and memory in two batches, with torch's profiler.
             Set it to False if your own code starts that profiler in these batches: only one can run.
         figure: Draw the table at the end of the run. Needs matplotlib and a logger with a folder.
@@ -135,7 +135,7 @@ class TrainingDoctor(GradCallback):
             with tolerated(self.display_name, "the table"):
                 self.rows = rows_of(watch)
                 table = text_of(self.rows, watch.timed, trainer.strategy.root_device.type)
-                rank_zero_info(f"{self.display_name}. {table}")
+                rank_zero_info(f"{self.display_name}: {table}")
                 self._log(trainer)
         elif watch.seen:
             self.say(f"has no times: it times from batch {SKIPPED + RECORDED + 1} on, and the fit ended before")
