@@ -162,6 +162,24 @@ def test_memory_is_counted_for_the_callback_that_allocates_it(rows):
     assert 0 < rows["Syncs"]["megabytes"] < 0.01
 
 
+class _Reads(pl.Callback):
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        x = torch.ones(1_000_000, device=pl_module.device)
+        self.seen = [x.sum().item(), x[:2].cpu(), x[:2].tolist()]
+
+
+_NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize(
+    ("device", "syncs"), [("cpu", 1), pytest.param("gpu", 3, marks=[pytest.mark.needs_gpu, _NO_GPU])]
+)
+def test_copies_to_the_host_are_syncs_on_a_gpu(device, syncs):
+    rows, _ = watched(_Reads(), accelerator=device, max_epochs=1)
+    assert rows["_Reads"]["host_syncs"] == syncs
+    assert rows["_Reads"]["megabytes"] == pytest.approx(4.0, rel=0.2)
+
+
 def test_table_goes_to_the_logger_and_the_figure_next_to_it(rows):
     folder: Path = rows["folder"]["path"]
     lines = list(csv.DictReader((folder / "training_doctor.csv").read_text().splitlines()))
@@ -314,6 +332,13 @@ def test_a_resumed_run_is_watched_again(tmp_path, told):
     run(max_epochs=1)
     run(max_epochs=2, ckpt=str(tmp_path / "epoch=0.ckpt"))
     assert len([line for line in told if "host time of a batch" in line]) == 2
+
+
+def test_a_profiler_around_the_fit_keeps_its_events():
+    with torch.autograd.profiler.profile(use_kineto=True) as profile:
+        rows, _ = watched(Syncs(), batches=1, max_epochs=1, limit_train_batches=4, limit_val_batches=0)
+    assert rows["Syncs"]["host_syncs"] is None
+    assert sum(event.name == "aten::masked_select" for event in profile.function_events or []) == 4
 
 
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
