@@ -26,6 +26,7 @@ _MODULE = [
     *("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step"),
     *("optimizer_step", "optimizer_zero_grad", "configure_gradient_clipping", "lr_scheduler_step"),
 ]
+_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks", "_forward_pre_hooks", "_forward_hooks")
 _FETCH = "train_dataloader_next"
 
 _Hooks = MutableMapping[int, Callable[..., Any]]
@@ -108,12 +109,9 @@ class Watch:
         return result
 
     def _hooks(self) -> Iterator[_Hooks]:
-        for optimizer in self._trainer.optimizers:
-            yield optimizer._optimizer_step_pre_hooks
-            yield optimizer._optimizer_step_post_hooks
-        for module in self._pl_module.modules():
-            yield module._forward_pre_hooks
-            yield module._forward_hooks
+        for owner in (*self._trainer.optimizers, *self._pl_module.modules()):
+            # An engine's optimizer may have no hooks.
+            yield from (getattr(owner, name) for name in _HOOKS if hasattr(owner, name))
 
     def run(self, label: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a function, counted for a callback."""

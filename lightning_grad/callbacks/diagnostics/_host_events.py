@@ -24,6 +24,7 @@ _MARK = "TrainingDoctor: "
 _MEMORY = "[memory]"
 _COPY = "aten::_to_copy"
 _WAITING = {f"aten::{name}" for name in SYNCING}
+_READ = {_MEMORY, _COPY, *_WAITING}
 
 
 class EventRecorder(OwnerStack):
@@ -90,10 +91,11 @@ def _by_owner(events: Iterable[Any], device: str) -> Iterator[tuple[str, int, in
     """Yield (owner, number of syncs, bytes allocated) for each event that syncs or allocates, in order of time."""
     running: list[tuple[float, str]] = [(math.inf, REST)]  # end and owner, innermost last
     waiting_until = copying_until = 0
-    for start, event in sorted(((event.start_ns(), event) for event in events), key=itemgetter(0)):
+    read = [(event, name) for event in events if (name := event.name()) in _READ or name.startswith(_MARK)]
+    for start, event, name in sorted(((event.start_ns(), event, name) for event, name in read), key=itemgetter(0)):
         while running[-1][0] <= start:
             running.pop()
-        owner, name, end = running[-1][1], event.name(), start + event.duration_ns()
+        owner, end = running[-1][1], start + event.duration_ns()
         if name.startswith(_MARK):
             running.append((end, name.removeprefix(_MARK)))
         elif name in _WAITING and start >= waiting_until:  # nonzero may be a part of masked_select
