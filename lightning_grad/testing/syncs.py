@@ -17,7 +17,7 @@ from lightning_grad.core.syncs import SYNCING
 
 _ATEN = torch.ops.aten
 _READING = {Tensor.cpu, Tensor.tolist}  # numpy() is not among them: it raises for a tensor on a device
-_SYNCING = {getattr(_ATEN, name).default for name in SYNCING}
+_SYNCING = {getattr(_ATEN, name).default: words for name, words in SYNCING.items()}
 
 
 class SyncError(AssertionError):
@@ -33,7 +33,7 @@ class NoSync:
         >>> with NoSync():
         ...     torch.ones(1).item()
         Traceback (most recent call last):
-        lightning_grad.testing.syncs.SyncError: aten._local_scalar_dense.default waits for the device
+        lightning_grad.testing.syncs.SyncError: item(), float(), int() or bool() of a tensor waits for the device
         >>> with NoSync():
         ...     torch.ones(1).tolist()
         Traceback (most recent call last):
@@ -56,7 +56,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SYNCING:
-            raise SyncError(f"{func} waits for the device")
+            raise SyncError(f"{_SYNCING[func]} waits for the device")
         if func is _ATEN._to_copy.default and "device" in kwargs:
             raise SyncError(f"copies to {kwargs['device']}")
         return func(*args, **kwargs)
@@ -89,7 +89,7 @@ def guarded(function: Callable[..., Any], seen: list[str], name: str) -> Callabl
             with NoSync():
                 return function(*args, **kwargs)
         except SyncError as error:
-            raise SyncError(f"{name}: {error}") from error
+            raise SyncError(f"{name}: {error}").with_traceback(error.__traceback__) from error
 
     return call
 
