@@ -7,7 +7,6 @@ import inspect
 import sysconfig
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -29,7 +28,7 @@ def line_of_error(error: BaseException, callback: type) -> str:
         str: ``"path:line"``; empty if only libraries took part.
     """
     own = _file_of(callback)
-    frames = [(Path(frame.f_code.co_filename), line) for frame, line in _walk(error.__traceback__)]
+    frames = [(Path(frame.f_code.co_filename), line) for frame, line in _walk(error)]
     for belongs in (lambda path: path == own, lambda path: not _is_library(path)):
         for path, line in reversed(frames):
             if belongs(path):
@@ -72,8 +71,10 @@ def place(path: Path, line: int) -> str:
     return f"{path}:{line}"
 
 
-def _walk(found: TracebackType | None) -> list[tuple[Any, int]]:
-    return list(traceback.walk_tb(found))
+def _walk(error: BaseException) -> list[tuple[Any, int]]:
+    """Return the frames of an error, then those of the error that it was raised from."""
+    cause = error.__cause__
+    return [*traceback.walk_tb(error.__traceback__), *(_walk(cause) if cause is not None else [])]
 
 
 def _file_of(cls: type) -> Path | None:

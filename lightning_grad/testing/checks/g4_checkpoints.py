@@ -93,7 +93,7 @@ def g4_checkpoint_on_exception(subject: Subject) -> None:
     missing = sorted({"on_exception", "full", "weights", "by_hand"} - broken.saved.keys())
     if missing:
         raise GuaranteeError(f"An exception leads to no checkpoint {missing}: saving it fails.")
-    for who, checkpoint in broken.saved.items():
+    for who, checkpoint in sorted(broken.saved.items()):
         assert_identical(_weights(saved[step]), dict(checkpoint["state_dict"]), who)
 
 

@@ -11,8 +11,8 @@ from typing import Literal, get_args
 
 from lightning_grad.testing.environment import interruptible
 from lightning_grad.testing.lines import line_of_error
-from lightning_grad.testing.rows import Row
-from lightning_grad.testing.subject import NotApplicableError, Subject
+from lightning_grad.testing.rows import REFUSES, Row
+from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
 
 Level = Literal["quick", "full"]
 Function = Callable[[Subject], str | None]
@@ -60,6 +60,8 @@ class Check:
                 return Row(self.name, "ok", self.function(subject) or "")
         except NotApplicableError as reason:
             return Row(self.name, "not applicable", str(reason))
+        except RefusedError as refusal:  # a check of G6 catches it: there it is the result
+            return Row(self.name, "not applicable", f"{REFUSES}{refusal}")
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes this of Ctrl-C in a fit
                 raise KeyboardInterrupt from error
