@@ -54,6 +54,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/sparsity.py
 	@$(BIN)/python benchmarks/clipping.py
+	@$(BIN)/python benchmarks/diagnostics.py
 	@$(BIN)/python benchmarks/data_pruning.py
 	@$(BIN)/python benchmarks/adversarial.py
 	@$(BIN)/python benchmarks/communication.py
