@@ -1,0 +1,112 @@
+"""The runner: trains what the plan of a claim misses, stores each result, and continues where it stopped."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from lightning.pytorch import seed_everything
+
+from studies.claim import Claim, Result, Run
+from studies.common import Ticker, hush
+from studies.plan import Plan, describe, minutes
+from studies.results import Store, line_of, origin_of
+
+R = TypeVar("R", bound=Result)
+PAUSE = 1.0  # seconds between looks at what another process trains
+
+
+@dataclass
+class Study:
+    """A claim to run: its seeds, where its results are, and how long it may take.
+
+    Args:
+        claim: The claim.
+        seeds: Seeds to report.
+        store: Where results are read and written.
+        fresh: Ignore results of other code, versions or hardware.
+        clock: Function that returns the time in seconds.
+    """
+
+    claim: Claim[Any]
+    seeds: Sequence[int]
+    store: Store
+    fresh: bool = False
+    clock: Callable[[], float] = time.monotonic
+    _expected: float = 0.0
+    _taken: float = 0.0
+
+    def plan(self) -> Plan:
+        """Return what the results so far leave to do."""
+        origin = origin_of(self.claim)
+        lines = self.store.read(self.claim, origin if self.fresh else None)
+        return Plan(self.claim, self.seeds, lines, origin, self._taken / self._expected if self._expected else 1.0)
+
+    def run(self, deadline: float | None = None) -> int:
+        """Run what is missing, until the deadline if there is one, and return the number of missing trainings."""
+        hush()
+        while (plan := self.plan()).missing:
+            for run in plan.ready:
+                # Stop, do not look for a shorter training: the fast arms would get ahead of the slow ones.
+                if deadline is not None and self.clock() + plan.seconds(run) > deadline:
+                    return plan.missing
+                if self.attempt(run, plan):
+                    break
+            else:  # another process trains the rest
+                time.sleep(PAUSE)
+                if deadline is not None and self.clock() > deadline:
+                    return plan.missing
+        return 0
+
+    def attempt(self, run: Run, plan: Plan) -> bool:
+        """Run one training and store its result. Return False if another process has it."""
+        with self.store.reserve(self.claim, run) as free:
+            if not free or run not in self.plan().ready:
+                return False
+            start = self.clock()
+            note = f"{plan.total - plan.missing + 1} of {plan.total}, {minutes(plan.left)} left"
+            result = train(self.claim, run, note)
+            taken = self.clock() - start
+            self.store.append(self.claim, line_of(self.claim, result, taken, plan.origin))
+        self._expected, self._taken = self._expected + plan.seconds(run) / plan.pace, self._taken + taken
+        return True
+
+
+def train(claim: Claim[R], run: Run, note: str) -> R:
+    """Set the seeds, run one training, and show its progress."""
+    seed_everything(run.seed, verbose=False)
+    return claim.train(replace(run, show=Ticker(describe(run), note)))
+
+
+def train_all(claim: Claim[R], seeds: int) -> list[R]:
+    """Run a claim without stored results, each arm at the first rate, and return the results."""
+    hush()
+    claim.output.mkdir(parents=True, exist_ok=True)
+    rate = claim.rates[0] if claim.rates else None
+    runs = [Run(arm, seed, rate) for seed in range(seeds) for arm in claim.arms]
+    return [train(claim, run, f"{number} of {len(runs)}") for number, run in enumerate(runs, start=1)]
+
+
+def run_claims(studies: Sequence[Study], budget: float | None) -> list[str]:
+    """Run several claims, each for its share of the budget, and return the names of those that failed.
+
+    Args:
+        studies: The claims to run.
+        budget: Minutes for all together; ``None`` for no limit.
+    """
+    failed, end = [], None if budget is None else time.monotonic() + 60 * budget
+    for place, study in enumerate(studies):
+        rest, now = sum(other.claim.budget for other in studies[place:]), time.monotonic()
+        deadline = None if end is None else now + max(0.0, end - now) * study.claim.budget / rest
+        try:
+            print(f"\n{study.plan()}", flush=True)
+            if missing := study.run(deadline):
+                print(f"{study.claim.name}: the budget ends before {missing} trainings. The same command continues.")
+        except Exception:
+            print(f"{study.claim.name} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            failed.append(study.claim.name)
+    return failed
