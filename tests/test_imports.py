@@ -145,8 +145,8 @@ def test_a_layer_imports_only_what_lies_below() -> None:
         ("strategies.dgc", "import lightning_grad.callbacks", 1),
         ("core.quiet", "from lightning_grad.callbacks.clipping.zclip import ZClip", 2),
         ("core.quiet", "from lightning_grad import callbacks", 1),
-        ("testing.projects", "from lightning_grad.callbacks import ZClip", 0),
-        ("testing.projects", "import pytest", 1),
+        ("testing.reference", "from lightning_grad.callbacks import ZClip", 0),
+        ("testing.reference", "import pytest", 1),
     ],
 )
 def test_the_walk_knows_the_layers(module: str, source: str, found: int) -> None:

@@ -47,7 +47,7 @@ def load(path: Path) -> ModuleType:
     return module
 
 
-projects = load(TESTING / "projects.py")
+reference = load(TESTING / "reference.py")
 ranks = load(TESTING / "ranks.py")
 states_of_runs = load(TESTING / "states.py")
 
@@ -137,13 +137,13 @@ def heard() -> Iterator[list[str]]:
 def train(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Fit the small classifier with one technique, and return what that leaves behind."""
     technique = getattr(importlib.import_module(f"lightning_grad.{entry['package']}"), entry["name"])
-    module, rows, states = projects.make_classifier(optimizer=entry["optimizer"]), Rows(), States()
+    module, rows, states = reference.make_classifier(optimizer=entry["optimizer"]), Rows(), States()
     with heard() as lines:
         made = technique(**copy.deepcopy(dict(entry["arguments"])))
         callbacks, strategy = ([made], "auto") if entry["package"] == "callbacks" else ([], made)
         devices = 1 if entry["package"] == "callbacks" else RANKS
         arguments = {"strategy": strategy, "devices": devices, "logger": rows, "log_every_n_steps": 2}
-        trainer, module = projects.fit([*callbacks, states], module, **arguments)
+        trainer, module = reference.fit([*callbacks, states], module, **arguments)
     left = states_of_runs.state_of(trainer, module)
     return {
         "weights": left["module"],

@@ -1,143 +1,87 @@
-"""A small project: an ordinary LightningModule, data, loaders and a Trainer. It does not import lightning-grad."""
+"""The reference projects on which callbacks are checked, and what a caller gives instead."""
 
-import functools
-from collections.abc import Callable
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-BATCH, BATCHES, TOKENS, WIDTH, CLASSES = 8, 6, 4, 16, 4
+from lightning_grad.testing.project import Project
+from lightning_grad.testing.reference import BATCH, loaders, make_classifier, make_data
 
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
-}
+_SHORT = {"limit_train_batches": 6, "limit_val_batches": 3}
 
 
-class Mix(nn.Module):
-    """A custom module that accesses its parameter through ``_parameters``."""
+class _Named(Dataset[dict[str, Any]]):
+    """The reference data as dictionaries."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5)
+        self.inputs, self.labels = make_data().tensors
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self._parameters["w"].T  # type: ignore[union-attr]
+    def __len__(self) -> int:
+        return len(self.labels)
 
-
-@functools.cache
-def _classifier_class(base: Any, optimizer: str, manual: bool) -> Callable[[], Any]:
-    class Classifier(base):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.mix = Mix()
-            self.encoder = nn.TransformerEncoderLayer(WIDTH, 2, 32, dropout=0.0, batch_first=True)
-            self.hidden = nn.Linear(WIDTH, 32)
-            self.norm = nn.BatchNorm1d(32)
-            self.head = nn.Linear(32, CLASSES)
-            self.automatic_optimization = not manual
-            self.validated: list[Tensor] = []
-
-        def forward(self, x: Tensor) -> Any:
-            x = self.encoder(self.mix(x)).mean(1)
-            return self.head(F.relu(self.norm(self.hidden(x))))
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            x, y = batch
-            if not manual:
-                loss = F.cross_entropy(self(x), y)
-                self.log("train_loss", loss)
-                return loss
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-                loss = F.cross_entropy(self(x), y)
-                self.manual_backward(loss)
-                optimizer.step()
-            self.log("train_loss", loss)
-            return loss
-
-        def on_validation_start(self) -> None:
-            self.validated = []
-
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            x, y = batch
-            logits = self(x)
-            self.validated.append(logits.detach().clone())
-            self.log("val_loss", F.cross_entropy(logits, y), sync_dist=True)
-            self.log("val_acc", (logits.argmax(1) == y).float().mean(), sync_dist=True)
-
-        def configure_optimizers(self) -> Any:
-            if manual:
-                body = [*self.mix.parameters(), *self.encoder.parameters()]
-                rest = [*self.hidden.parameters(), *self.norm.parameters(), *self.head.parameters()]
-                return [OPTIMIZERS[optimizer](body), OPTIMIZERS[optimizer](rest)]
-            chosen = OPTIMIZERS[optimizer](self.parameters())
-            scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, 24)
-            return {"optimizer": chosen, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    return Classifier
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"inputs": self.inputs[index], "labels": self.labels[index], "name": f"sample {index}"}
 
 
-def make_classifier(base: type = pl.LightningModule, optimizer: str = "adamw", manual: bool = False) -> Any:
-    """Build a small sequence classifier on a LightningModule of either namespace, after seeding."""
-    pl.seed_everything(7, verbose=False)
-    return _classifier_class(base, optimizer, manual)()
+def _dictionaries() -> Any:
+    """Return a module whose batches and results of a step are dictionaries, without validation data."""
+
+    class WithDictionaries(type(make_classifier())):  # type: ignore[misc]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step((batch["inputs"], batch["labels"]), batch_idx)
+            return {"loss": loss, "size": len(batch["labels"])}
+
+    return WithDictionaries(), DataLoader(_Named(), BATCH)
 
 
-def make_data(seed: int = 0, batches: int = BATCHES) -> TensorDataset:
-    """Return sequences whose class is the index of the largest of the first ``CLASSES`` entries of the first token."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(BATCH * batches, TOKENS, WIDTH, generator=generator)
-    return TensorDataset(x, x[:, 0, :CLASSES].argmax(1))
+def _of_pytorch_lightning() -> Any:
+    base = importlib.import_module("pytorch_lightning").LightningModule
+    return make_classifier(base), *loaders(resumable=True)
 
 
-class ResumableLoader(DataLoader[Any]):
-    """A loader that can resume within an epoch, which Lightning requires for an exact resume there.
+def _reference(make: Callable[[], Any], **rest: Any) -> Project:
+    return Project(lambda: (make(), *loaders(resumable=True)), "the reference module", monitor="val_loss", **rest)
 
-    It does not work if the data is loaded before the loops of the fit are restored (``estimated_stepping_batches``).
+
+REFERENCE = _reference(
+    make_classifier,
+    variants={
+        "dictionaries": Project(_dictionaries, "the reference module with dictionaries"),
+        "manual_optimization": _reference(lambda: make_classifier(manual=True)),
+        "no_second_moment": _reference(lambda: make_classifier(optimizer="sgd")),
+        "pytorch_lightning": Project(_of_pytorch_lightning, "the reference module of pytorch_lightning"),
+    },
+)
+"""A classifier of sequences with a custom module, a transformer layer, batch normalization, AdamW and a scheduler."""
+
+
+def projects_of(modules: Mapping[str, Callable[[], Any]] | Sequence[Callable[[], Any]] | None) -> list[Project]:
+    """Return the projects of functions that build modules with their data; of ``None`` the reference.
+
+    A fit takes at most six training batches and three validation batches in each epoch.
+
+    Raises:
+        TypeError: If an entry is no function, or returns something else.
+        ValueError: If there is no entry.
     """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._given = self._skip = 0
-
-    def __iter__(self) -> Any:
-        self._given, skip, self._skip = self._skip, self._skip, 0
-        for index, batch in enumerate(super().__iter__()):
-            if index >= skip:
-                self._given += 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"given": self._given}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._skip = state["given"] % len(self)
+    if modules is None:
+        return [REFERENCE]
+    named = dict(modules) if isinstance(modules, Mapping) else {_name(function): function for function in modules}
+    if not named:
+        raise ValueError(
+            "modules is empty. Pass functions that build a module with its data, or None for the reference."
+        )
+    for name, function in named.items():
+        if not callable(function):
+            raise TypeError(
+                f"modules[{name!r}] must be a function that builds a module, not {type(function).__name__}."
+            )
+    return [Project(function, name, _SHORT) for name, function in named.items()]
 
 
-def loaders(resumable: bool = False) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return the training and validation loaders, without shuffling; validation has half as many batches."""
-    kind = ResumableLoader if resumable else DataLoader
-    return kind(make_data(0), BATCH), DataLoader(make_data(1, BATCHES // 2), BATCH)
-
-
-def make_trainer(trainer_class: type = pl.Trainer, **arguments: Any) -> Any:
-    """Build a CPU trainer without logger, checkpoints, progress bar and summary."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "log_every_n_steps": 2, **quiet}
-    return trainer_class(**{**defaults, **arguments})
-
-
-def fit(callbacks: list[Any], module: Any = None, resumable: bool = False, ckpt: Any = None, **arguments: Any) -> Any:
-    """Fit a module, by default a new classifier, and return (trainer, module)."""
-    module = make_classifier() if module is None else module
-    if any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks):
-        arguments.setdefault("enable_checkpointing", True)
-    trainer = make_trainer(callbacks=list(callbacks), **arguments)
-    train, validation = loaders(resumable)
-    trainer.fit(module, train, validation, ckpt_path=ckpt)
-    return trainer, module
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)
