@@ -127,7 +127,7 @@ class Claim(Generic[R]):
     @property
     def compared(self) -> tuple[str, float]:
         """The name of the difference in reports, and the factor that gives its unit."""
-        return f"better by {self.unit}".rstrip(), self.scale
+        return "better by points" if self.unit == "%" else f"better by {self.unit}".rstrip(), self.scale
 
     def train(self, run: Run) -> R:
         """Run one training, and return its result. The seeds of all random generators are already set."""

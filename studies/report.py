@@ -24,7 +24,7 @@ def print_report(plan: Plan) -> None:
     """Print what is known about a claim."""
     claim, lines = plan.claim, plan.reported
     comparisons = compare(claim, [line.result(claim) for line in lines])
-    print(f"\n{claim.name}: {judge(comparisons)}\n{textwrap.fill(claim.text, 88, initial_indent='    ')}")
+    print(f"\n{claim.name}: {judge(comparisons)}\n{textwrap.indent(textwrap.fill(claim.text, 88), '    ')}")
     if not lines:
         return
     print()
@@ -107,20 +107,21 @@ def show_family(plan: Plan) -> None:
         return
     claim = replace(plan.claim, seeds=len(complete))
     results = [line.result(claim) for line in lines if line.seed in complete]
-    missing = [claim.folder(result) for result in results if not claim.folder(result).is_dir()]
-    if missing:
-        print(f"{claim.name}: cannot draw figures without the logs of the trainings, such as {missing[0]}.")
-        print("    They stay on the machine that trained; --fresh trains again what other machines have done.")
-    write(claim, results, figures=not missing)
+    write(claim, results)
 
 
-def write(claim: Claim[Any], results: Sequence[Any], figures: bool = True) -> None:
+def write(claim: Claim[Any], results: Sequence[Any]) -> None:
     """Write ``results.csv`` and the figures of a claim, and print its table."""
     claim.output.mkdir(parents=True, exist_ok=True)
     write_results(results, claim.output / "results.csv")
     family: Any = import_module(f"studies.figures.{type(claim).__module__.rpartition('.')[2]}")
-    drawn: dict[str, Figure] = family.draw(claim, results) if figures else {}
-    for name, figure in drawn.items():
-        figure.savefig(claim.output / f"{name}.png", dpi=140)
     print()
     family.print_table(claim, results)
+    try:
+        drawn: dict[str, Figure] = family.draw(claim, results)
+    except FileNotFoundError as error:
+        print(f"\nCannot draw figures without the logs of the trainings: there is no {error.filename}.")
+        print("The logs stay on the machine that trained. Train again with --results and a new folder.")
+        return
+    for name, figure in drawn.items():
+        figure.savefig(claim.output / f"{name}.png", dpi=140)

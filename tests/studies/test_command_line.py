@@ -129,7 +129,7 @@ def test_figures_are_refused_without_logs(run: tuple[Path, list[str]], capsys: p
     elsewhere = [*options[: output + 1], str(run[0] / "elsewhere"), "--report", "--figures"]
     assert main(elsewhere) == 0
     printed = capsys.readouterr().out
-    assert "cannot draw figures without the logs of the trainings" in printed
+    assert "Cannot draw figures without the logs of the trainings" in printed
     assert "NormClipping(1.0)" in printed
     assert not (run[0] / "elsewhere" / "clipping" / "comparison.png").exists()
 
