@@ -26,7 +26,7 @@ import torch
 from studies.claim import Claim
 from studies.claims import CLAIMS
 from studies.plan import CHOICE_SEED
-from studies.report import print_report, show_family
+from studies.report import print_estimate, print_report, show_family
 from studies.results import FOLDER, Store
 from studies.runner import Study, run_claims
 
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if options.list:
-        for study in studies:
-            print(f"{study.plan()}\n    {study.claim.text}")
+        print_estimate([study.plan() for study in studies], texts=True)
         return 0
     code = 0
     try:
@@ -94,19 +93,26 @@ def choose(options: Namespace) -> list[Study]:
     if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget must be above 0 minutes; got {options.budget:g}.")
     torch.set_num_threads(options.threads)
-    studies = []
+    seeds, studies = None if options.seeds is None else seeds_of(options.seeds), []
     for name in names_of(options.only):
-        claim = replace(
-            CLAIMS[name],
-            device=options.device,
-            data=options.data,
-            output=options.output / name,
-            wandb=options.wandb,
-        )
-        claim = change(claim, options.set)
-        claim.check()
-        studies.append(Study(claim, seeds_of(options.seeds, claim), Store(options.results), options.fresh))
+        try:
+            studies.append(build(name, options, seeds))
+        except ValueError as error:
+            if options.only is None or name not in options.only:  # a claim among many, not one that was named
+                print(f"skipped: {error}")
+                continue
+            raise
+    if not studies:
+        raise ValueError("no claim is left to run; see above.")
     return studies
+
+
+def build(name: str, options: Namespace, seeds: Sequence[int] | None) -> Study:
+    """Return the study of one claim."""
+    given = {"device": options.device, "data": options.data, "wandb": options.wandb, "output": options.output / name}
+    claim = change(replace(CLAIMS[name], **given), options.set)
+    claim.check()
+    return Study(claim, seeds or range(claim.seeds), Store(options.results), options.fresh)
 
 
 def names_of(only: Sequence[str] | None) -> list[str]:
@@ -128,15 +134,13 @@ def suggest(word: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f" Did you mean {' or '.join(close)}?" if close else f" There are {', '.join(known)}."
 
 
-def seeds_of(text: str | None, claim: Claim[Any]) -> list[int]:
+def seeds_of(text: str) -> list[int]:
     """Return the seeds of an option.
 
     Example:
-        >>> seeds_of("3", CLAIMS["clipping"]), seeds_of("0,7-9", CLAIMS["clipping"])
+        >>> seeds_of("3"), seeds_of("0,7-9")
         ([0, 1, 2], [0, 7, 8, 9])
     """
-    if text is None:
-        return list(range(claim.seeds))
     try:
         ranges = [part.split("-") for part in text.split(",")]
         seeds = [seed for ends in ranges for seed in range(int(ends[0]), int(ends[-1]) + 1)]

@@ -112,11 +112,11 @@ class Claim(Generic[R]):
         if unknown := [arm for arm in self.arms if arm not in self.known]:
             raise ValueError(f"{self.name} has no arm {unknown[0]!r}. There are {', '.join(self.known)}.")
         if self.data and not self.reads:
-            raise ValueError(f"{self.name} takes no --data. Choose other claims with --only.")
+            raise ValueError(f"{self.name} takes no --data; it would be ignored.")
         if self.data and not self.data.exists():
             raise ValueError(f"--data must be {self.reads}; {self.data} does not exist.")
         if self.device not in self.devices:
-            raise ValueError(f"{self.name} runs on {', '.join(self.devices)} only. Choose other claims with --only.")
+            raise ValueError(f"{self.name} runs on {', '.join(self.devices)} only.")
 
     @property
     def known(self) -> list[str]:

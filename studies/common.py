@@ -83,7 +83,7 @@ class Ticker:
 
     def __call__(self, share: float, value: str) -> None:
         """Show a completed share and the latest value."""
-        line = f"{self.name:<30} {value}"
+        line = f"{self.name:<34} {value}"
         terminal = sys.stdout.isatty()
         if share == 1.0:
             print(f"\r{line}   {self.note}      " if terminal else f"{line}   {self.note}", flush=True)

@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from studies.claim import Claim
 from studies.common import print_rows, write_results
-from studies.plan import Plan
+from studies.plan import Plan, minutes
 from studies.results import Line
 from studies.verdict import LEVEL, Comparison, compare, judge, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def print_estimate(plans: Sequence[Plan], texts: bool = False) -> None:
+    """Print what is to do for each claim, and how long all take together."""
+    for plan in plans:
+        print(plan)
+        if texts:
+            print(f"    {plan.claim.text}")
+    if len(plans) > 1:
+        print(f"together: {sum(plan.missing for plan in plans)} trainings, {minutes(sum(plan.left for plan in plans))}")
 
 
 def print_report(plan: Plan) -> None:

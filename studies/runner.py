@@ -14,6 +14,7 @@ from lightning.pytorch import seed_everything
 from studies.claim import Claim, Result, Run
 from studies.common import Ticker, hush
 from studies.plan import Plan, describe, minutes
+from studies.report import print_estimate
 from studies.results import Store, line_of, origin_of
 
 R = TypeVar("R", bound=Result)
@@ -98,12 +99,13 @@ def run_claims(studies: Sequence[Study], budget: float | None) -> list[str]:
         studies: The claims to run.
         budget: Minutes for all together; ``None`` for no limit.
     """
+    print_estimate([study.plan() for study in studies])
     failed, end = [], None if budget is None else time.monotonic() + 60 * budget
     for place, study in enumerate(studies):
         rest, now = sum(other.claim.budget for other in studies[place:]), time.monotonic()
         deadline = None if end is None else now + max(0.0, end - now) * study.claim.budget / rest
         try:
-            print(f"\n{study.plan()}", flush=True)
+            print(f"\n{study.claim.name}:", flush=True)
             if missing := study.run(deadline):
                 print(f"{study.claim.name}: the budget ends before {missing} trainings. The same command continues.")
         except Exception:

@@ -130,7 +130,7 @@ class Adversarial(Claim[Result]):
     unit: str = "%"
     rates: Sequence[float] = (0.03, 0.1, 0.3)
     chosen_by: str = "validation"
-    budget: float = 3
+    budget: float = 1.5
     epochs: int = 40
     epsilon: float | None = None
     width: int | None = None
@@ -209,7 +209,7 @@ class AccelAT(Adversarial):
     arms: Sequence[str] = tuple(f"{attack} {schedule}" for attack in ATTACKS for schedule in SCHEDULES)
     reference: str = "pgd constant"
     margin: float = 0.0
-    budget: float = 20
+    budget: float = 7
 
     @override
     def comparisons(self) -> list[tuple[str, str]]:

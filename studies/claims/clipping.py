@@ -121,7 +121,7 @@ class BadBatch(Claim[Result]):
     scale: float = 100
     unit: str = "%"
     chosen_by: str = "accuracy"
-    budget: float = 3
+    budget: float = 0.5
     optimizer: str = "sgd"
     factor: float = 1000.0
     steps: int = 220
@@ -234,6 +234,6 @@ CLAIMS = (
         arms=("none", "norm", "spike"),
         margin=-0.01,
         optimizer="adamw",
-        budget=1,
+        budget=0.2,
     ),
 )

@@ -86,7 +86,7 @@ class Spikes(Claim[Result]):
     higher: bool = False
     rates: Sequence[float] = (0.04,)  # after the warm-up; the claim is about this rate, so there is no choice
     chosen_by: str = "validation_loss"
-    budget: float = 8
+    budget: float = 1.5
     steps: int = 350
 
     @override

@@ -115,7 +115,7 @@ class Communication(Claim[Result]):
     unit: str = "%"
     rates: Sequence[float] = (0.02, 0.05, 0.1)
     chosen_by: str = "validation_accuracy"
-    budget: float = 12
+    budget: float = 8
     epochs: int = 30
     ranks: int = 2
     start_method: Any = None

@@ -171,7 +171,7 @@ class Pruning(Labelled):
     unit: str = "%"
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
     chosen_by: str = "validation_accuracy"
-    budget: float = 11
+    budget: float = 8
 
     @property
     @override

@@ -68,7 +68,7 @@ class LabelErrors(Labelled):
     scale: float = 100
     unit: str = "%"
     chosen_by: str = "share"
-    budget: float = 1
+    budget: float = 0.1
     flip: float = 0.1
     num_shown: int = 24
 

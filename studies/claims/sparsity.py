@@ -84,7 +84,7 @@ class Sparsity(Claim[Result]):
     unit: str = "%"
     rates: Sequence[float] = (1e-3, 3e-3, 1e-2)
     chosen_by: str = "validation_accuracy"
-    budget: float = 12
+    budget: float = 5
     pattern: str = "1:8"
     model: str = "VisionTransformer"
     epochs: int = 16
@@ -202,6 +202,6 @@ CLAIMS = (
         reference="dense",
         margin=-0.01,
         pattern="2:4",
-        budget=9,
+        budget=4,
     ),
 )

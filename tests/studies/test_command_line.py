@@ -56,6 +56,22 @@ def test_without_a_gpu_cuda_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "communication runs on cpu only" in capsys.readouterr().err
 
 
+def test_among_many_claims_those_that_cannot_run_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    names = [study.claim.name for study in choose(build_parser().parse_args(["--device", "cuda"]))]
+    assert names == [name for name in CLAIMS if name != "communication"]
+    assert "skipped: communication runs on cpu only" in capsys.readouterr().out
+    (tmp_path / "data").mkdir()
+    options = ["--only", "cl*", "data-pruning", "--data", str(tmp_path / "data")]
+    (study,) = choose(build_parser().parse_args(options))
+    assert study.claim.name == "data-pruning"
+    printed = capsys.readouterr().out
+    assert "skipped: clipping takes no --data" in printed
+    assert "skipped: cannot read" in printed
+
+
 @pytest.mark.parametrize(
     ("content", "words"), [("too short", f"must have at least {SHORTEST} characters; got 9"), (None, "cannot read")]
 )
@@ -90,7 +106,7 @@ def test_all_claims_are_listed_with_their_time(tmp_path: Path, capsys: pytest.Ca
     for name, claim in CLAIMS.items():
         assert f"{name}: " in printed
         assert claim.text in printed
-    assert "clipping: 50 trainings, 3 min as declared, nothing is measured yet" in printed
+    assert "clipping: 50 trainings, 30 s as declared, nothing is measured yet" in printed
 
 
 @pytest.fixture(scope="module")

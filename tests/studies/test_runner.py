@@ -117,7 +117,7 @@ def test_a_claim_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pyt
     assert [(each["arm"], each["seed"]) for each in lines_of(tmp_path)] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     printed = capsys.readouterr()
     assert "KeyError: 'c'" in printed.err
-    assert "b seed 1                       done   4 of 4, " in printed.out
+    assert "b seed 1                           done   4 of 4, " in printed.out
 
 
 # What was stopped goes on.
