@@ -32,7 +32,7 @@ class Run:
     arm: str
     seed: int
     rate: float | None = None
-    show: Show = field(default=silent, compare=False)
+    show: Show = field(default=silent, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class Store:
     @contextmanager
     def reserve(self, claim: Claim[Any], run: Run) -> Iterator[bool]:
         """Yield True if no other process runs this training. A killed process frees its trainings."""
-        words = freeze({"claim": claim.name, "device": claim.device, **claim.settings, "run": str(run)})
+        words = freeze({"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings})
         path = self.folder / ".running" / hashlib.sha256(words.encode()).hexdigest()[:16]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 import traceback
@@ -50,6 +51,7 @@ class Study:
     def run(self, deadline: float | None = None) -> int:
         """Run what is missing, until the deadline if there is one, and return the number of missing trainings."""
         hush()
+        told = False
         while (plan := self.plan()).missing:
             for run in plan.ready:
                 # Stop, do not look for a shorter training: the fast arms would get ahead of the slow ones.
@@ -57,7 +59,10 @@ class Study:
                     return plan.missing
                 if self.attempt(run, plan):
                     break
-            else:  # another process trains the rest
+            else:
+                if not told:
+                    print("Waiting for another process, which runs the rest ...", flush=True)
+                told = True
                 time.sleep(PAUSE)
                 if deadline is not None and self.clock() > deadline:
                     return plan.missing
@@ -80,7 +85,14 @@ class Study:
 def train(claim: Claim[R], run: Run, note: str) -> R:
     """Set the seeds, run one training, and show its progress."""
     seed_everything(run.seed, verbose=False)
-    return claim.train(replace(run, show=Ticker(describe(run), note)))
+    try:
+        return claim.train(replace(run, show=Ticker(describe(run), note)))
+    except SystemExit as stop:  # after Ctrl-C, a fit of Lightning ignores the signal from then on, and exits
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stop
+    except Exception as error:
+        error.add_note(f"The training was: {claim.name}, {describe(run)}.")
+        raise
 
 
 def train_all(claim: Claim[R], seeds: int) -> list[R]:

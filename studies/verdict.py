@@ -86,14 +86,14 @@ def compare(claim: Claim[Any], results: Sequence[Result]) -> list[Comparison]:
         by_seed.setdefault(result.seed, {})[result.arm] = result
     compared = []
     for arm, reference in claim.comparisons():
-        pairs = [own for _, own in sorted(by_seed.items()) if arm in own and reference in own]
-        differences = [value for own in pairs if (value := difference(claim, own, arm, reference)) is not None]
+        found = [difference(claim, own, arm, reference) for _, own in sorted(by_seed.items())]
+        differences = [value for value in found if value is not None]
         compared.append(Comparison(arm, reference, differences, claim.margin, claim.seeds))
     return compared
 
 
 def difference(claim: Claim[Any], results: Mapping[str, Any], arm: str, reference: str) -> float | None:
-    """Return the difference of one seed, or None if it needs an arm that is not there yet."""
+    """Return the difference of one seed, or None if an arm is not there yet."""
     try:
         return claim.difference(results, arm, reference)
     except KeyError:

@@ -150,11 +150,15 @@ def test_figures_are_refused_without_logs(run: tuple[Path, list[str]], capsys: p
     assert not (run[0] / "elsewhere" / "clipping" / "comparison.png").exists()
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])  # Lightning turns the first into the second
 def test_ctrl_c_reports_what_is_known(
-    run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    stop: BaseException,
+    run: tuple[Path, list[str]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+        raise stop
 
     monkeypatch.setattr("studies.claims.clipping.BadBatch.train", interrupt)
     assert main([*run[1], "--seeds", "3"]) == 130

@@ -117,6 +117,7 @@ def test_a_claim_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pyt
     assert [(each["arm"], each["seed"]) for each in lines_of(tmp_path)] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     printed = capsys.readouterr()
     assert "KeyError: 'c'" in printed.err
+    assert "The training was: bad, c seed 0." in printed.err
     assert "b seed 1                           done   4 of 4, " in printed.out
 
 
@@ -206,7 +207,7 @@ def test_what_another_process_trains_is_not_taken(tmp_path: Path) -> None:
     asked = study(tmp_path, seeds=1)
     with asked.store.reserve(asked.claim, Run("a", 0)) as free:
         assert free
-        assert not asked.attempt(Run("a", 0), asked.plan())
+        assert not asked.attempt(Run("a", 0, show=print), asked.plan()), "its name in another process"
         assert asked.attempt(Run("b", 0), asked.plan())
         with asked.store.reserve(replace(asked.claim, epochs=9), Run("a", 0)) as other:
             assert other
