@@ -79,7 +79,7 @@ class Claim(Generic[R]):
         rates: Peak learning rates to choose from, for each arm, on a seed that is not reported. One rate needs no choice.
         chosen_by: Measurement by which the rate is chosen.
         seeds: Number of seeds that a verdict needs.
-        budget: Minutes that the claim takes on one CPU thread; its share of ``--budget``.
+        budget: Minutes that the claim takes on one CPU thread, until trainings are measured; gives its share of ``--budget``.
         data: File or folder of other data; ``None`` for the default, which needs no download.
         output: Folder of logs, tables and figures.
         wandb: ``"offline"`` or ``"online"`` to also log each training to W&B.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -48,14 +49,14 @@ class Study:
         lines = self.store.read(self.claim, origin if self.fresh else None)
         return Plan(self.claim, self.seeds, lines, origin, self._taken / self._expected if self._expected else 1.0)
 
-    def run(self, deadline: float | None = None) -> int:
+    def run(self, deadline: float = math.inf) -> int:
         """Run what is missing, until the deadline if there is one, and return the number of missing trainings."""
         hush()
         told = False
         while (plan := self.plan()).missing:
             for run in plan.ready:
                 # Stop, do not look for a shorter training: the fast arms would get ahead of the slow ones.
-                if deadline is not None and self.clock() + plan.seconds(run) > deadline:
+                if self.clock() + plan.seconds(run) > deadline:
                     return plan.missing
                 if self.attempt(run, plan):
                     break
@@ -64,7 +65,7 @@ class Study:
                     print("Waiting for another process, which runs the rest ...", flush=True)
                 told = True
                 time.sleep(PAUSE)
-                if deadline is not None and self.clock() > deadline:
+                if self.clock() > deadline:
                     return plan.missing
         return 0
 
@@ -105,22 +106,34 @@ def train_all(claim: Claim[R], seeds: int) -> list[R]:
 
 
 def run_claims(studies: Sequence[Study], budget: float | None) -> list[str]:
-    """Run several claims, each for its share of the budget, and return the names of those that failed.
+    """Run several claims, and return the names of those that failed.
 
     Args:
         studies: The claims to run.
         budget: Minutes for all together; ``None`` for no limit.
     """
     print_estimate([study.plan() for study in studies])
-    failed, end = [], None if budget is None else time.monotonic() + 60 * budget
-    for place, study in enumerate(studies):
-        rest, now = sum(other.claim.budget for other in studies[place:]), time.monotonic()
-        deadline = None if end is None else now + max(0.0, end - now) * study.claim.budget / rest
+    failed: list[str] = []
+    for study, deadline in turns(studies, math.inf if budget is None else time.monotonic() + 60 * budget):
+        name = study.claim.name
+        if name in failed or not study.plan().missing:
+            continue
+        print(f"\n{name}:", flush=True)
         try:
-            print(f"\n{study.claim.name}:", flush=True)
-            if missing := study.run(deadline):
-                print(f"{study.claim.name}: the budget ends before {missing} trainings. The same command continues.")
+            study.run(deadline)
         except Exception:
-            print(f"{study.claim.name} failed:\n{traceback.format_exc()}", file=sys.stderr)
-            failed.append(study.claim.name)
+            print(f"{name} failed:\n{traceback.format_exc()}", file=sys.stderr)
+            failed.append(name)
+    for study in studies:
+        if study.claim.name not in failed and (missing := study.plan().missing):
+            print(f"{study.claim.name}: the budget ends before {missing} trainings. The same command continues.")
     return failed
+
+
+def turns(studies: Sequence[Study], end: float) -> Iterator[tuple[Study, float]]:
+    """Yield each claim with the end of its share of the time, by what it needs, then each with the end of all time."""
+    for place, study in enumerate(studies):
+        now, left = time.monotonic(), [other.plan().left for other in studies[place:]]
+        share = left[0] / (sum(left) or 1.0)
+        yield study, end if math.isinf(end) else now + share * max(0.0, end - now)
+    yield from ((study, end) for study in studies)  # a share may be shorter than a training

@@ -101,14 +101,30 @@ def test_the_budget_ends_before_a_training_that_does_not_fit(tmp_path: Path) -> 
     assert now[0] == 50  # 15 seconds are left: enough for a of seed 3, which would put it ahead of b
 
 
-def test_claims_share_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    deadlines = []
-    studies = [study(tmp_path, name=name, budget=budget) for name, budget in (("x", 1.0), ("y", 3.0))]
+def test_claims_share_the_budget_by_what_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given = []
+    studies = [study(tmp_path, 5, name=name, budget=budget) for name, budget in (("x", 1.0), ("y", 3.0))]
     monkeypatch.setattr("studies.runner.time.monotonic", lambda: 100.0)
-    monkeypatch.setattr("studies.runner.Study.run", lambda self, deadline: deadlines.append(deadline) or 2)
+    monkeypatch.setattr("studies.runner.Study.run", lambda self, end: given.append((self.claim.name, end)))
     assert run_claims(studies, budget=8.0) == []
-    assert deadlines == [100 + 60 * 2, 100 + 60 * 8]  # the first one used nothing of its share
-    assert "y: the budget ends before 2 trainings. The same command continues." in capsys.readouterr().out
+    # The first one used nothing of its share. What is left at the end is for all.
+    assert given == [("x", 100 + 60 * 2), ("y", 100 + 60 * 8), ("x", 100 + 60 * 8), ("y", 100 + 60 * 8)]
+    printed = capsys.readouterr().out
+    assert "x: 10 trainings, 1 min as declared" in printed
+    assert "together: 20 trainings, 4 min" in printed
+    assert "y: the budget ends before 10 trainings. The same command continues." in printed
+
+
+def test_a_budget_that_is_shorter_than_every_share_still_trains(tmp_path: Path, capsys: Any) -> None:
+    """A share of 12 s is less than one training of 20 s, but all shares together are more."""
+    asked = [study(tmp_path, name=name) for name in ("x", "y", "z")]
+    for each in asked:
+        each.store.append(each.claim, replace(line("a", 0, seconds=20), claim=each.claim.name))
+    run_claims(asked, budget=0.6)
+    assert [len(each.plan().reported) for each in asked] == [4, 4, 4]
+    capsys.readouterr()
 
 
 def test_a_claim_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
