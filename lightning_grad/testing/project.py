@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 
 from lightning_grad.testing.reference import make_trainer
 
@@ -16,6 +17,18 @@ _EXPECTED = (
     "Return a LightningModule, which then brings its own train_dataloader; or (module, train_loader), "
     "(module, train_loader, validation_loader) or (module, datamodule)."
 )
+
+
+class _NoLogger(Logger):
+    """Keeps nothing. It is there for callbacks that need a logger."""
+
+    name = version = "none"
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        """Keep nothing."""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Keep nothing."""
 
 
 class Built(NamedTuple):
@@ -79,15 +92,20 @@ class Project:
 
     def fit_built(self, built: Built, callbacks: list[Any], ckpt: Any = None, **arguments: Any) -> Any:
         """Fit what :meth:`make` returned, which the caller may have changed."""
-        if any(_is_a(callback, "Checkpoint") for callback in callbacks):
-            arguments.setdefault("enable_checkpointing", True)
-        trainer = make_trainer(**{**copy.deepcopy(dict(self.arguments)), **arguments}, callbacks=list(callbacks))
+        trainer = self._trainer(callbacks, **arguments)
         trainer.fit(built.module, **built.data, ckpt_path=ckpt, weights_only=None if ckpt is None else False)
         return trainer, built.module
 
+    def _trainer(self, callbacks: list[Any], **arguments: Any) -> Any:
+        for kind, argument in (("Checkpoint", "enable_checkpointing"), ("ProgressBar", "enable_progress_bar")):
+            if any(_is_a(callback, kind) for callback in callbacks):
+                arguments.setdefault(argument, True)
+        arguments.setdefault("logger", _NoLogger())
+        return make_trainer(**{**copy.deepcopy(dict(self.arguments)), **arguments}, callbacks=list(callbacks))
+
     def validate(self, built: Built, callbacks: list[Any], ckpt: Any = None) -> None:
         """Validate what :meth:`make` returned, with the weights of a checkpoint if its path is given."""
-        trainer = make_trainer(**self.arguments, callbacks=list(callbacks))
+        trainer = self._trainer(callbacks)
         data = {"dataloaders": built.data.get("val_dataloaders"), "datamodule": built.data.get("datamodule")}
         trainer.validate(
             built.module, **data, ckpt_path=ckpt, weights_only=None if ckpt is None else False, verbose=False

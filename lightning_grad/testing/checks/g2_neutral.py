@@ -4,30 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_grad.testing.checks.registry import check
+from lightning_grad.testing.checks.registry import GuaranteeError, check
+from lightning_grad.testing.checks.trained import assert_no_number_drawn
+from lightning_grad.testing.rows import REFUSES
 from lightning_grad.testing.runs import Run
 from lightning_grad.testing.states import assert_identical
-from lightning_grad.testing.subject import NotApplicableError, Subject
+from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
 
 
 @check("quick")
-def g2_neutral_is_identity(subject: Subject) -> None:
+def g2_neutral_is_identity(subject: Subject) -> str:
     """With the neutral setting, weights, optimizers, random streams and metrics are bitwise those of a run without it."""
-    _assert_neutral(subject, accumulate=1)
+    return _assert_neutral(subject, accumulate=1)
 
 
 @check("full")
-def g2_neutral_with_accumulation(subject: Subject) -> None:
+def g2_neutral_with_accumulation(subject: Subject) -> str:
     """The same with gradients accumulated over three batches."""
-    _assert_neutral(subject, accumulate=3)
+    return _assert_neutral(subject, accumulate=3)
 
 
-def _assert_neutral(subject: Subject, accumulate: int) -> None:
+def _assert_neutral(subject: Subject, accumulate: int) -> str:
     if not callable(subject.neutral):
         raise NotApplicableError(subject.neutral or "No neutral= was given.")
-    neutral = subject.run([subject.neutral()], accumulate_grad_batches=accumulate)
+    try:
+        neutral = subject.run_or_refuse([subject.neutral()], accumulate_grad_batches=accumulate)
+    except RefusedError as refusal:
+        if accumulate == 1:
+            raise GuaranteeError(f"The neutral setting refuses an ordinary fit: {refusal}") from refusal.__cause__
+        return f"{REFUSES}{refusal}"
     plain = subject.plain.bare(accumulate)
-    assert_identical(compared(plain, plain), compared(neutral, plain), "")
+    assert_no_number_drawn(plain, neutral)
+    assert_identical(compared(plain, plain), compared(neutral, plain))
+    return ""
 
 
 def compared(run: Run, plain: Run) -> dict[str, Any]:
