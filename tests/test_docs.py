@@ -260,7 +260,7 @@ def load_script(name: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"documentation_{name}", ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 
@@ -370,7 +370,7 @@ def test_findings_about_callbacks_of_lightning_are_of_these_callbacks_and_checks
     for old, new, what in (
         ("`g5_resumes_within_an_epoch`", "`g5_resumes_within_a_batch`", "names of checks"),
         ("| G5 (5) |", "| G5 (4) |", "head of the summary"),
-        ("| `EarlyStopping` | ok", "| `Timer` | ok", "callbacks"),
+        ("| `EarlyStopping` |", "| `Timer` |", "callbacks"),
         ("EMAWeightAveraging(decay=0.8)", "EMAWeightAveraging(decay=0.9)", "arguments"),
         ("measured: ModelPruning", "measured: Pruning", "parts"),
     ):

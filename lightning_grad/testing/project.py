@@ -74,9 +74,9 @@ class Project:
         pl.seed_everything(_SEED, verbose=False)
         made = self.build()
         module, *data = made if isinstance(made, tuple) else (made,)
-        if not _is_a(module, "LightningModule") or len(data) > 2:
+        if not is_a(module, "LightningModule") or len(data) > 2:
             raise TypeError(f"{self.name or _name_of(self.build)} returned {_words_of(made)}. {_EXPECTED}")
-        if len(data) == 1 and _is_a(data[0], "LightningDataModule"):
+        if len(data) == 1 and is_a(data[0], "LightningDataModule"):
             return Built(module, {"datamodule": data[0]})
         return Built(module, dict(zip(("train_dataloaders", "val_dataloaders"), data, strict=False)))
 
@@ -98,7 +98,7 @@ class Project:
 
     def _trainer(self, callbacks: list[Any], **arguments: Any) -> Any:
         for kind, argument in (("Checkpoint", "enable_checkpointing"), ("ProgressBar", "enable_progress_bar")):
-            if any(_is_a(callback, kind) for callback in callbacks):
+            if any(is_a(callback, kind) for callback in callbacks):
                 arguments.setdefault(argument, True)
         arguments.setdefault("logger", _NoLogger())
         return make_trainer(**{**copy.deepcopy(dict(self.arguments)), **arguments}, callbacks=list(callbacks))
@@ -112,7 +112,7 @@ class Project:
         )
 
 
-def _is_a(thing: Any, name: str) -> bool:
+def is_a(thing: Any, name: str) -> bool:
     """Compare class names, because both namespaces of Lightning count."""
     return any(cls.__name__ == name for cls in type(thing).__mro__)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.testing.project import Project
+from lightning_grad.testing.project import Project, is_a
 from lightning_grad.testing.reference import BATCH, BATCHES, loaders, make_classifier, make_data
 
 _SHORT = {"limit_train_batches": 6, "limit_val_batches": 3}
@@ -83,7 +83,7 @@ def projects_of(modules: Any) -> list[Project]:
             "modules is empty. Pass functions that build a module with its data, or None for the reference."
         )
     for name, function in named.items():
-        if not callable(function):
+        if not callable(function) or is_a(function, "LightningModule"):
             raise TypeError(
                 f"modules[{name!r}] must be a function that builds a module, not {type(function).__name__}."
             )

@@ -37,7 +37,6 @@ REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, Misconfigu
 _KINDS = ("steps", "epochs", "weights")
 _ENDS: dict[str, type[BaseException]] = {"exception": RuntimeError, "interrupt": KeyboardInterrupt}
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-_PLAIN: weakref.WeakKeyDictionary[Project, Subject] = weakref.WeakKeyDictionary()
 
 
 class NotApplicableError(Exception):
@@ -92,19 +91,26 @@ class Subject:
         self.warned: list[str] = []
         """The warnings of all runs so far, also on variants of the project."""
         self._done: dict[Any, tuple[Any, Exception | None]] = {}
-        self._root: Path | None = None
 
     @functools.cached_property
     def kind(self) -> type:
         """The class of the callback."""
         return type(None if self.make is None else self.make())
 
+    @functools.cached_property
+    def root(self) -> Path:
+        """A folder that is removed with the subject, by the process that asked for it first."""
+        root = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        return root
+
     @property
     def plain(self) -> Subject:
         """The same project without a callback; its runs are shared by all subjects."""
-        if self.project not in _PLAIN:
-            _PLAIN[self.project] = Subject(None, project=self.project)
-        return _PLAIN[self.project]
+        kept = vars(self.project)  # a dictionary by project would never let go of either
+        if "plain" not in kept:
+            kept["plain"] = Subject(None, project=self.project)
+        return kept["plain"]  # type: ignore[no-any-return]
 
     @_once
     def on(self, variant: str) -> Subject:
@@ -225,10 +231,7 @@ class Subject:
     @contextmanager
     def _run_folder(self) -> Iterator[Path]:
         """Make an empty folder with the same path for each run: states of checkpoint callbacks hold paths."""
-        if self._root is None:
-            self._root = Path(tempfile.mkdtemp())
-            weakref.finalize(self, shutil.rmtree, self._root, ignore_errors=True)
-        folder = self._root / f"{os.getpid()}"  # ranks that are forked share the rest of it
+        folder = self.root / f"{os.getpid()}"  # ranks that are forked share the rest of it
         folder.mkdir()
         try:
             yield folder

@@ -69,7 +69,7 @@ class Begun(pl.Callback):
 class Outputs(pl.Callback):
     """Keeps what the children of the module return in ``validation_step``, by the step at which it ran.
 
-    To come last in the list: calls that other callbacks make between the steps are then left out.
+    To come last in the list: calls that other callbacks make between the steps do not count.
     """
 
     def __init__(self) -> None:

@@ -523,6 +523,11 @@ class NeedsEpochs(pl.Callback):
         self.angle = math.sqrt(trainer.max_epochs)
 
 
+class NeedsValidation(pl.Callback):
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        self.best = trainer.callback_metrics["val_loss"]
+
+
 class NeedsManySteps(pl.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.share = batch_idx / (trainer.num_training_batches - 1)
@@ -690,7 +695,7 @@ def small_class(base: Any) -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if isinstance(batch, dict):
-                return {"loss": self._loss((batch["inputs"], batch["labels"])), "size": 4}
+                return {"loss": self._loss(batch), "size": 4}
             if self.automatic_optimization:
                 return self._loss(batch)
             for optimizer in self.optimizers():
@@ -701,7 +706,8 @@ def small_class(base: Any) -> Any:
             return loss
 
         def _loss(self, batch: Any) -> Tensor:
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+            inputs, labels = (batch["inputs"], batch["labels"]) if isinstance(batch, dict) else batch
+            return nn.functional.cross_entropy(self(inputs), labels)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val_loss", self._loss(batch), sync_dist=True)
@@ -736,14 +742,14 @@ def _of_pytorch_lightning() -> Any:
     return module, *small()[1:]
 
 
-def _project(build: Any, monitor: str | None = "val_loss", **rest: Any) -> Project:
-    return Project(build, "small", {"max_epochs": 2}, monitor, **rest)
+def _project(build: Any, **rest: Any) -> Project:
+    return Project(build, "small", {"max_epochs": 2}, "val_loss", **rest)
 
 
 SMALL = _project(
     small,
     variants={
-        "dictionaries": _project(lambda: (Small(), DataLoader(_samples(5, named=True), 4)), None),
+        "dictionaries": _project(lambda: (Small(), *(DataLoader(_samples(size, named=True), 4) for size in (5, 2)))),
         "manual_optimization": _project(lambda: small(manual=True)),
         "no_second_moment": _project(lambda: small(optimizer="sgd")),
         "pytorch_lightning": _project(_of_pytorch_lightning),
@@ -765,12 +771,14 @@ RESUMES = (
 
 
 class Broken(NamedTuple):
-    """A callback, the checks that must fail, and words that one of them must say."""
+    """A callback, the checks that must fail, words that one of them must say, and where its fault is."""
 
     make: Callable[[], Any]
     fails: tuple[str, ...]
     words: str = ""
     neutral: Callable[[], Any] | None = None
+    at: Any = None
+    """The function that holds the line at fault."""
 
 
 FIT_FAILS = [
@@ -781,7 +789,9 @@ FIT_FAILS = [
 """Those that do not train at all, so nothing else is tried."""
 
 BROKEN = [
-    Broken(NeedsPairs, ("g1_trains_with_dictionaries",), "too many values to unpack"),
+    Broken(
+        NeedsPairs, ("g1_trains_with_dictionaries",), "too many values to unpack", at=NeedsPairs.on_train_batch_start
+    ),
     Broken(
         HalvesSometimes,
         ("g2_neutral_is_identity", "g2_neutral_with_accumulation"),
@@ -789,13 +799,13 @@ BROKEN = [
         lambda: HalvesSometimes(0.0),
     ),
     Broken(DividesByAccumulation, ("g2_neutral_with_accumulation",), "differs", neutral_division),
-    Broken(HookStays, ("g3_no_trace_after_success",), "body._forward_hooks holds see"),
+    Broken(HookStays, ("g3_no_trace_after_success",), "body._forward_hooks holds see", at=see),
     Broken(CleansUpInTeardown, LEFT, "body._forward_hooks holds see"),
     Broken(ForgetsCtrlC, ("g3_no_trace_after_ctrl_c",), "_forward_hooks"),
     Broken(ForgetsAFailedStart, ("g3_no_trace_after_a_failed_start",), "scratch"),
     Broken(ClassStays, ("g3_no_trace_after_success",), "Slim"),
     Broken(BufferStays, ("g3_no_trace_after_success",), "seen"),
-    Broken(StepStays, ("g3_no_trace_after_success",), "patched_step"),
+    Broken(StepStays, ("g3_no_trace_after_success",), "patched_step", at=StepStays.on_train_end),
     Broken(HookOfOptimizerStays, ("g3_no_trace_after_success",), "_optimizer_step_post_hooks"),
     Broken(LambdaOnChild, ("g3_no_trace_after_success",), "body of the module does not pickle"),
     Broken(CounterStays, AGAIN, "weights of the"),
@@ -803,11 +813,11 @@ BROKEN = [
     Broken(CounterStaysAfterAnException, AGAIN[1:], "weights of the fit after an exception"),
     Broken(HoldsALambda, ("g3_pickles_and_copies",), "attribute of"),
     Broken(KeyChangesInCopies, ("g3_pickles_and_copies",), "changes state_key"),
-    Broken(HoldsTheModule, ("g3_copy_in_a_fit_holds_no_run",), "holds a Small"),
+    Broken(HoldsTheModule, ("g3_copy_in_a_fit_holds_no_run",), "holds an object of type Small"),
     Broken(ChangesClassInAFit, ("g3_module_copied_in_a_fit_is_plain",), "Slim"),
     Broken(ReordersParameters, ("g4_state_dict_keys_in_a_fit", "g4_with_weight_averaging"), "their order"),
-    Broken(NumpyInState, ("g4_checkpoint_loads_by_default",), "numpy"),
-    Broken(ObjectInState, ("g4_checkpoint_loads_by_default",), "Slim"),
+    Broken(NumpyInState, ("g4_checkpoint_loads_by_default",), "numpy", at=NumpyInState.state_dict),
+    Broken(ObjectInState, ("g4_checkpoint_loads_by_default",), "Slim", at=ObjectInState.on_save_checkpoint),
     Broken(ValidatesOtherWeights, ("g4_checkpoint_computes_what_was_validated",), "computes"),
     Broken(
         SavesOtherWeightsAlone,
@@ -822,9 +832,9 @@ BROKEN = [
     Broken(CannotSaveAfterAnException, ("g4_checkpoint_on_exception", *AFTER_EXCEPTIONS), "saving it fails"),
     Broken(RestoresWeightsOfTheStart, ("g4_with_weight_averaging",), "plain module computes"),
     Broken(KeepsOptimizerStates, ("g4_a_run_without_it_continues",), "optimizer state"),
-    Broken(NeedsItsKey, ("g4_continues_a_run_without_it",), "its_key"),
+    Broken(NeedsItsKey, ("g4_continues_a_run_without_it",), "its_key", at=NeedsItsKey.on_load_checkpoint),
     Broken(DrawsWhenSaved, ("g5_saving_changes_nothing",), "random"),
-    Broken(LosesCounter, RESUMES, "steps"),
+    Broken(LosesCounter, RESUMES, "steps", at=Careful.state_dict),
     Broken(SavesAtEpochsOnly, (RESUMES[0], *RESUMES[2:]), "steps"),
     Broken(LosesEpoch, RESUMES[1:], "steps"),
     Broken(CountsStepsForBatches, ("g5_resumes_with_accumulation",), "resumed at epoch=1"),
@@ -835,24 +845,25 @@ BROKEN = [
     Broken(NeedsFiniteGradients, ("g6_fp16_with_overflow", "g7_no_host_sync"), "non-finite"),
     Broken(ClipsToo, ("g6_gradient_clip_val",), "Both clip."),
     Broken(NeedsEpochs, ("g6_max_steps_and_val_check_interval",), "math domain error"),
+    Broken(NeedsValidation, ("g6_no_validation",), "KeyError: 'val_loss'"),
     Broken(NeedsManySteps, ("g6_fast_dev_run",), "division by zero"),
     Broken(NeedsAScheduler, ("g6_manual_optimization_with_two_optimizers",), "IndexError"),
     Broken(NeedsAdam, ("g6_optimizer_without_second_moment",), "exp_avg_sq"),
-    Broken(NeedsAllGradients, ("g6_frozen_parameters",), "NoneType"),
+    Broken(NeedsAllGradients, ("g6_frozen_parameters",), "NoneType", at=NeedsAllGradients.on_before_optimizer_step),
     Broken(MovesFrozenWeights, ("g6_frozen_parameters",), "frozen body.weight"),
     Broken(NeedsNoCompiler, ("g6_compiled_submodules",), "A module is compiled."),
     Broken(StepsOtherwiseIfCompiled, ("g6_compiled_submodules",), "differs from the run without a compiler"),
     Broken(NeedsOneNamespace, ("g6_pytorch_lightning",), "not a Trainer"),
-    Broken(FailsOnRankOne, ("g6_two_ranks",), "only here"),
+    Broken(FailsOnRankOne, ("g6_two_ranks",), "only here", at=FailsOnRankOne.on_train_batch_end),
     Broken(TrainsOtherwiseOnRankOne, ("g6_two_ranks",), "on the other rank"),
-    Broken(ReadsLoss, ("g7_no_host_sync",), "on_train_batch_end"),
+    Broken(ReadsLoss, ("g7_no_host_sync",), "on_train_batch_end", at=ReadsLoss.on_train_batch_end),
     Broken(CopiesGradients, ("g7_no_host_sync",), "on_before_optimizer_step"),
-    Broken(SyncsInForward, ("g7_no_host_sync",), "training_step"),
-    Broken(SyncsInBackward, ("g7_no_host_sync",), "backward"),
-    Broken(SyncsInOptimizer, ("g7_no_host_sync",), "register_step_post_hook"),
+    Broken(SyncsInForward, ("g7_no_host_sync",), "training_step", at=SyncsInForward._look),
+    Broken(SyncsInBackward, ("g7_no_host_sync",), "backward", at=SyncsInBackward._look),
+    Broken(SyncsInOptimizer, ("g7_no_host_sync",), "register_step_post_hook", at=SyncsInOptimizer._look),
     Broken(WarnsAtEveryStep, ("g8_warns_once",), "warns 10 times"),
     Broken(WarnsWithNumbers, ("g8_warns_once",), "warns 10 times"),
-    Broken(takes_text, ("g8_yaml_round_trip",), "every"),
+    Broken(takes_text, ("g8_yaml_round_trip",), "every", at=TakesText.__init__),
     Broken(takes_any_number, ("g8_yaml_round_trip",), "*layers"),
 ]
 CAREFUL = [Broken(Careful, (), "", lambda: Careful(0.0)), Broken(Hooked, ()), Broken(Refuses, ())]

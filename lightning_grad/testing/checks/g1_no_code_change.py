@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from lightning_grad.testing.checks.registry import check
 from lightning_grad.testing.checks.trained import assert_trained, works_or_refuses
 from lightning_grad.testing.subject import Subject
@@ -19,13 +17,3 @@ def g1_trains_an_unmodified_module(subject: Subject) -> None:
 def g1_trains_with_dictionaries(subject: Subject) -> str:
     """The callback works or refuses if batches and results of a step are dictionaries."""
     return works_or_refuses(subject.on("dictionaries"))
-
-
-@check("full")
-def g1_trains_without_validation(subject: Subject) -> str:
-    """The callback works or refuses if the fit has no validation."""
-    return works_or_refuses(subject, _no_validation)
-
-
-def _no_validation() -> dict[str, Any]:
-    return {"limit_val_batches": 0, "max_epochs": 2}

@@ -145,7 +145,7 @@ def g3_copy_in_a_fit_holds_no_run(subject: Subject) -> None:
         return
     (callback,) = subject.built()
     if _culprit(callback):
-        raise NotApplicableError("It does not pickle before the fit either.")
+        raise NotApplicableError("It does not pickle before the fit either; see g3_pickles_and_copies.")
     raise GuaranteeError(f"pickle in the fit: {errors[0]}") from errors[0]
 
 

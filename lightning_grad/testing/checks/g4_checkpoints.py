@@ -159,7 +159,7 @@ def assert_as_validated(subject: Subject, paths: dict[int, Path], validated: dic
 
 
 def _in_order(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
-    """Leave out what a callback computed in addition: if all wanted outputs are there in their order, return only these."""
+    """Drop what a callback computed in addition: if all wanted outputs are there in their order, return only these."""
     left = iter(outputs)
     found = all(any(torch.equal(output, each) for output in left) for each in wanted)
     return wanted if found and len(outputs) > len(wanted) else outputs

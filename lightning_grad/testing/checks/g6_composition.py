@@ -126,6 +126,8 @@ def g6_two_ranks(subject: Subject) -> str:
     """On two processes with DDP, both end with the same weights."""
     if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise NotApplicableError("Processes cannot be forked here: there is no fork, or CUDA is in use.")
+    for each in (subject, subject.plain):
+        assert each.root.exists()  # made here, because the ranks end without removing theirs
     try:
         first, second = on_ranks(2, train_on_this_rank, subject, limit=_LIMIT)
     except AssertionError as error:

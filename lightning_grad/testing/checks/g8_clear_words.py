@@ -64,7 +64,10 @@ def g8_yaml_round_trip(subject: Subject) -> None:
 
 def _reason(words: str) -> str:
     """Return what the parser says of the callback; the rest lists all types that a callback may have."""
-    patterns = r"Problem with given class_path [^\n]*\n(.*?)(?=\n *- |\Z)", r"Errors:\n(.*?)(?=\n *- Not a valid|\Z)"
+    patterns = (
+        r"Problem with given class_path [^\n]*\n(.*?)(?=\n *- |\Z)",
+        r"Errors:\n[ -]*(.*?)(?=\n *- Not a valid|\Z)",
+    )
     found = re.search(patterns[0], words, re.S) or re.search(patterns[1], words, re.S)
     return " ".join((found.group(1) if found else words).split())
 

@@ -74,7 +74,7 @@ def _words(error: Exception) -> str:
     """Return the message, with the class unless a comparison of this package failed."""
     text, trace = str(error).strip(), traceback.extract_tb(error.__traceback__)
     compared = isinstance(error, AssertionError) and (not trace or Path(trace[-1].filename).is_relative_to(_HERE))
-    return text if compared and text else f"{type(error).__name__}: {text}"
+    return text if compared and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _line(error: BaseException, subject: Subject) -> str:
