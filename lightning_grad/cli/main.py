@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from lightning_grad.cli import listing, scores, show
+from lightning_grad.cli import check, listing, scores, show
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,6 +31,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-grad", description="Gradient techniques for any LightningModule, on the command line."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (listing, show, scores):
+    for module in (check, listing, show, scores):
         module.add_command(commands)
     return parser

@@ -1,0 +1,102 @@
+"""The trials of all techniques, in rounds."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+from lightning_grad.cli.catalog import is_strategy
+from lightning_grad.cli.check.memory import peak_of
+from lightning_grad.cli.check.ranks import try_strategy
+from lightning_grad.cli.check.rows import ROUNDS, Row
+from lightning_grad.cli.check.sources import ShortProject
+from lightning_grad.cli.check.trial import Outcome, try_out
+
+_BARE = 3  # runs without a technique, whose memory shows what differs by chance
+_GROUP = 5  # techniques that share a run without one
+
+
+class Rounds:
+    """Tries techniques on a project.
+
+    Args:
+        project: Builds the module and its data.
+        techniques: Classes to try, in the order of the rows.
+        batches: Batches for each epoch.
+        memory: Whether to measure memory.
+
+    Attributes:
+        rows: What is known, also if :meth:`run` is interrupted.
+    """
+
+    def __init__(self, project: ShortProject, techniques: Sequence[type[Any]], batches: int, memory: bool) -> None:
+        self.rows = {technique: Row(technique) for technique in techniques}
+        self._project = project
+        self._batches = batches
+        self._memory = memory
+
+    def run(self) -> None:
+        """Try all techniques, and show the progress. Strategies come first, before a GPU is used."""
+        strategies = [technique for technique in self.rows if is_strategy(technique)]
+        callbacks = [technique for technique in self.rows if not is_strategy(technique)]
+        with tqdm(total=len(strategies) + ROUNDS * len(callbacks), unit="trial", disable=None, leave=False) as bar:
+            for strategy in strategies:
+                bar.set_description(strategy.__name__)
+                self.rows[strategy] = try_strategy(self._project, strategy, self._batches)
+                bar.update()
+            for round_ in range(ROUNDS):
+                self._round(bar, [technique for technique in callbacks if self.rows[technique].is_open])
+                if round_ == 0:
+                    self._longer_round(bar, [technique for technique in callbacks if self.rows[technique].has_passes])
+            if self._memory:
+                self._measure_memory(bar, [technique for technique in callbacks if self.rows[technique].is_open])
+
+    def _round(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
+        for group in _groups(techniques):
+            bare = self._try(bar, None)
+            for technique in group:
+                row = self.rows[technique]
+                is_first = row.outcome.status == "not tried"
+                row.add(self._try(bar, technique), bare)
+                bar.update()
+                if is_first and not row.is_open:
+                    bar.total -= ROUNDS - 1
+
+    def _longer_round(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
+        """Make epochs twice as long, to tell passes through the data from a fixed number of steps."""
+        bare = self._try(bar, None, longer=True) if techniques else None
+        for technique in techniques:
+            outcome = self._try(bar, technique, longer=True)
+            if bare is not None and outcome.status == bare.status == "runs":
+                self.rows[technique].compare_calls(outcome, bare)
+
+    def _try(self, bar: Any, technique: type[Any] | None, longer: bool = False) -> Outcome:
+        bar.set_description(technique.__name__ if technique else "without a technique")
+        return try_out(self._project, technique, 2 * self._batches if longer else self._batches)
+
+    def _measure_memory(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
+        if any(self.rows[technique].memory for technique in techniques):  # the device has told
+            return
+        bar.total += len(techniques) + _BARE
+        peaks: dict[Any, int | None] = {}
+        bare: list[int] = []
+        for technique in (*[None] * _BARE, *techniques):
+            bar.set_description(f"memory of {technique.__name__ if technique else 'a run without a technique'}")
+            peak = peak_of(partial(self._succeeds, technique))
+            bar.update()
+            if peak is None:
+                continue
+            if technique is None:
+                bare.append(peak)
+            elif bare:
+                self.rows[technique].memory = (peak - max(bare), max(bare) - min(bare))
+
+    def _succeeds(self, technique: type[Any] | None) -> bool:
+        return try_out(self._project, technique, self._batches, accelerator="cpu").status == "runs"
+
+
+def _groups(techniques: Sequence[type[Any]]) -> Iterator[Sequence[type[Any]]]:
+    for start in range(0, len(techniques), _GROUP):
+        yield techniques[start : start + _GROUP]

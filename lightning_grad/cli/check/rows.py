@@ -1,0 +1,144 @@
+"""What is known about each technique, and the rule by which a ratio is shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_grad.cli.check.trial import EPOCHS, Outcome
+from lightning_grad.cli.check.watch import STEPS
+
+ROUNDS = 5
+"""Rounds that a ratio needs."""
+
+_LEAST = 0.1  # a smaller difference of the step times is not shown
+_NOISE = 2 * 2**20  # bytes; a process takes memory in larger pieces than tensors need
+_NOT_FINITE = "Its weights became non-finite; without it they stay finite."
+_DATA = {"training_step": "training data", "validation_step": "validation"}
+_STEPS = {"training_step": "training steps an epoch", "validation_step": "validation steps an epoch"}
+
+
+@dataclass(frozen=True)
+class Extra:
+    """Calls of one of the module's steps between epochs that only a technique makes, in a run of some length.
+
+    Args:
+        calls: Number of these calls in the whole run.
+        batches: Batches of the data: of a training epoch, or of all validations.
+    """
+
+    calls: int
+    batches: int
+
+
+@dataclass
+class Row:
+    """A technique and what its trials showed.
+
+    Args:
+        technique: Class of the technique.
+        outcome: Outcome of the latest trial.
+        rounds: Seconds of the fastest step with the technique and of the fastest step without it, for each round.
+            Other processes can only slow a step down.
+        extra: Calls between epochs by name of the step, for each length of the epochs that was tried.
+        memory: Bytes of peak memory beyond a run without the technique, and how much such runs differ; ``None`` if
+            not measured.
+    """
+
+    technique: type[Any]
+    outcome: Outcome = field(default_factory=lambda: Outcome("not tried"))
+    rounds: list[tuple[float, float]] = field(default_factory=list)
+    extra: dict[str, list[Extra]] = field(default_factory=dict)
+    memory: tuple[int, int] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a further trial can show something new."""
+        return self.outcome.status in ("runs", "not tried")
+
+    def add(self, outcome: Outcome, bare: Outcome) -> None:
+        """Add the outcome of a round, and that of a run without the technique in the same round."""
+        if outcome.status == "runs" and bare.is_finite and not outcome.is_finite:
+            outcome = Outcome("FAILED", [_NOT_FINITE])
+        self.outcome = outcome
+        if outcome.status != "runs":
+            return
+        if outcome.seconds and bare.seconds:
+            self.rounds.append((min(outcome.seconds), min(bare.seconds)))
+        if not self.extra:
+            self.compare_calls(outcome, bare)
+        if outcome.peak is not None and bare.peak is not None:
+            self.memory = (outcome.peak - bare.peak, 0)
+
+    def compare_calls(self, outcome: Outcome, bare: Outcome) -> None:
+        """Count the calls between epochs that only the technique makes."""
+        lengths = {"training_step": bare.batches // EPOCHS, "validation_step": bare.calls.get("validation_step", 0)}
+        for step in STEPS:
+            calls = outcome.calls.get(step, 0) - bare.calls.get(step, 0)
+            self.extra.setdefault(step, []).append(Extra(calls, lengths[step]))
+
+    @property
+    def ratio(self) -> float | None:
+        """The ratio of the times over all rounds; ``None`` before there are enough of them."""
+        if len(self.rounds) < ROUNDS:
+            return None
+        return min(ours for ours, _ in self.rounds) / min(bare for _, bare in self.rounds)
+
+    @property
+    def spread(self) -> float:
+        """How much the ratio changes if the fastest round, with the technique and without it, had not been made."""
+        ours, bare = (sorted(round_[i] for round_ in self.rounds) for i in (0, 1))
+        return (ours[1] / ours[0]) * (bare[1] / bare[0]) - 1.0
+
+    @property
+    def step_time(self) -> str:
+        """The ratio in words: a number only if it differs from 1 by more than the rounds differ from each other.
+
+        Example:
+            >>> Row(object, rounds=[(2.0, 1.0), (2.1, 1.1), (2.2, 1.0), (4.0, 1.7), (2.4, 1.2)]).step_time
+            '2.0'
+            >>> Row(object, rounds=[(2.0, 1.0), (2.9, 1.1), (3.2, 2.0), (4.0, 1.7), (2.9, 1.9)]).step_time
+            'about 1'
+        """
+        if self.ratio is None:
+            return "-"
+        difference = abs(self.ratio - 1.0)
+        return f"{self.ratio:.1f}" if difference > max(self.spread, _LEAST) else "about 1"
+
+    @property
+    def has_passes(self) -> bool:
+        """Whether the technique runs the module between epochs."""
+        return any(extra.calls > 0 for found in self.extra.values() for extra in found)
+
+    @property
+    def passes(self) -> str:
+        """What the technique runs between epochs: passes through the data, and steps that do not grow with the data.
+
+        Example:
+            >>> Row(object, extra={"training_step": [Extra(4, 4), Extra(8, 8)]}).passes
+            '1 x training data'
+            >>> Row(object, extra={"training_step": [Extra(39, 4), Extra(39, 8)]}).passes
+            '13 training steps an epoch'
+        """
+        found = [words for step, extra in self.extra.items() for words in _words_of(step, extra)]
+        return ", ".join(found) or "-"
+
+    @property
+    def memory_in_words(self) -> str:
+        """The additional peak memory, if it is more than runs without the technique differ."""
+        if self.memory is None:
+            return "-"
+        extra, noise = self.memory
+        return f"{extra / 2**20:+,.0f} MB" if abs(extra) > max(noise, _NOISE) else "about 0"
+
+
+def _words_of(step: str, extra: list[Extra]) -> list[str]:
+    first, last = extra[0], extra[-1]
+    if first.calls <= 0:
+        return []
+    grows = last.batches > first.batches
+    share = (last.calls - first.calls) / (last.batches - first.batches) if grows else 0.0
+    fixed = (first.calls - share * first.batches) / EPOCHS
+    shown = [f"{share:.2g} x {_DATA[step]}"] if share > 0 else []
+    # Less than one step an epoch is a rehearsal, or the rounding of a share of the data.
+    return shown + ([f"{fixed:.3g} {_STEPS[step]}"] if fixed >= 1 or not shown else [])

@@ -1,0 +1,110 @@
+"""What a trial measures while it trains: step times, passes between epochs, memory, and what the technique acts on."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
+
+from lightning_grad.core import Chosen
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
+from lightning_grad.utilities.reporting import is_log_step
+
+STEPS = ("training_step", "validation_step")
+
+
+class Watch:
+    """Watches one fit. Its callbacks must be the first and the last of the Trainer.
+
+    Args:
+        technique: The technique whose choice is read; ``None`` for a fit without one.
+
+    Attributes:
+        seconds: Time of each batch that counts: not the first one, not the last one of an epoch, and no log step.
+        batches: Number of training batches.
+        calls: Number of calls of the module's steps outside of training batches, by name of the step.
+        chosen: What the technique acted on.
+        device: Device of the module.
+        peak: Peak memory of the device in bytes; ``None`` on the CPU.
+    """
+
+    def __init__(self, technique: Any = None) -> None:
+        self.technique = technique
+        self.seconds: list[float] = []
+        self.calls: Counter[str] = Counter()
+        self.chosen: Chosen | None = None
+        self.device = ""
+        self.peak: int | None = None
+        self.batches = 0
+        self.in_batch = False
+        self.counts = False
+        self.began = 0.0
+
+    def around(self, callbacks: list[Callback]) -> list[Callback]:
+        """Return the callbacks between the two of the watch."""
+        return [_First(self), *callbacks, _Last(self)]
+
+
+class _First(Callback):
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # The innermost wrapper, so it counts every call, no matter which technique makes it.
+        for name in STEPS:
+            wrap_method(pl_module, name, self._counting(name), WrapOrder.METHOD)
+
+    def _counting(self, name: str) -> Callable[..., Any]:
+        def counted(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.watch.batches and not self.watch.in_batch:  # a rehearsal before the first batch is no pass
+                self.watch.calls[name] += 1
+            return inner(*args, **kwargs)
+
+        return counted
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.watch.in_batch = True
+        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # it may be smaller
+        self.watch.counts = not (self.watch.batches == 0 or is_last or is_log_step(trainer))
+        self.watch.batches += 1
+        self.watch.began = _now(pl_module)
+
+
+class _Last(Callback):
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.watch.counts:
+            self.watch.seconds.append(_now(pl_module) - self.watch.began)
+        self.watch.in_batch = False
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watch.device = str(pl_module.device)
+        if pl_module.device.type == "cuda":
+            self.watch.peak = torch.cuda.max_memory_allocated(pl_module.device)
+        if self.watch.technique is not None:
+            self.watch.chosen = self.watch.technique.chosen()
+
+
+def _now(pl_module: pl.LightningModule) -> float:
+    if pl_module.device.type != "cpu":
+        torch.accelerator.synchronize(pl_module.device)
+    return time.perf_counter()
