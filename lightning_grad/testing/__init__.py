@@ -3,6 +3,8 @@
 The contract suite of this package is built from them, and you can test your own techniques with them. They may import
 all other packages, and no other package imports them.
 
+- :func:`check_callback` puts any Lightning callback through the eight guarantees, and returns :class:`Rows` of
+  :class:`Row`.
 - A small project: :func:`make_classifier`, :func:`make_data`, :func:`loaders` and :class:`ResumableLoader`,
   :func:`make_trainer` and :func:`fit`. Its optimizers are in ``OPTIMIZERS``, its sizes are ``BATCH``, ``BATCHES``,
   ``TOKENS``, ``WIDTH`` and ``CLASSES``.
@@ -15,6 +17,7 @@ all other packages, and no other package imports them.
 - Several processes: :func:`on_ranks`.
 """
 
+from lightning_grad.testing.checker import check_callback
 from lightning_grad.testing.project import Project
 from lightning_grad.testing.ranks import on_ranks
 from lightning_grad.testing.reference import (
@@ -31,6 +34,7 @@ from lightning_grad.testing.reference import (
     make_data,
     make_trainer,
 )
+from lightning_grad.testing.rows import Row, Rows
 from lightning_grad.testing.states import assert_identical, state_of
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn, StopInTrainingStep
 from lightning_grad.testing.syncs import GuardStep, NoSync, guarded
@@ -48,11 +52,14 @@ __all__ = [
     "PicklerOfNoRun",
     "Project",
     "ResumableLoader",
+    "Row",
+    "Rows",
     "StopAfter",
     "StopAt",
     "StopIn",
     "StopInTrainingStep",
     "assert_identical",
+    "check_callback",
     "fit",
     "guarded",
     "loaders",

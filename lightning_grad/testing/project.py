@@ -1,4 +1,4 @@
-"""A project to try a technique on: a module with its data, built anew for each fit."""
+"""A project to try a technique on: a module with its data, built again for each fit."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Project:
             each fit.
         name: Name for messages.
         arguments: Arguments for each Trainer, such as ``limit_train_batches``.
+        monitor: A logged metric that checkpoints are chosen by; ``None`` for none.
         variants: Other projects by the feature that they have, such as ``"manual_optimization"``.
 
     Example:
@@ -48,6 +49,7 @@ class Project:
     build: Callable[[], Any]
     name: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    monitor: str | None = None
     variants: Mapping[str, Project] = field(default_factory=dict)
 
     def make(self) -> Built:
@@ -82,6 +84,14 @@ class Project:
         trainer = make_trainer(**{**copy.deepcopy(dict(self.arguments)), **arguments}, callbacks=list(callbacks))
         trainer.fit(built.module, **built.data, ckpt_path=ckpt, weights_only=None if ckpt is None else False)
         return trainer, built.module
+
+    def validate(self, built: Built, callbacks: list[Any], ckpt: Any = None) -> None:
+        """Validate what :meth:`make` returned, with the weights of a checkpoint if its path is given."""
+        trainer = make_trainer(**self.arguments, callbacks=list(callbacks))
+        data = {"dataloaders": built.data.get("val_dataloaders"), "datamodule": built.data.get("datamodule")}
+        trainer.validate(
+            built.module, **data, ckpt_path=ckpt, weights_only=None if ckpt is None else False, verbose=False
+        )
 
 
 def _is_a(thing: Any, name: str) -> bool:

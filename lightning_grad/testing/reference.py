@@ -79,6 +79,9 @@ def _classifier_class(base: Any, optimizer: str, manual: bool) -> Callable[[], A
             scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(chosen, 24)
             return {"optimizer": chosen, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    of = f"{base.__module__}.{base.__qualname__}".replace(".", "_")
+    Classifier.__qualname__ = f"Classifier_{of}_{optimizer}_{manual}"
+    globals()[Classifier.__qualname__] = Classifier  # where pickle looks for it
     return Classifier
 
 

@@ -17,10 +17,13 @@ class StopIn(pl.Callback):
 
     def __init__(self, hook: str, step: int, error: type[BaseException] = RuntimeError) -> None:
         self.step, self.error = step, error
+        self.trainer: Any = None
+        """The interrupted trainer; ``None`` until it is."""
         setattr(self, hook, self._raise)
 
     def _raise(self, trainer: Any, *_: Any) -> None:
         if trainer.global_step == self.step:
+            self.trainer = trainer
             raise self.error("stopped on purpose")
 
 

@@ -26,20 +26,36 @@ def traces(module: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, child in module.named_modules():
         hooks = {hook: len(getattr(child, hook)) for hook in _HOOKS}
-        found[name] = (type(child), sorted(set(vars(child)) - {"_trainer"}), sorted(child._buffers), hooks)
+        attributes = sorted(set(vars(child)) - {"_trainer"})
+        named = {"class": _classes(child), "attributes": attributes, "buffers": sorted(child._buffers), **hooks}
+        found[name or "module"] = {**named, "training": child.training}
     for name, parameter in module.named_parameters():
-        found[name] = (type(parameter), bool(parameter._backward_hooks), sorted(parameter.__dict__))
+        hooked, attributes = bool(parameter._backward_hooks), sorted(parameter.__dict__)
+        named = {"class": _classes(parameter), "attributes": attributes, "requires_grad": parameter.requires_grad}
+        found[f"{name} "] = {**named, "hooks": hooked}  # a module may have the same name
     return found
 
 
+def _classes(thing: object) -> list[str]:
+    """Name the class and its bases: two modules whose class is defined in a function have different classes."""
+    return [f"{cls.__module__}.{cls.__qualname__}" for cls in type(thing).__mro__]
+
+
 def trainer_traces(trainer: Any) -> dict[str, Any]:
-    """Describe the callables set on the strategy, and the step hooks of the optimizers."""
-    own = {name for name in vars(trainer.strategy) if callable(vars(trainer.strategy)[name])}
-    hooks = [
-        (len(o._optimizer_step_pre_hooks), len(o._optimizer_step_post_hooks), "step" in vars(o))
-        for o in trainer.optimizers
-    ]
-    return {"strategy": own, "hooks": hooks}
+    """Describe the attributes of the trainer, callables set on the strategy, the loader, and hooks of the optimizers."""
+    loader = trainer.train_dataloader
+    return {
+        "trainer": sorted(vars(trainer)),
+        "strategy": sorted(name for name, value in vars(trainer.strategy).items() if callable(value)),
+        "loader": [_classes(part) for part in (loader, getattr(loader, "sampler", 0), getattr(loader, "dataset", 0))],
+        "optimizers": [_optimizer_traces(optimizer) for optimizer in trainer.optimizers],
+    }
+
+
+def _optimizer_traces(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    hooks = {name: len(value) for name, value in vars(optimizer).items() if name.endswith("_hooks")}
+    keys = [sorted(group) for group in optimizer.param_groups]
+    return {"class": _classes(optimizer), "attributes": sorted(vars(optimizer)), "groups": keys, **hooks}
 
 
 def optimizer_traces(optimizer: torch.optim.Optimizer) -> list[Any]:
@@ -66,3 +82,17 @@ class PicklerOfNoRun(pickle.Pickler):
         if isinstance(value, (nn.Module, torch.optim.Optimizer, pl.Trainer)):
             raise AssertionError(f"A copy holds a {type(value).__name__}, which belongs to a run.")
         return NotImplemented
+
+
+def hooks_and_methods(module: nn.Module) -> list[tuple[str, Any]]:
+    """Return (where, function) of every hook on a module or parameter, and of every function set on an instance."""
+    found = []
+    for name, child in module.named_modules():
+        for attribute, value in vars(child).items():
+            if attribute in _HOOKS:
+                found += [(f"{name or 'module'}.{attribute}", hook) for hook in value.values() if callable(hook)]
+            elif callable(value) and not isinstance(value, nn.Module):
+                found.append((f"{name or 'module'}.{attribute}", value))
+    for name, parameter in module.named_parameters():
+        found += [(f"{name}._backward_hooks", hook) for hook in (parameter._backward_hooks or {}).values()]
+    return found

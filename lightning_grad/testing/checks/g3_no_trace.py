@@ -1,0 +1,150 @@
+"""G3: after a fit nothing of the callback is left, and it can be copied and used again."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_grad.testing.checks.registry import GuaranteeError, check
+from lightning_grad.testing.lines import line_of_function
+from lightning_grad.testing.runs import Run
+from lightning_grad.testing.states import assert_identical
+from lightning_grad.testing.subject import NotApplicableError, Subject
+from lightning_grad.testing.traces import hooks_and_methods
+from lightning_grad.testing.watching import without_links
+
+
+@check("quick")
+def g3_no_trace_after_success(subject: Subject) -> None:
+    """After a fit no hook, patched method, changed class, attribute or buffer is left, and the module pickles."""
+    assert_nothing_is_left(subject.bare(), subject.plain.bare())
+
+
+@check("quick")
+def g3_no_trace_after_an_exception(subject: Subject) -> None:
+    """The same after a fit that an exception ended in mid-epoch."""
+    assert_nothing_is_left(subject.broken("exception"), subject.plain.broken("exception"))
+
+
+@check("full")
+def g3_no_trace_after_ctrl_c(subject: Subject) -> None:
+    """The same after Ctrl-C, which ends the fit with SystemExit."""
+    assert_nothing_is_left(subject.broken("interrupt"), subject.plain.broken("interrupt"))
+
+
+@check("full")
+def g3_no_trace_after_a_failed_start(subject: Subject) -> None:
+    """The same after an exception in ``on_fit_start`` of a callback that comes later in the list."""
+    assert_nothing_is_left(subject.broken("in on_fit_start"), subject.plain.broken("in on_fit_start"))
+
+
+def assert_nothing_is_left(run: Run, plain: Run) -> None:
+    """Raise unless module and trainer look as after the run without a callback, and the module's children pickle."""
+    try:
+        assert_identical(plain.traces, run.traces, "left behind: ")
+    except AssertionError as error:
+        raise GuaranteeError(*_of_whom(run.module, str(error))) from error
+    for name, child in plain.module.named_children():
+        if _pickles(child) and not _pickles(run.module.get_submodule(name)):
+            raise GuaranteeError(f"{name} of the module does not pickle after the fit.")
+
+
+def _of_whom(module: nn.Module, words: str) -> tuple[str, str]:
+    """Add the place of the first hook or method on the module that is no library's."""
+    for where, function in hooks_and_methods(module):
+        line = line_of_function(function)
+        if line:
+            return f"{words}; {where} holds {getattr(function, '__qualname__', function)}", line
+    return words, ""
+
+
+def _pickles(child: nn.Module) -> bool:
+    try:
+        pickle.loads(pickle.dumps(child))
+    except Exception:
+        return False
+    return True
+
+
+@check("quick")
+def g3_second_fit_equals_the_first(subject: Subject) -> None:
+    """After a fit and a validation, another fit of the same callback gives bitwise the weights of its first."""
+    first = subject.bare()
+    path = None
+    with contextlib.suppress(Exception):  # a check of its own says so if saving fails
+        path = max(subject.watched().saved("epochs").values())
+    if first.trainer.num_val_batches:
+        subject.project.validate(subject.project.make(), first.callbacks, path)
+    assert_identical(first.weights, subject.run(first.callbacks).weights, "weights of the second fit")
+
+
+@check("full")
+def g3_fit_after_an_exception_equals_the_first(subject: Subject) -> None:
+    """After a fit that an exception ended, another fit of the same callback gives bitwise the weights of its first."""
+    again = subject.run(subject.broken("exception").callbacks)
+    assert_identical(subject.bare().weights, again.weights, "weights of the fit after an exception")
+
+
+@check("quick")
+def g3_pickles_and_copies(subject: Subject) -> None:
+    """The callback pickles and copies before and after a fit."""
+    for when, callback in (("before", subject.built()[0]), ("after", without_links(subject.bare().callbacks[0]))):
+        for how, duplicate in (("pickle", _pickled), ("deepcopy", copy.deepcopy)):
+            try:
+                twin = duplicate(callback)
+            except Exception as error:
+                raise GuaranteeError(
+                    f"{how} {when} the fit: {type(error).__name__}: {error}{_culprit(callback)}"
+                ) from error
+            if twin.state_key != callback.state_key:
+                raise GuaranteeError(
+                    f"{how} {when} the fit changes state_key from {callback.state_key!r} to {twin.state_key!r}."
+                )
+
+
+def _pickled(callback: Any) -> Any:
+    return pickle.loads(pickle.dumps(callback))
+
+
+def _culprit(callback: Any) -> str:
+    """Name the attributes that do not pickle."""
+    names = []
+    for name, value in vars(callback).items():
+        try:
+            pickle.dumps(value)
+        except Exception:
+            names.append(name)
+    return f" (in {', '.join(names)})" if names else ""
+
+
+@check("full")
+def g3_copy_in_a_fit_holds_no_run(subject: Subject) -> None:
+    """A copy of the callback, taken during a fit, contains no module, optimizer or trainer."""
+    errors = subject.watched().watch.pickling_errors
+    if errors:
+        raise GuaranteeError(f"{errors[0]}")
+
+
+@check("full")
+def g3_module_copied_in_a_fit_is_plain(subject: Subject) -> None:
+    """A copy of a child of the module, taken in validation, has its plain class and computes the same."""
+    plain, watch = subject.plain.watched().watch, subject.watched().watch
+    if not plain.copies or plain.copying_errors:
+        raise NotApplicableError("The children of the module do not pickle, or return no tensor.")
+    if watch.copying_errors:
+        raise watch.copying_errors[0]
+    assert_identical(
+        [_classes(twin) for twin, *_ in plain.copies], [_classes(twin) for twin, *_ in watch.copies], "copies"
+    )
+    for twin, inputs, output in watch.copies:
+        with torch.no_grad():
+            assert_identical(output, twin.eval()(*inputs), f"output of a copied {type(twin).__name__}")
+
+
+def _classes(module: nn.Module) -> list[str]:
+    return [f"{type(child).__module__}.{type(child).__qualname__}" for child in module.modules()]

@@ -1,0 +1,122 @@
+"""G4: every checkpoint loads into the plain module, and computes what was validated."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_grad.testing.checks.registry import GuaranteeError, check
+from lightning_grad.testing.checks.trained import assert_trained
+from lightning_grad.testing.lines import line_of_class
+from lightning_grad.testing.rows import REFUSES
+from lightning_grad.testing.states import assert_identical
+from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
+from lightning_grad.testing.watching import Outputs
+
+
+@check("quick")
+def g4_state_dict_keys_in_a_fit(subject: Subject) -> None:
+    """During a fit the module has the keys and parameters of the plain module, in the same order."""
+    plain = subject.plain.watched().watch.keys[0]
+    for keys in subject.watched().watch.keys:
+        if keys != plain:
+            other = sorted(set(keys) ^ set(plain))
+            raise GuaranteeError(
+                f"state_dict() and named_parameters() differ from the plain module's: {other or 'their order'}"
+            )
+
+
+@check("quick")
+def g4_checkpoint_loads_by_default(subject: Subject) -> None:
+    """``torch.load`` reads checkpoints with ``weights_only=True``, as Lightning does."""
+    for path in subject.watched().saved("epochs").values():
+        try:
+            torch.load(path, weights_only=True)
+        except Exception as error:
+            line = line_of_class(subject.kind, "state_dict", "on_save_checkpoint")
+            raise GuaranteeError(str(error).split("\n")[0], line) from error
+
+
+@check("quick")
+def g4_checkpoint_computes_what_was_validated(subject: Subject) -> None:
+    """Each epoch's checkpoint loads strictly into the plain module, which then computes bitwise what was validated."""
+    watched = subject.watched()
+    _assert_as_validated(subject, watched.saved("epochs"), watched.watch.of)
+
+
+@check("full")
+def g4_other_checkpoints_hold_the_same_weights(subject: Subject) -> None:
+    """Checkpoints with ``save_weights_only=True`` and ``last.ckpt`` hold the weights of the epoch's checkpoint."""
+    watched = subject.watched()
+    epochs = watched.saved("epochs")
+    others = {**watched.saved("weights"), max(epochs): watched.folder / "epochs" / "last.ckpt"}
+    for step, path in [*watched.saved("weights").items(), *others.items()]:
+        assert_identical(_weights(epochs[step]), _weights(path), f"{path.parent.name}/{path.name}")
+
+
+@check("full")
+def g4_checkpoint_on_exception(subject: Subject) -> None:
+    """Checkpoints that an exception leads to, also one saved by hand, hold the weights that another has at that step."""
+    broken, saved = subject.broken("exception"), subject.watched().saved("steps")
+    step = broken.left["steps"]
+    if step not in saved:
+        raise NotApplicableError(f"No checkpoint was saved at step {step}.")
+    missing = sorted({"on_exception", "full", "weights", "by_hand"} - broken.saved.keys())
+    if missing:
+        raise GuaranteeError(f"An exception leads to no checkpoint {missing}: saving it fails.")
+    for who, checkpoint in broken.saved.items():
+        assert_identical(_weights(saved[step]), dict(checkpoint["state_dict"]), who)
+
+
+@check("full", feature="weight_averaging")
+def g4_with_weight_averaging(subject: Subject) -> str:
+    """With Lightning's EMA, in either order, checkpoints hold what was validated, and the final weights are the same."""
+    averaging = getattr(importlib.import_module("lightning.pytorch.callbacks"), "EMAWeightAveraging", None)
+    if averaging is None:
+        raise NotApplicableError("This Lightning has no EMAWeightAveraging.")
+    ends: list[Any] = []
+    for ema_first in (False, True):
+        callbacks = [*subject.built(), averaging(decay=0.8)]
+        try:
+            run = subject.run_and_save(callbacks[::-1] if ema_first else callbacks, ["epochs"])
+        except RefusedError as refusal:
+            return f"{REFUSES}{refusal}"
+        _assert_as_validated(subject, run.saved("epochs"), run.watch.of)
+        ends.append(run.weights)
+    assert_identical(ends[0], ends[1], "weights in the other order of the callbacks")
+    return ""
+
+
+@check("full")
+def g4_a_run_without_it_continues(subject: Subject) -> None:
+    """A run without the callback resumes from its checkpoint."""
+    subject.plain.run(ckpt=_half_way(subject))
+
+
+@check("full")
+def g4_continues_a_run_without_it(subject: Subject) -> None:
+    """A run with the callback resumes from the checkpoint of a run without it."""
+    assert_trained(subject.run(ckpt=_half_way(subject.plain)), subject.plain.bare())
+
+
+def _half_way(subject: Subject) -> Path:
+    paths = list(subject.watched().saved("epochs").values())
+    return paths[(len(paths) - 1) // 2]
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    return dict(torch.load(path, weights_only=False)["state_dict"])
+
+
+def _assert_as_validated(subject: Subject, paths: dict[int, Path], validated: dict[int, list[Tensor]]) -> None:
+    if not any(validated.values()):
+        raise NotApplicableError("The module has no validation, or its children return no tensors there.")
+    built, outputs = subject.project.make(), Outputs()
+    for step, path in paths.items():
+        built.module.load_state_dict(_weights(path), strict=True)
+        subject.project.validate(built, [outputs])
+        assert_identical(validated[step], outputs.of[0], f"what the plain module computes with {path.name}")

@@ -1,0 +1,183 @@
+"""G6: the callback works with what Lightning offers, or refuses it before the first batch."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor
+
+from lightning_grad.testing.checks.registry import GuaranteeError, check
+from lightning_grad.testing.checks.trained import assert_trained, premise, works_or_refuses
+from lightning_grad.testing.ranks import on_ranks
+from lightning_grad.testing.rows import REFUSES
+from lightning_grad.testing.states import assert_identical
+from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
+
+
+@check("quick", feature="accumulation")
+def g6_accumulation(subject: Subject) -> str:
+    """``Trainer(accumulate_grad_batches=3)``."""
+    return works_or_refuses(subject, _accumulation)
+
+
+@check("quick", feature="bf16")
+def g6_bf16_mixed(subject: Subject) -> str:
+    """``Trainer(precision="bf16-mixed")``."""
+    return works_or_refuses(subject, _bf16_mixed)
+
+
+@check("full", feature="bf16")
+def g6_bf16_true(subject: Subject) -> str:
+    """``Trainer(precision="bf16-true")``."""
+    return works_or_refuses(subject, _bf16_true)
+
+
+@check("full", feature="fp16")
+def g6_fp16_with_overflow(subject: Subject) -> str:
+    """An fp16 GradScaler whose first steps overflow."""
+    return works_or_refuses(subject, _fp16)
+
+
+@check("full", feature="gradient_clip_val")
+def g6_gradient_clip_val(subject: Subject) -> str:
+    """``Trainer(gradient_clip_val=0.5)``."""
+    return works_or_refuses(subject, _clipping)
+
+
+@check("full")
+def g6_max_steps_and_val_check_interval(subject: Subject) -> str:
+    """A run that validates at every second batch, and ends in mid-epoch by ``max_steps``."""
+    return works_or_refuses(subject, _short)
+
+
+@check("full")
+def g6_fast_dev_run(subject: Subject) -> str:
+    """``Trainer(fast_dev_run=True)``."""
+    return works_or_refuses(subject, _fast_dev_run)
+
+
+@check("quick", feature="manual_optimization")
+def g6_manual_optimization_with_two_optimizers(subject: Subject) -> str:
+    """A module that steps two optimizers itself."""
+    return works_or_refuses(subject.on("manual_optimization"))
+
+
+@check("full", feature="no_second_moment")
+def g6_optimizer_without_second_moment(subject: Subject) -> str:
+    """SGD with momentum."""
+    return works_or_refuses(subject.on("no_second_moment"))
+
+
+@check("full")
+def g6_frozen_parameters(subject: Subject) -> str:
+    """Parameters that the module has frozen stay what they are."""
+    words = works_or_refuses(subject, change=_freeze_first_child)
+    if words:
+        return words
+    run = subject.situated(dict, _freeze_first_child)
+    for name, parameter in run.module.named_parameters():
+        if not parameter.requires_grad and run.start is not None:
+            assert_identical(run.start[name], run.weights[name], f"frozen {name}")
+    return ""
+
+
+@check("full", feature="compiled")
+def g6_compiled_submodules(subject: Subject) -> str:
+    """With children compiled by the backend ``"eager"``, the weights are those of a run without a compiler, up to 1e-6."""
+    words = works_or_refuses(subject, change=_compile_children)
+    if not words:
+        compiled, eager = subject.situated(dict, _compile_children), subject.bare()
+        for name, value in compiled.weights.items():
+            if not torch.allclose(value, eager.weights[name.replace("_orig_mod.", "")], atol=1e-6):
+                raise GuaranteeError(f"{name} differs from the run without a compiler.")
+    return words
+
+
+@check("full", feature="pytorch_lightning")
+def g6_pytorch_lightning(subject: Subject) -> str:
+    """Under ``pytorch_lightning.Trainer`` the weights are bitwise those under ``lightning.pytorch.Trainer``."""
+    try:
+        importlib.import_module("pytorch_lightning")
+    except ImportError as error:
+        raise NotApplicableError("pytorch_lightning is not installed.") from error
+    other = subject.on("pytorch_lightning")
+    words = works_or_refuses(other, _pytorch_lightning)
+    if not words:
+        assert_identical(subject.bare().weights, other.situated(_pytorch_lightning).weights, "weights")
+    return words
+
+
+@check("full", feature="ddp")
+def g6_two_ranks(subject: Subject) -> str:
+    """On two processes with DDP, both end with the same weights."""
+    if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise NotApplicableError("Processes cannot be forked here: there is no fork, or CUDA is in use.")
+    first, second = on_ranks(2, train_on_this_rank, subject)
+    assert_identical(first, second, "weights on the other rank")
+    return str(first) if isinstance(first, str) else ""
+
+
+def train_on_this_rank(subject: Subject) -> Mapping[str, Tensor] | str:
+    """Train under DDP on each of two ranks; return the parameters of this one, or the words of a refusal."""
+    plain = premise(subject, _ddp)
+    try:
+        run = subject.situated(_ddp)
+    except RefusedError as refusal:
+        return f"{REFUSES}{refusal}"
+    assert_trained(run, plain)
+    return {name: value.detach() for name, value in run.module.named_parameters()}
+
+
+def _accumulation() -> dict[str, Any]:
+    return {"accumulate_grad_batches": 3, "max_epochs": 2}
+
+
+def _bf16_mixed() -> dict[str, Any]:
+    return {"precision": "bf16-mixed", "max_epochs": 2}
+
+
+def _bf16_true() -> dict[str, Any]:
+    return {"precision": "bf16-true", "max_epochs": 2}
+
+
+def _fp16() -> dict[str, Any]:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "max_epochs": 2}
+
+
+def _clipping() -> dict[str, Any]:
+    return {"gradient_clip_val": 0.5, "max_epochs": 2}
+
+
+def _short() -> dict[str, Any]:
+    return {"max_steps": 10, "max_epochs": -1, "val_check_interval": 2}
+
+
+def _fast_dev_run() -> dict[str, Any]:
+    return {"fast_dev_run": True}
+
+
+def _pytorch_lightning() -> dict[str, Any]:
+    return {"trainer_class": importlib.import_module("pytorch_lightning").Trainer}
+
+
+def _ddp() -> dict[str, Any]:
+    return {"strategy": "ddp", "devices": 2, "max_epochs": 2}
+
+
+def _freeze_first_child(module: Any) -> None:
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    if len(children) < 2:
+        raise NotApplicableError("The module has no two children with parameters.")
+    children[0].requires_grad_(False)
+
+
+def _compile_children(module: Any) -> None:
+    torch._dynamo.reset()
+    for child in module.children():
+        child.compile(backend="eager")

@@ -1,0 +1,149 @@
+"""Callbacks that look at a fit and save it, and keep errors of doing so rather than ending the fit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+from typing_extensions import override
+
+from lightning_grad.testing.traces import PicklerOfNoRun
+
+
+class Saver(ModelCheckpoint):
+    """Saves next to others of its kind.
+
+    Args:
+        folder: Folder of its checkpoints.
+        **arguments: As ``ModelCheckpoint`` takes them.
+    """
+
+    def __init__(self, folder: Path, **arguments: Any) -> None:
+        super().__init__(folder, **arguments)
+        self.errors: list[Exception] = []
+
+    @property
+    def state_key(self) -> str:
+        return f"{self.dirpath} {self.filename}"
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        with keeping(self.errors):
+            super()._save_checkpoint(trainer, filepath)
+
+    def raise_error(self) -> None:
+        """Raise the first error of saving, if there was one."""
+        for error in self.errors:
+            raise error
+
+
+class SaverOnException(OnExceptionCheckpoint):
+    """Saves when the fit ends with an exception."""
+
+    @override
+    def on_exception(self, *arguments: Any) -> None:
+        with contextlib.suppress(Exception):  # who needs the checkpoint finds none
+            super().on_exception(*arguments)
+
+
+class Begun(pl.Callback):
+    """Counts the training batches that have begun; to come first in the list."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    @override
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.batches += 1
+
+
+class Outputs(pl.Callback):
+    """Keeps what the children of the module return in validation, by the step at which it ran."""
+
+    def __init__(self) -> None:
+        self.of: dict[int, list[Tensor]] = {}
+        self.calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []  # of the current batch
+        self._handle: Any = None
+
+    @override
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        self.of[trainer.global_step] = []
+
+    @override
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.calls.clear()
+        children = {id(child) for child in pl_module.children()}
+
+        def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            if id(module) in children and isinstance(output, Tensor):
+                self.calls.append((module, inputs, output.detach().clone()))
+
+        self._handle = register_module_forward_hook(keep)
+
+    @override
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self._handle.remove()
+        self.of[trainer.global_step] += [output for _, _, output in self.calls]
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class Watch(Outputs):
+    """Looks at the module and the technique in mid-fit, as other callbacks might.
+
+    Args:
+        technique: The callback under test; ``None`` in the run without one.
+    """
+
+    def __init__(self, technique: Any) -> None:
+        super().__init__()
+        self.technique = technique
+        self.keys: list[list[str]] = []
+        self.copies: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
+        self.pickling_errors: list[Exception] = []
+        self.copying_errors: list[Exception] = []
+
+    @override
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.keys.append([*pl_module.state_dict(), *dict(pl_module.named_parameters())])
+        with keeping(self.pickling_errors):
+            PicklerOfNoRun(io.BytesIO()).dump(without_links(self.technique))
+
+    @override
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
+        super().on_validation_batch_end(trainer, pl_module, *arguments)
+        if arguments[2] > 0:  # one batch of each validation
+            return
+        with keeping(self.copying_errors), torch.inference_mode(False), torch.no_grad():
+            for child, inputs, output in self.calls:
+                for twin in (copy.deepcopy(child), pickle.loads(pickle.dumps(child))):
+                    self.copies.append((twin, inputs, output))
+
+
+def without_links(callback: Any) -> Any:
+    """Return a shallow copy without ``log`` and ``log_dict``, which Lightning leaves on it and which hold the module."""
+    twin = copy.copy(callback)
+    for name in ("log", "log_dict"):
+        getattr(twin, "__dict__", {}).pop(name, None)
+    return twin
+
+
+@contextlib.contextmanager
+def keeping(errors: list[Exception]) -> Iterator[None]:
+    """Append an error of the block to a list, and go on."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
