@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_grad.cli.catalog import is_strategy
@@ -26,27 +25,31 @@ class Rounds:
         techniques: Classes to try, in the order of the rows.
         batches: Batches for each epoch.
         memory: Whether to measure memory.
+        count: Number of rounds.
 
     Attributes:
         rows: What is known, also if :meth:`run` is interrupted.
     """
 
-    def __init__(self, project: ShortProject, techniques: Sequence[type[Any]], batches: int, memory: bool) -> None:
+    def __init__(
+        self, project: ShortProject, techniques: Sequence[type[Any]], batches: int, memory: bool, count: int = ROUNDS
+    ) -> None:
         self.rows = {technique: Row(technique) for technique in techniques}
         self._project = project
         self._batches = batches
         self._memory = memory
+        self._count = count
 
     def run(self) -> None:
         """Try all techniques, and show the progress. Strategies come first, before a GPU is used."""
         strategies = [technique for technique in self.rows if is_strategy(technique)]
         callbacks = [technique for technique in self.rows if not is_strategy(technique)]
-        with tqdm(total=len(strategies) + ROUNDS * len(callbacks), unit="trial", disable=None, leave=False) as bar:
+        with tqdm(total=len(strategies) + self._count * len(callbacks), unit="trial", disable=None, leave=False) as bar:
             for strategy in strategies:
                 bar.set_description(strategy.__name__)
                 self.rows[strategy] = try_strategy(self._project, strategy, self._batches)
                 bar.update()
-            for round_ in range(ROUNDS):
+            for round_ in range(self._count):
                 self._round(bar, [technique for technique in callbacks if self.rows[technique].is_open])
                 if round_ == 0:
                     self._longer_round(bar, [technique for technique in callbacks if self.rows[technique].has_passes])
@@ -62,7 +65,7 @@ class Rounds:
                 row.add(self._try(bar, technique), bare)
                 bar.update()
                 if is_first and not row.is_open:
-                    bar.total -= ROUNDS - 1
+                    bar.total -= self._count - 1
 
     def _longer_round(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
         """Make epochs twice as long, to tell passes through the data from a fixed number of steps."""
@@ -80,7 +83,6 @@ class Rounds:
         if any(self.rows[technique].memory for technique in techniques):  # the device has told
             return
         bar.total += len(techniques) + _BARE
-        peaks: dict[Any, int | None] = {}
         bare: list[int] = []
         for technique in (*[None] * _BARE, *techniques):
             bar.set_description(f"memory of {technique.__name__ if technique else 'a run without a technique'}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_grad.cli.check.trial import EPOCHS, Outcome
-from lightning_grad.cli.check.watch import STEPS
+from lightning_grad.cli.check.watch import PHASES
 
 ROUNDS = 5
 """Rounds that a ratio needs."""
@@ -14,17 +14,17 @@ ROUNDS = 5
 _LEAST = 0.1  # a smaller difference of the step times is not shown
 _NOISE = 2 * 2**20  # bytes; a process takes memory in larger pieces than tensors need
 _NOT_FINITE = "Its weights became non-finite; without it they stay finite."
-_DATA = {"training_step": "training data", "validation_step": "validation"}
-_STEPS = {"training_step": "training steps an epoch", "validation_step": "validation steps an epoch"}
+_DATA = {"elsewhere": "training data", "validation": "validation"}
+_STEPS = {"elsewhere": "steps an epoch", "validation": "validation steps an epoch"}
 
 
 @dataclass(frozen=True)
 class Extra:
-    """Calls of one of the module's steps between epochs that only a technique makes, in a run of some length.
+    """Calls of the module's steps outside of training batches that only a technique makes, in a run of some length.
 
     Args:
         calls: Number of these calls in the whole run.
-        batches: Batches of the data: of a training epoch, or of all validations.
+        batches: Batches of a training epoch, or of all validations.
     """
 
     calls: int
@@ -40,7 +40,7 @@ class Row:
         outcome: Outcome of the latest trial.
         rounds: Seconds of the fastest step with the technique and of the fastest step without it, for each round.
             Other processes can only slow a step down.
-        extra: Calls between epochs by name of the step, for each length of the epochs that was tried.
+        extra: Calls between epochs by phase, for each length of the epochs that was tried.
         memory: Bytes of peak memory beyond a run without the technique, and how much such runs differ; ``None`` if
             not measured.
     """
@@ -72,10 +72,10 @@ class Row:
 
     def compare_calls(self, outcome: Outcome, bare: Outcome) -> None:
         """Count the calls between epochs that only the technique makes."""
-        lengths = {"training_step": bare.batches // EPOCHS, "validation_step": bare.calls.get("validation_step", 0)}
-        for step in STEPS:
-            calls = outcome.calls.get(step, 0) - bare.calls.get(step, 0)
-            self.extra.setdefault(step, []).append(Extra(calls, lengths[step]))
+        lengths = {"elsewhere": bare.batches // EPOCHS, "validation": bare.calls.get("validation", 0)}
+        for phase in PHASES:
+            calls = outcome.calls.get(phase, 0) - bare.calls.get(phase, 0)
+            self.extra.setdefault(phase, []).append(Extra(calls, lengths[phase]))
 
     @property
     def ratio(self) -> float | None:
@@ -115,12 +115,12 @@ class Row:
         """What the technique runs between epochs: passes through the data, and steps that do not grow with the data.
 
         Example:
-            >>> Row(object, extra={"training_step": [Extra(4, 4), Extra(8, 8)]}).passes
+            >>> Row(object, extra={"elsewhere": [Extra(4, 4), Extra(8, 8)]}).passes
             '1 x training data'
-            >>> Row(object, extra={"training_step": [Extra(39, 4), Extra(39, 8)]}).passes
-            '13 training steps an epoch'
+            >>> Row(object, extra={"elsewhere": [Extra(39, 4), Extra(39, 8)]}).passes
+            '13 steps an epoch'
         """
-        found = [words for step, extra in self.extra.items() for words in _words_of(step, extra)]
+        found = [words for phase, extra in self.extra.items() for words in _words_of(phase, extra)]
         return ", ".join(found) or "-"
 
     @property
@@ -132,13 +132,13 @@ class Row:
         return f"{extra / 2**20:+,.0f} MB" if abs(extra) > max(noise, _NOISE) else "about 0"
 
 
-def _words_of(step: str, extra: list[Extra]) -> list[str]:
+def _words_of(phase: str, extra: list[Extra]) -> list[str]:
     first, last = extra[0], extra[-1]
     if first.calls <= 0:
         return []
     grows = last.batches > first.batches
     share = (last.calls - first.calls) / (last.batches - first.batches) if grows else 0.0
     fixed = (first.calls - share * first.batches) / EPOCHS
-    shown = [f"{share:.2g} x {_DATA[step]}"] if share > 0 else []
+    shown = [f"{share:.2g} x {_DATA[phase]}"] if share > 0 else []
     # Less than one step an epoch is a rehearsal, or the rounding of a share of the data.
-    return shown + ([f"{fixed:.3g} {_STEPS[step]}"] if fixed >= 1 or not shown else [])
+    return shown + ([f"{fixed:.3g} {_STEPS[phase]}"] if fixed >= 1 or not shown else [])

@@ -6,7 +6,7 @@ its data set and its sampler are shorter, so a pass through the data set is shor
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 from lightning.pytorch.utilities import CombinedLoader
@@ -46,7 +46,7 @@ def shortened(loaders: Any, batches: int) -> Any:
         [[0, 1], [2, 3]]
     """
     if isinstance(loaders, CombinedLoader):
-        return CombinedLoader(shortened(loaders.iterables, batches), loaders._mode)  # type: ignore[arg-type]
+        return CombinedLoader(shortened(loaders.iterables, batches), loaders._mode)
     if isinstance(loaders, Mapping):
         return {key: shortened(loader, batches) for key, loader in loaders.items()}
     if isinstance(loaders, list | tuple):
@@ -69,33 +69,33 @@ def _short_loader(loader: DataLoader[Any], batches: int) -> DataLoader[Any]:
     return short
 
 
-def _first_items(dataset: Any, count: int) -> Any:
-    methods: dict[str, Any] = {"__iter__": lambda _: islice(iter(dataset), count)}
+def _first_items(dataset: Any, most: int) -> Any:
+    methods: dict[str, Any] = {"__iter__": lambda _: islice(iter(dataset), most)}
     if hasattr(dataset, "__len__"):
-        methods["__len__"] = lambda _: min(count, len(dataset))
-    return _like(dataset, **methods) or _FirstItems(dataset, count)
+        methods["__len__"] = lambda _: min(most, len(dataset))
+    return _like(dataset, **methods) or _FirstItems(dataset, most)
 
 
 class _FirstItems(IterableDataset[Any]):
-    def __init__(self, dataset: Iterable[Any], count: int) -> None:
+    def __init__(self, dataset: Iterable[Any], most: int) -> None:
         self.dataset = dataset
-        self.count = count
+        self.most = most
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.dataset), self.count)
+        return islice(iter(self.dataset), self.most)
 
 
-def _take_first_samples(fields: dict[str, Any], loader: DataLoader[Any], count: int) -> None:
-    count = min(count, len(loader.dataset))  # type: ignore[arg-type]
+def _take_first_samples(fields: dict[str, Any], loader: DataLoader[Any], most: int) -> None:
+    length = min(most, len(loader.dataset))  # type: ignore[arg-type]
     dataset: Any = loader.dataset
     if isinstance(dataset, list | tuple | range):
-        dataset = dataset[:count]
+        dataset = dataset[:length]
     else:
-        dataset = _like(dataset, __len__=lambda _: count) or Subset(dataset, range(count))
+        dataset = _like(dataset, __len__=lambda _: length) or Subset(dataset, range(length))
     sampler: Any = copy.copy(loader.sampler)
     sampler.data_source = dataset
     if getattr(sampler, "_num_samples", None) is not None:
-        sampler._num_samples = min(count, sampler._num_samples)
+        sampler._num_samples = min(length, sampler._num_samples)
     fields.update(dataset=dataset, sampler=sampler, batch_sampler=_with_sampler(loader.batch_sampler, sampler))
 
 
@@ -109,8 +109,8 @@ def _take_drawn_samples(fields: dict[str, Any], loader: DataLoader[Any], batches
     """Draw from the user's sampler once, and yield what it drew in every epoch."""
     by_key = type(loader.batch_sampler) is BatchSampler  # otherwise the sampler yields batches
     slot = "sampler" if by_key or loader.batch_sampler is None else "batch_sampler"
-    sampler = getattr(loader, slot)
-    drawn = list(islice(iter(sampler), batches * loader.batch_sampler.batch_size if by_key else batches))
+    sampler: Any = getattr(loader, slot)
+    drawn = list(islice(iter(sampler), batches * (loader.batch_size or 1) if by_key else batches))
     fields["dataset"], drawn = _only(loader.dataset, drawn)
     methods: dict[str, Any] = {"__iter__": lambda _: iter(drawn)}
     if hasattr(sampler, "__len__"):
@@ -122,11 +122,9 @@ def _take_drawn_samples(fields: dict[str, Any], loader: DataLoader[Any], batches
 
 def _only(dataset: Any, drawn: list[Any]) -> tuple[Any, list[Any]]:
     """Return a data set of the drawn samples, and their new indices; keys that are not integers stay as they are."""
-    flat = [key for keys in drawn for key in (keys if isinstance(keys, list) else [keys])]
-    if not all(type(key) is int for key in flat):
+    kept = [key for keys in drawn for key in (keys if isinstance(keys, list) else [keys])]
+    if not all(type(key) is int for key in kept):
         return dataset, drawn
-    place = {key: index for index, key in enumerate(dict.fromkeys(flat))}
-    kept = list(place)
 
     def old(keys: Any) -> Any:
         return [kept[key] for key in keys] if isinstance(keys, list) else kept[keys]
@@ -134,7 +132,8 @@ def _only(dataset: Any, drawn: list[Any]) -> tuple[Any, list[Any]]:
     methods: dict[str, Any] = {"__len__": lambda _: len(kept), "__getitem__": lambda _, keys: dataset[old(keys)]}
     if hasattr(dataset, "__getitems__"):
         methods["__getitems__"] = lambda _, keys: dataset.__getitems__(old(keys))
-    new = [[place[key] for key in keys] if isinstance(keys, list) else place[keys] for keys in drawn]
+    number = count()
+    new = [[next(number) for _ in keys] if isinstance(keys, list) else next(number) for keys in drawn]
     return _like(dataset, **methods) or Subset(dataset, kept), new
 
 

@@ -23,7 +23,7 @@ from typing_extensions import override
 
 import lightning_grad
 from lightning_grad.cli.check.sources import Run, ShortProject
-from lightning_grad.cli.check.watch import STEPS, Watch
+from lightning_grad.cli.check.watch import Phase, Watch
 from lightning_grad.core import Chosen
 from lightning_grad.core.roles import ROLES
 
@@ -56,7 +56,7 @@ class Outcome:
     words: list[str] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     batches: int = 0
-    calls: Mapping[str, int] = field(default_factory=dict)
+    calls: Mapping[Phase, int] = field(default_factory=dict)
     chosen: Chosen | None = None
     device: str = ""
     peak: int | None = None

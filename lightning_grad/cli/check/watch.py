@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +14,8 @@ from lightning_grad.core import Chosen
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.utilities.reporting import is_log_step
 
-STEPS = ("training_step", "validation_step")
+Phase = Literal["validation", "elsewhere"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 
 class Watch:
@@ -26,7 +27,8 @@ class Watch:
     Attributes:
         seconds: Time of each batch that counts: not the first one, not the last one of an epoch, and no log step.
         batches: Number of training batches.
-        calls: Number of calls of the module's steps outside of training batches, by name of the step.
+        calls: Number of calls of the module's steps outside of training batches, in validations and elsewhere. A step
+            that another step calls is not counted.
         chosen: What the technique acted on.
         device: Device of the module.
         peak: Peak memory of the device in bytes; ``None`` on the CPU.
@@ -35,12 +37,13 @@ class Watch:
     def __init__(self, technique: Any = None) -> None:
         self.technique = technique
         self.seconds: list[float] = []
-        self.calls: Counter[str] = Counter()
+        self.calls: Counter[Phase] = Counter()
         self.chosen: Chosen | None = None
         self.device = ""
         self.peak: int | None = None
         self.batches = 0
-        self.in_batch = False
+        self.phase: Phase | None = "elsewhere"
+        self.is_inside = False
         self.counts = False
         self.began = 0.0
 
@@ -56,16 +59,20 @@ class _First(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # The innermost wrapper, so it counts every call, no matter which technique makes it.
-        for name in STEPS:
-            wrap_method(pl_module, name, self._counting(name), WrapOrder.METHOD)
+        for name in ("training_step", "validation_step"):
+            wrap_method(pl_module, name, self._count, WrapOrder.METHOD)
 
-    def _counting(self, name: str) -> Callable[..., Any]:
-        def counted(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self.watch.batches and not self.watch.in_batch:  # a rehearsal before the first batch is no pass
-                self.watch.calls[name] += 1
+    def _count(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        watch = self.watch
+        if watch.is_inside:
             return inner(*args, **kwargs)
-
-        return counted
+        if watch.batches and watch.phase is not None:  # a rehearsal before the first batch is no pass
+            watch.calls[watch.phase] += 1
+        watch.is_inside = True
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            watch.is_inside = False
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,11 +83,15 @@ class _First(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self.watch.in_batch = True
+        self.watch.phase = None
         is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # it may be smaller
         self.watch.counts = not (self.watch.batches == 0 or is_last or is_log_step(trainer))
         self.watch.batches += 1
         self.watch.began = _now(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watch.phase = "validation"
 
 
 class _Last(Callback):
@@ -93,7 +104,11 @@ class _Last(Callback):
     ) -> None:
         if self.watch.counts:
             self.watch.seconds.append(_now(pl_module) - self.watch.began)
-        self.watch.in_batch = False
+        self.watch.phase = "elsewhere"
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.watch.phase = "elsewhere"
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
