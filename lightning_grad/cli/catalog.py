@@ -40,7 +40,7 @@ def technique_named(name: str) -> type[Any]:
     """Return a technique.
 
     Raises:
-        ValueError: If there is none of this name; the message suggests a similar one.
+        ValueError: If no technique has this name; the message suggests a similar one.
     """
     known = {technique.__name__: technique for members in techniques().values() for technique in members}
     if name not in known:

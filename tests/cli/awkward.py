@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-import random
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
@@ -187,6 +184,18 @@ def tied() -> Any:
     return NextWord(Tied()), *loaders(TensorDataset(Named().ids))
 
 
+class Unused(Tiny):
+    """Has a layer that its loss does not use, which DDP refuses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(2, 2)
+
+
+def unused() -> Any:
+    return Unused(), *loaders()
+
+
 class Prepared(pl.LightningDataModule):
     """A datamodule with hyperparameters, which is slow to set up."""
 
@@ -285,7 +294,3 @@ class Interrupted(Tiny):
 
 def interrupted() -> Any:
     return Interrupted(), *loaders()
-
-
-def state() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(), math.pi

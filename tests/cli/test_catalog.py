@@ -1,10 +1,12 @@
 """``lightning-grad list`` and ``show``: every technique, as its class describes it."""
 
+import importlib
 import inspect
 import json
 import re
-import subprocess
+import runpy
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from lightning_grad.cli.show import as_python
 from tests.cases import cases
 
 NAMES = [technique.__name__ for members in techniques().values() for technique in members]
-CATALOG = json.loads((Path(__file__).parents[2] / "docs/techniques.json").read_text())["techniques"]
+ROOT = Path(__file__).parents[2]
+CATALOG = json.loads((ROOT / "docs/techniques.json").read_text())["techniques"]
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -115,8 +118,13 @@ def test_an_unknown_name_is_refused_with_a_hint(name: str, hint: str) -> None:
     assert hint in str(caught.value)
 
 
-def test_the_package_runs_as_a_module() -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "lightning_grad", "show", "ZClop"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("error: there is no technique 'ZClop'.")
+def test_the_package_runs_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning_grad", "show", "ZClop"])
+    with pytest.raises(SystemExit, match=r"^error: there is no technique 'ZClop'"):
+        runpy.run_module("lightning_grad", run_name="__main__")
+
+
+def test_the_console_script_is_the_same_function() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["lightning-grad"].partition(":")
+    assert getattr(importlib.import_module(module), name) is main

@@ -18,7 +18,7 @@ def check_forks() -> str:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return (
             "Strategies are tried in forked processes, and CUDA is initialized in this one. Build the module on the CPU, or "
-            "leave out --strategies."
+            "drop --strategies."
         )
     return ""
 

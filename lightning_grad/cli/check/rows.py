@@ -97,7 +97,7 @@ class Row:
         Example:
             >>> Row(object, rounds=[(2.0, 1.0), (2.1, 1.1), (2.2, 1.0), (4.0, 1.7), (2.4, 1.2)]).step_time
             '2.0'
-            >>> Row(object, rounds=[(2.0, 1.0), (2.9, 1.1), (3.2, 2.0), (4.0, 1.7), (2.9, 1.9)]).step_time
+            >>> Row(object, rounds=[(2.0, 1.0), (4.1, 1.1), (4.2, 2.0), (4.0, 1.7), (4.9, 1.9)]).step_time
             'about 1'
         """
         if self.ratio is None:

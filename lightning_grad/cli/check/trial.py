@@ -230,9 +230,9 @@ def outcome_of(error: Exception, technique: type[Any] | None) -> Outcome:
 
 
 def traceback_of(error: Exception) -> str:
-    """Return the traceback of an error from the first line outside of this package and of Lightning on, if there is one."""
+    """Return the traceback of an error; it begins with the user's code, if that was reached."""
     lines = traceback.extract_tb(error.__traceback__)
-    known = [_PACKAGE, Path(pl.__file__).parents[1]]
+    known = [_PACKAGE, Path(pl.__file__).parents[1], Path(torch.__file__).parent]
     outside = [not any(Path(frame.filename).is_relative_to(folder) for folder in known) for frame in lines]
     start = outside.index(True) if True in outside else 0
     shown = traceback.format_list(lines[start:]) + traceback.format_exception_only(error)
