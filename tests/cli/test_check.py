@@ -16,7 +16,7 @@ import torch
 
 from lightning_grad import callbacks, strategies
 from lightning_grad.cli import main
-from lightning_grad.cli.check import command, ranks, watch
+from lightning_grad.cli.check import command, ranks, sources, trial, watch
 from lightning_grad.cli.check.rounds import Rounds
 from lightning_grad.data.random_streams import random_states
 from tests.cli import awkward
@@ -130,6 +130,32 @@ def test_callbacks_and_arguments_of_a_config_stay(check: Check, quick: Path) -> 
     assert "Trainer(gradient_clip_val=0.5)" in found["ZClip"]["words"][0]
     assert awkward.Counting.epochs == 2 * 3 * 3  # twice three epochs of two bare runs and of SkipNonFinite
     assert [path.name for path in quick.iterdir()] == ["run.yaml"]
+
+
+def test_the_strategy_of_a_config_may_refuse(check: Check, quick: Path) -> None:
+    (quick / "run.yaml").write_text(CONFIG.replace("devices: 8", "strategy: fsdp"))
+    found = check("run.yaml", "NMSparsity", "RepeatedRandomSubset")
+    assert found["RepeatedRandomSubset"]["status"] == "runs"
+    assert found["NMSparsity"]["status"] == "refused"
+    assert found["NMSparsity"]["words"] == [
+        "NMSparsity needs whole weights, and FSDP1 (FSDPStrategy) shards them. Train with strategy='ddp' or on one device."
+    ]
+
+
+def test_accumulated_batches_are_timed_as_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(watch, "_now", lambda _: next(clock))
+    source = sources.FunctionSource(f"{HERE}:plain")
+    monkeypatch.setattr(source, "make", lambda: make(source))
+    bare = trial.try_out(sources.ShortProject(source), None, 2)
+    assert bare.status == "runs"
+    assert bare.batches == 3 * 4  # an epoch has two optimizer steps
+    assert bare.seconds == [2, 2]  # of the first batches of the second and third epoch
+
+
+def make(source: Any) -> Any:
+    built = sources.FunctionSource.make(source)
+    return built._replace(arguments={"accumulate_grad_batches": 2})
 
 
 # What cannot be tried.

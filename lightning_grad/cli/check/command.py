@@ -96,7 +96,7 @@ def _say_unusable(text: str) -> int:
 
 
 def _report(arguments: argparse.Namespace, rounds: Rounds, bare: Outcome) -> int:
-    said = f"{EPOCHS} epochs of {arguments.batches} batches on {bare.device}, {ROUNDS} rounds"
+    said = f"{EPOCHS} epochs of {bare.batches // EPOCHS} batches on {bare.device}, {ROUNDS} rounds"
     print(
         f"{arguments.target}: {said}. Your own code runs, with its hooks. Nothing is logged or saved.", file=sys.stderr
     )
@@ -108,7 +108,7 @@ def _report(arguments: argparse.Namespace, rounds: Rounds, bare: Outcome) -> int
     rows = list(rounds.rows.values())
     memory = any(row.memory is not None for row in rows)
     if arguments.json:
-        about = {"target": arguments.target, "epochs": EPOCHS, "batches": arguments.batches, "device": bare.device}
+        about = {"target": arguments.target, "epochs": EPOCHS, "batches": bare.batches // EPOCHS, "device": bare.device}
         print(as_json(rows, {**about, "interrupted": is_interrupted}))
     else:
         print((as_markdown if arguments.markdown else as_text)(rows, memory))

@@ -21,11 +21,15 @@ class TargetError(Exception):
 
 
 class Run(NamedTuple):
-    """A new module, the arguments of ``Trainer.fit`` that hold its data, and the user's arguments of the Trainer."""
+    """A new module, the arguments of ``Trainer.fit`` that hold its data, and the user's arguments of the Trainer.
+
+    ``batches`` is the length of an epoch, which is 0 if the loaders are not shortened yet.
+    """
 
     module: pl.LightningModule
     data: dict[str, Any]
     arguments: dict[str, Any]
+    batches: int = 0
 
 
 class Source(Protocol):
@@ -105,15 +109,19 @@ class ShortProject:
         self._length = 0
         self._datamodule: pl.LightningDataModule | None = None
 
-    def make(self, batches: int) -> Run:
-        """Return a new module, and loaders with so many batches, in training and in validation."""
-        self._length = batches
-        module, data, arguments = self._source.make()
+    def make(self, batches: int, ranks: int = 1) -> Run:
+        """Return a new module, and loaders with so many batches for each rank, in training and in validation.
+
+        With accumulation, an epoch has at least two optimizer steps.
+        """
+        module, data, arguments, _ = self._source.make()
+        batches = max(batches, 2 * (arguments.get("accumulate_grad_batches") or 1))
+        self._length = ranks * batches
         self._shorten_hooks(module)
         short = {key: self._cut(loaders) for key, loaders in data.items() if key != "datamodule"}
         if data.get("datamodule") is not None:
             short["datamodule"] = self._shared(data["datamodule"])
-        return Run(module, short, arguments)
+        return Run(module, short, arguments, batches)
 
     def _cut(self, loaders: Any) -> Any:
         return shortened(loaders, self._length)

@@ -18,13 +18,16 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 import lightning_grad
+from lightning_grad.cli.catalog import is_strategy
 from lightning_grad.cli.check.sources import Run, ShortProject
 from lightning_grad.cli.check.watch import Phase, Watch
 from lightning_grad.core import Chosen
+from lightning_grad.core.compatibility import STRATEGIES, TITLES
 from lightning_grad.core.roles import ROLES
 
 EPOCHS = 3
@@ -85,10 +88,11 @@ def try_out(
     watch = Watch()
     with undisturbed() as said, tempfile.TemporaryDirectory() as folder:
         try:
-            run = project.make(batches * int(arguments.get("devices", 1)))
-            if technique is not None and any(type(callback) is technique for callback in callbacks_of(run)):
-                return Outcome("in use", [f"The config already uses {technique.__name__}."])
-            trainer = _trainer(run, technique, watch, batches, folder, {"accelerator": accelerator, **arguments})
+            run = project.make(batches, arguments.get("devices", 1))
+            known = None if technique is None else _known_before(run, technique)
+            if known is not None:
+                return known
+            trainer = _trainer(run, technique, watch, folder, {"accelerator": accelerator, **arguments})
             trainer.fit(run.module, **run.data)
         except (KeyboardInterrupt, SystemExit):
             raise InterruptedTrialError from None
@@ -99,9 +103,21 @@ def try_out(
     return Outcome("runs", words, *measured, _is_finite(run.module))
 
 
-def _trainer(
-    run: Run, technique: type[Any] | None, watch: Watch, batches: int, folder: str, arguments: dict[str, Any]
-) -> pl.Trainer:
+def _known_before(run: Run, technique: type[Any]) -> Outcome | None:
+    """Return the outcome of a technique that the config already uses, or that refuses the strategy of the config."""
+    if any(type(callback) is technique for callback in callbacks_of(run)):
+        return Outcome("in use", [f"The config already uses {technique.__name__}."])
+    strategy = run.arguments.get("strategy")
+    kind = StrategyRegistry[strategy]["strategy"] if strategy in StrategyRegistry else type(strategy)
+    field_of = next((STRATEGIES[cls.__name__] for cls in kind.__mro__ if cls.__name__ in STRATEGIES), None)
+    if field_of is None or is_strategy(technique):
+        return None
+    answer = technique(**technique.trial).works_with().answers[field_of]
+    words = f"{TITLES[field_of]} ({kind.__name__})"
+    return Outcome("refused", [str(answer.error(technique.__name__, words))]) if answer.is_no else None
+
+
+def _trainer(run: Run, technique: type[Any] | None, watch: Watch, folder: str, arguments: dict[str, Any]) -> pl.Trainer:
     callbacks = callbacks_of(run)
     watch.technique = None if technique is None else technique(**technique.trial)
     if isinstance(watch.technique, Callback):
@@ -111,9 +127,10 @@ def _trainer(
     if run.arguments.get("accelerator") == "cpu":
         arguments["accelerator"] = "cpu"
     _drop_writers(run.module)
-    own = {**run.arguments, **_SHORT, "limit_train_batches": batches, "limit_val_batches": batches}
-    fixed = {"log_every_n_steps": batches, "default_root_dir": folder, "logger": _NoLogs()}
-    return pl.Trainer(**{**own, **fixed, **arguments, "callbacks": watch.around(callbacks)})
+    length = dict.fromkeys(("limit_train_batches", "limit_val_batches"), run.batches)
+    length["log_every_n_steps"] = run.batches // (run.arguments.get("accumulate_grad_batches") or 1)
+    fixed = {**_SHORT, **length, "default_root_dir": folder, "logger": _NoLogs()}
+    return pl.Trainer(**{**run.arguments, **fixed, **arguments, "callbacks": watch.around(callbacks)})
 
 
 # What a trial changes about the user's Trainer: it is short, on one device, and writes nothing.

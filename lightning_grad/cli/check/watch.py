@@ -25,7 +25,7 @@ class Watch:
         technique: The technique whose choice is read; ``None`` for a fit without one.
 
     Attributes:
-        seconds: Time of each batch that counts: not the first one, not the last one of an epoch, and no log step.
+        seconds: Time of each optimizer step that counts: not the first one, not the last one of an epoch, and no log step.
         batches: Number of training batches.
         calls: Number of calls of the module's steps outside of training batches, in validations and elsewhere. A step
             that another step calls is not counted.
@@ -44,12 +44,23 @@ class Watch:
         self.batches = 0
         self.phase: Phase | None = "elsewhere"
         self.is_inside = False
-        self.counts = False
         self.began = 0.0
+        self._step = 0.0
 
     def around(self, callbacks: list[Callback]) -> list[Callback]:
         """Return the callbacks between the two of the watch."""
         return [_First(self), *callbacks, _Last(self)]
+
+    def add_batch(self, trainer: pl.Trainer, seconds: float, batch_idx: int) -> None:
+        """Add the time of a batch to that of its optimizer step, and keep the time of a whole step if it counts."""
+        self._step += seconds
+        accumulated: int = trainer.accumulate_grad_batches
+        is_last = trainer.is_last_batch  # it may be smaller
+        if (batch_idx + 1) % accumulated and not is_last:
+            return
+        if self.batches > accumulated and not is_last and not is_log_step(trainer):
+            self.seconds.append(self._step)
+        self._step = 0.0
 
 
 class _First(Callback):
@@ -84,8 +95,6 @@ class _First(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self.watch.phase = None
-        is_last = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # it may be smaller
-        self.watch.counts = not (self.watch.batches == 0 or is_last or is_log_step(trainer))
         self.watch.batches += 1
         self.watch.began = _now(pl_module)
 
@@ -102,8 +111,7 @@ class _Last(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.watch.counts:
-            self.watch.seconds.append(_now(pl_module) - self.watch.began)
+        self.watch.add_batch(trainer, _now(pl_module) - self.watch.began, batch_idx)
         self.watch.phase = "elsewhere"
 
     @override
