@@ -25,7 +25,7 @@ class Rounds:
         techniques: Classes to try, in the order of the rows.
         batches: Batches for each epoch.
         memory: Whether to measure memory.
-        count: Number of rounds.
+        count: Number of rounds. Techniques whose step time is still unclear get up to as many again.
 
     Attributes:
         rows: What is known, also if :meth:`run` is interrupted.
@@ -53,6 +53,10 @@ class Rounds:
                 self._round(bar, [technique for technique in callbacks if self.rows[technique].is_open])
                 if round_ == 0:
                     self._longer_round(bar, [technique for technique in callbacks if self.rows[technique].has_passes])
+            for _ in range(self._count):  # another process disturbed these
+                unclear = [technique for technique in callbacks if self.rows[technique].is_unclear]
+                bar.total += len(unclear)
+                self._round(bar, unclear)
             if self._memory:
                 self._measure_memory(bar, [technique for technique in callbacks if self.rows[technique].is_open])
 

@@ -86,9 +86,9 @@ class Row:
 
     @property
     def spread(self) -> float:
-        """How much the ratio changes if the fastest round, with the technique and without it, had not been made."""
+        """How much the ratio could change if only the third fastest round were known, with the technique and without it."""
         ours, bare = (sorted(round_[i] for round_ in self.rounds) for i in (0, 1))
-        return (ours[1] / ours[0]) * (bare[1] / bare[0]) - 1.0
+        return (ours[2] / ours[0]) * (bare[2] / bare[0]) - 1.0
 
     @property
     def step_time(self) -> str:
@@ -97,13 +97,21 @@ class Row:
         Example:
             >>> Row(object, rounds=[(2.0, 1.0), (2.1, 1.1), (2.2, 1.0), (4.0, 1.7), (2.4, 1.2)]).step_time
             '2.0'
-            >>> Row(object, rounds=[(2.0, 1.0), (4.1, 1.1), (4.2, 2.0), (4.0, 1.7), (4.9, 1.9)]).step_time
+            >>> Row(object, rounds=[(2.0, 1.0), (2.1, 1.1), (4.2, 2.0), (4.0, 1.7), (4.9, 1.9)]).step_time
             'about 1'
         """
         if self.ratio is None:
             return "-"
-        difference = abs(self.ratio - 1.0)
-        return f"{self.ratio:.1f}" if difference > max(self.spread, _LEAST) else "about 1"
+        return f"{self.ratio:.1f}" if self._differs and not self.is_unclear else "about 1"
+
+    @property
+    def is_unclear(self) -> bool:
+        """Whether the ratio differs from 1, and the rounds differ from each other even more."""
+        return self._differs and self.ratio is not None and self.spread >= abs(self.ratio - 1.0)
+
+    @property
+    def _differs(self) -> bool:
+        return self.ratio is not None and abs(self.ratio - 1.0) > _LEAST
 
     @property
     def has_passes(self) -> bool:
