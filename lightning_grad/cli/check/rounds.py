@@ -52,7 +52,7 @@ class Rounds:
             for round_ in range(self._count):
                 self._round(bar, [technique for technique in callbacks if self.rows[technique].is_open])
                 if round_ == 0:
-                    self._longer_round(bar, [technique for technique in callbacks if self.rows[technique].has_passes])
+                    self._other_round(bar, [technique for technique in callbacks if self.rows[technique].has_passes])
             for _ in range(self._count):  # another process disturbed these
                 unclear = [technique for technique in callbacks if self.rows[technique].is_unclear]
                 bar.total += len(unclear)
@@ -71,17 +71,17 @@ class Rounds:
                 if is_first and not row.is_open:
                     bar.total -= self._count - 1
 
-    def _longer_round(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
-        """Make epochs twice as long, to tell passes through the data from a fixed number of steps."""
-        bare = self._try(bar, None, longer=True) if techniques else None
+    def _other_round(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
+        """Change the length of the epochs, to tell passes through the data from a fixed number of steps."""
+        bare = self._try(bar, None, self._batches // 2) if techniques else None
         for technique in techniques:
-            outcome = self._try(bar, technique, longer=True)
+            outcome = self._try(bar, technique, self._batches // 2)
             if bare is not None and outcome.status == bare.status == "runs":
                 self.rows[technique].compare_calls(outcome, bare)
 
-    def _try(self, bar: Any, technique: type[Any] | None, longer: bool = False) -> Outcome:
+    def _try(self, bar: Any, technique: type[Any] | None, batches: int | None = None) -> Outcome:
         bar.set_description(technique.__name__ if technique else "without a technique")
-        return try_out(self._project, technique, 2 * self._batches if longer else self._batches)
+        return try_out(self._project, technique, batches or self._batches)
 
     def _measure_memory(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
         if any(self.rows[technique].memory for technique in techniques):  # the device has told

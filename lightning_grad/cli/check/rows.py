@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from lightning_grad.cli.check.trial import EPOCHS, Outcome
@@ -11,6 +12,7 @@ from lightning_grad.cli.check.watch import PHASES
 ROUNDS = 5
 """Rounds that a ratio needs."""
 
+_MANY = 8  # rounds
 _LEAST = 0.1  # a smaller difference of the step times is not shown
 _NOISE = 2 * 2**20  # bytes; a process takes memory in larger pieces than tensors need
 _NOT_FINITE = "Its weights became non-finite; without it they stay finite."
@@ -78,26 +80,29 @@ class Row:
             self.extra.setdefault(phase, []).append(Extra(calls, lengths[phase]))
 
     @property
+    def ratios(self) -> list[float]:
+        """The ratios of the rounds, sorted. The two of a round are measured shortly after each other."""
+        return sorted(ours / bare for ours, bare in self.rounds)
+
+    @property
     def ratio(self) -> float | None:
-        """The ratio of the times over all rounds; ``None`` before there are enough of them."""
-        if len(self.rounds) < ROUNDS:
-            return None
-        return min(ours for ours, _ in self.rounds) / min(bare for _, bare in self.rounds)
+        """The median of the ratios; ``None`` before there are enough of them."""
+        return median(self.ratios) if len(self.rounds) >= ROUNDS else None
 
     @property
     def spread(self) -> float:
-        """How much the ratio could change if only the third fastest round were known, with the technique and without it."""
-        ours, bare = (sorted(round_[i] for round_ in self.rounds) for i in (0, 1))
-        return (ours[2] / ours[0]) * (bare[2] / bare[0]) - 1.0
+        """The largest difference of two ratios, without the two extreme ones if there are at least eight."""
+        ratios = self.ratios[1:-1] if len(self.rounds) >= _MANY else self.ratios
+        return ratios[-1] - ratios[0]
 
     @property
     def step_time(self) -> str:
         """The ratio in words: a number only if it differs from 1 by more than the rounds differ from each other.
 
         Example:
-            >>> Row(object, rounds=[(2.0, 1.0), (2.1, 1.1), (2.2, 1.0), (4.0, 1.7), (2.4, 1.2)]).step_time
+            >>> Row(object, rounds=[(1.9, 1.0), (2.0, 1.0), (2.1, 1.0), (4.4, 2.0), (1.8, 1.0)]).step_time
             '2.0'
-            >>> Row(object, rounds=[(2.0, 1.0), (2.1, 1.1), (4.2, 2.0), (4.0, 1.7), (4.9, 1.9)]).step_time
+            >>> Row(object, rounds=[(1.0, 1.0), (1.4, 1.0), (1.3, 1.0), (1.2, 1.0), (1.3, 1.0)]).step_time
             'about 1'
         """
         if self.ratio is None:
@@ -141,12 +146,16 @@ class Row:
 
 
 def _words_of(phase: str, extra: list[Extra]) -> list[str]:
-    first, last = extra[0], extra[-1]
-    if first.calls <= 0:
+    first, last = min(extra, key=_length), max(extra, key=_length)
+    if last.calls <= 0:
         return []
-    grows = last.batches > first.batches
-    share = (last.calls - first.calls) / (last.batches - first.batches) if grows else 0.0
+    further = last.batches - first.batches
+    share = (last.calls - first.calls) / further if further else 0.0
     fixed = (first.calls - share * first.batches) / EPOCHS
     shown = [f"{share:.2g} x {_DATA[phase]}"] if share > 0 else []
     # Less than one step an epoch is a rehearsal, or the rounding of a share of the data.
     return shown + ([f"{fixed:.3g} {_STEPS[phase]}"] if fixed >= 1 or not shown else [])
+
+
+def _length(extra: Extra) -> int:
+    return extra.batches

@@ -115,7 +115,8 @@ class ShortProject:
         With accumulation, an epoch has at least two optimizer steps.
         """
         module, data, arguments, _ = self._source.make()
-        batches = max(batches, 2 * (arguments.get("accumulate_grad_batches") or 1))
+        accumulated = arguments.get("accumulate_grad_batches") or 1
+        batches = max(batches, 2 * accumulated if accumulated > 1 else 1)
         self._length = ranks * batches
         self._shorten_hooks(module)
         short = {key: self._cut(loaders) for key, loaders in data.items() if key != "datamodule"}
