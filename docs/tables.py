@@ -17,6 +17,7 @@ from catalog import write_catalog, write_llms
 from exported import (
     ROOT,
     all_techniques,
+    as_markdown,
     card_of,
     description_of,
     title_of,
@@ -29,6 +30,7 @@ from lightning_grad import functional
 from lightning_grad.cli.catalog import SAID, VALUES, family_of, package_of, techniques, works_with
 from lightning_grad.core import Role
 from lightning_grad.core.compatibility import TITLES, Answer
+from lightning_grad.testing.checks import CHECKS
 
 PART = re.compile(r"<!-- begin: (\w+) -->\n(.*?)<!-- end: \1 -->", re.DOTALL)
 
@@ -155,6 +157,14 @@ def write_note(number: int, note: str) -> str:
     return textwrap.fill(note, 120, initial_indent=first, subsequent_indent=" " * len(first)) + "\n"
 
 
+def checks() -> Iterator[str]:
+    """Yield the table of the checks of ``check_callback``."""
+    rows = [
+        (check.guarantee.upper(), f"`{check.name}`", check.level, as_markdown(check.about)) for check in CHECKS.values()
+    ]
+    yield write_table(("Guarantee", "Check", "Level", "What it checks"), rows)
+
+
 def card_works_with(technique: type[Any]) -> Iterator[str]:
     """Yield the section "Works with" of a card."""
     for line in works_with(technique):
@@ -218,6 +228,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/troubleshooting.md", "declared"): declared,
         ("docs/troubleshooting.md", "raised"): raised,
         ("docs/compatibility.md", "compatibility"): compatibility,
+        ("docs/testing_callbacks.md", "checks"): checks,
         ("docs/clipping.md", "roles"): clipping_roles,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }

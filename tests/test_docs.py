@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import plain_project
 import pytest
 import yaml
@@ -259,12 +260,13 @@ def load_script(name: str) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(f"documentation_{name}", ROOT / f"docs/{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for their module
     spec.loader.exec_module(module)
     return module
 
 
 tables, drawings, refusals, mathml, catalog = map(load_script, ("tables", "drawings", "refusals", "mathml", "catalog"))
+findings = load_script("lightning_callbacks")
 FAMILIES: dict[str, list[type[Any]]] = tables.techniques()
 SCHEMES = [cls.__name__ for cls in FAMILIES["communication"]]
 BASES = sorted({*strategies.__all__} - {*SCHEMES})
@@ -359,6 +361,22 @@ def test_list_for_language_models_leads_to_every_page() -> None:
         "contributing",
         "data_pruning/per_sample_gradients",
     }
+
+
+def test_findings_about_callbacks_of_lightning_are_of_these_callbacks_and_checks() -> None:
+    page = read("docs/testing_callbacks.md")
+    advice = "Run `python docs/lightning_callbacks.py`, and check what the text of the page says about its tables."
+    assert not findings.outdated(page), advice
+    for old, new, what in (
+        ("`g5_resumes_within_an_epoch`", "`g5_resumes_within_a_batch`", "names of checks"),
+        ("| G5 (5) |", "| G5 (4) |", "head of the summary"),
+        ("| `EarlyStopping` |", "| `Timer` |", "callbacks"),
+        ("EMAWeightAveraging(decay=0.8)", "EMAWeightAveraging(decay=0.9)", "arguments"),
+        ("measured: ModelPruning", "measured: Pruning", "parts"),
+    ):
+        assert findings.outdated(page.replace(old, new)) == [what]
+    for case in findings.CASES:
+        assert isinstance(case.build(case.arguments), L.Callback)
 
 
 def test_refusals_are_read_from_the_code() -> None:

@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,26 +19,45 @@ import torch
 
 @contextlib.contextmanager
 def settled() -> Iterator[None]:
-    """Use one thread, and hide warnings and logs; then restore these, random states and the handler of Ctrl-C.
+    """Use one thread, and hide warnings, logs and what is printed; then restore these, random states and much else.
 
-    Lightning ignores SIGINT after the Ctrl-C that ends a fit, and ``seed_everything`` writes environment variables.
+    ``seed_everything`` writes environment variables, and a callback may change the rest.
     """
-    threads, logs = torch.get_num_threads(), logging.root.manager.disable
+    threads, logs, folder = torch.get_num_threads(), logging.root.manager.disable, Path.cwd()
     variables, states = dict(os.environ), _random_states()
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT)
+    dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     try:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            with interruptible(), hidden():
+                yield
     finally:
         torch.set_num_threads(threads)
         logging.disable(logs)
         _restore_variables(variables)
         _restore_random_states(states)
-        if in_main_thread:
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic)
+        os.chdir(folder)
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Hide what is printed in the block: progress bars of many fits, mostly."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Restore the handler of Ctrl-C after the block: Lightning ignores SIGINT once Ctrl-C has ended a fit."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
             signal.signal(signal.SIGINT, handler)
 
 

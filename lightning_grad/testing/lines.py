@@ -7,13 +7,13 @@ import inspect
 import sysconfig
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 _STANDARD = Path(sysconfig.get_path("stdlib"))
+_PACKAGES = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
 _LIBRARIES = [Path(__file__).parent, Path(torch.__file__).parent, Path(pl.__file__).parents[1]]
 
 
@@ -28,7 +28,7 @@ def line_of_error(error: BaseException, callback: type) -> str:
         str: ``"path:line"``; empty if only libraries took part.
     """
     own = _file_of(callback)
-    frames = [(Path(frame.f_code.co_filename), line) for frame, line in _walk(error.__traceback__)]
+    frames = [(Path(frame.f_code.co_filename), line) for frame, line in _walk(error)]
     for belongs in (lambda path: path == own, lambda path: not _is_library(path)):
         for path, line in reversed(frames):
             if belongs(path):
@@ -48,12 +48,15 @@ def line_of_function(function: Any) -> str:
 
 def line_of_class(cls: type, *methods: str) -> str:
     """Return where the first of the methods that the class overrides is defined, or else the class."""
+    own = _file_of(cls)
     for name in methods:
         function = getattr(cls, name, None)
         code = getattr(function, "__code__", None)
-        if code is not None and function is not getattr(pl.Callback, name, None):
-            return place(Path(code.co_filename), code.co_firstlineno)
-    own = _file_of(cls)
+        if code is None or function is getattr(pl.Callback, name, None):
+            continue
+        path = Path(code.co_filename)
+        if path == own or not _is_library(path):
+            return place(path, code.co_firstlineno)
     try:
         return "" if own is None else place(own, inspect.getsourcelines(cls)[1])
     except (OSError, TypeError):  # defined in an interactive session
@@ -61,13 +64,17 @@ def line_of_class(cls: type, *methods: str) -> str:
 
 
 def place(path: Path, line: int) -> str:
-    """Return ``"path:line"``, with the path relative to the working directory if it is below it."""
-    here = Path.cwd()
-    return f"{path.relative_to(here) if path.is_relative_to(here) else path}:{line}"
+    """Return ``"path:line"``, with the path relative to the installed packages or the working directory that hold it."""
+    for folder in (*_PACKAGES, Path.cwd()):
+        if path.is_relative_to(folder):
+            return f"{path.relative_to(folder)}:{line}"
+    return f"{path}:{line}"
 
 
-def _walk(found: TracebackType | None) -> list[tuple[Any, int]]:
-    return list(traceback.walk_tb(found))
+def _walk(error: BaseException) -> list[tuple[Any, int]]:
+    """Return the frames of an error, then those of the error that it was raised from."""
+    cause = error.__cause__
+    return [*traceback.walk_tb(error.__traceback__), *(_walk(cause) if cause is not None else [])]
 
 
 def _file_of(cls: type) -> Path | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
 
 from lightning_grad.testing.reference import make_trainer
 
@@ -16,6 +17,18 @@ _EXPECTED = (
     "Return a LightningModule, which then brings its own train_dataloader; or (module, train_loader), "
     "(module, train_loader, validation_loader) or (module, datamodule)."
 )
+
+
+class _NoLogger(Logger):
+    """Keeps nothing. It is there for callbacks that need a logger."""
+
+    name = version = "none"
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        """Keep nothing."""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Keep nothing."""
 
 
 class Built(NamedTuple):
@@ -61,9 +74,9 @@ class Project:
         pl.seed_everything(_SEED, verbose=False)
         made = self.build()
         module, *data = made if isinstance(made, tuple) else (made,)
-        if not _is_a(module, "LightningModule") or len(data) > 2:
+        if not is_a(module, "LightningModule") or len(data) > 2:
             raise TypeError(f"{self.name or _name_of(self.build)} returned {_words_of(made)}. {_EXPECTED}")
-        if len(data) == 1 and _is_a(data[0], "LightningDataModule"):
+        if len(data) == 1 and is_a(data[0], "LightningDataModule"):
             return Built(module, {"datamodule": data[0]})
         return Built(module, dict(zip(("train_dataloaders", "val_dataloaders"), data, strict=False)))
 
@@ -79,22 +92,27 @@ class Project:
 
     def fit_built(self, built: Built, callbacks: list[Any], ckpt: Any = None, **arguments: Any) -> Any:
         """Fit what :meth:`make` returned, which the caller may have changed."""
-        if any(_is_a(callback, "Checkpoint") for callback in callbacks):
-            arguments.setdefault("enable_checkpointing", True)
-        trainer = make_trainer(**{**copy.deepcopy(dict(self.arguments)), **arguments}, callbacks=list(callbacks))
+        trainer = self._trainer(callbacks, **arguments)
         trainer.fit(built.module, **built.data, ckpt_path=ckpt, weights_only=None if ckpt is None else False)
         return trainer, built.module
 
+    def _trainer(self, callbacks: list[Any], **arguments: Any) -> Any:
+        for kind, argument in (("Checkpoint", "enable_checkpointing"), ("ProgressBar", "enable_progress_bar")):
+            if any(is_a(callback, kind) for callback in callbacks):
+                arguments.setdefault(argument, True)
+        arguments.setdefault("logger", _NoLogger())
+        return make_trainer(**{**copy.deepcopy(dict(self.arguments)), **arguments}, callbacks=list(callbacks))
+
     def validate(self, built: Built, callbacks: list[Any], ckpt: Any = None) -> None:
         """Validate what :meth:`make` returned, with the weights of a checkpoint if its path is given."""
-        trainer = make_trainer(**self.arguments, callbacks=list(callbacks))
+        trainer = self._trainer(callbacks)
         data = {"dataloaders": built.data.get("val_dataloaders"), "datamodule": built.data.get("datamodule")}
         trainer.validate(
             built.module, **data, ckpt_path=ckpt, weights_only=None if ckpt is None else False, verbose=False
         )
 
 
-def _is_a(thing: Any, name: str) -> bool:
+def is_a(thing: Any, name: str) -> bool:
     """Compare class names, because both namespaces of Lightning count."""
     return any(cls.__name__ == name for cls in type(thing).__mro__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.testing.project import Project
-from lightning_grad.testing.reference import BATCH, loaders, make_classifier, make_data
+from lightning_grad.testing.project import Project, is_a
+from lightning_grad.testing.reference import BATCH, BATCHES, loaders, make_classifier, make_data
 
 _SHORT = {"limit_train_batches": 6, "limit_val_batches": 3}
 
@@ -17,8 +17,8 @@ _SHORT = {"limit_train_batches": 6, "limit_val_batches": 3}
 class _Named(Dataset[dict[str, Any]]):
     """The reference data as dictionaries."""
 
-    def __init__(self) -> None:
-        self.inputs, self.labels = make_data().tensors
+    def __init__(self, seed: int, batches: int) -> None:
+        self.inputs, self.labels = make_data(seed, batches).tensors
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -28,14 +28,17 @@ class _Named(Dataset[dict[str, Any]]):
 
 
 def _dictionaries() -> Any:
-    """Return a module whose batches and results of a step are dictionaries, without validation data."""
+    """Return a module whose batches and results of a step are dictionaries."""
 
     class WithDictionaries(type(make_classifier())):  # type: ignore[misc]
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = super().training_step((batch["inputs"], batch["labels"]), batch_idx)
             return {"loss": loss, "size": len(batch["labels"])}
 
-    return WithDictionaries(), DataLoader(_Named(), BATCH)
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step((batch["inputs"], batch["labels"]), batch_idx)
+
+    return WithDictionaries(), DataLoader(_Named(0, BATCHES), BATCH), DataLoader(_Named(1, BATCHES // 2), BATCH)
 
 
 def _of_pytorch_lightning() -> Any:
@@ -59,8 +62,8 @@ REFERENCE = _reference(
 """A classifier of sequences with a custom module, a transformer layer, batch normalization, AdamW and a scheduler."""
 
 
-def projects_of(modules: Mapping[str, Callable[[], Any]] | Sequence[Callable[[], Any]] | None) -> list[Project]:
-    """Return the projects of functions that build modules with their data; of ``None`` the reference.
+def projects_of(modules: Any) -> list[Project]:
+    """Return the projects of functions that build modules with their data, in a list or by name; of ``None`` the reference.
 
     A fit takes at most six training batches and three validation batches in each epoch.
 
@@ -70,17 +73,27 @@ def projects_of(modules: Mapping[str, Callable[[], Any]] | Sequence[Callable[[],
     """
     if modules is None:
         return [REFERENCE]
-    named = dict(modules) if isinstance(modules, Mapping) else {_name(function): function for function in modules}
+    if not isinstance(modules, Mapping | Sequence) or isinstance(modules, str):
+        raise TypeError(
+            f"modules must be a list of functions that build a module, or map names to them; got {_name(modules)}."
+        )
+    named = dict(modules) if isinstance(modules, Mapping) else _named(modules)
     if not named:
         raise ValueError(
             "modules is empty. Pass functions that build a module with its data, or None for the reference."
         )
     for name, function in named.items():
-        if not callable(function):
+        if not callable(function) or is_a(function, "LightningModule"):
             raise TypeError(
                 f"modules[{name!r}] must be a function that builds a module, not {type(function).__name__}."
             )
     return [Project(function, name, _SHORT) for name, function in named.items()]
+
+
+def _named(functions: Sequence[Any]) -> dict[str, Any]:
+    names = [_name(function) for function in functions]
+    unique = [name if names.count(name) == 1 else f"{name} {index}" for index, name in enumerate(names)]
+    return dict(zip(unique, functions, strict=True))
 
 
 def _name(function: Any) -> str:

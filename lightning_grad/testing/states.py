@@ -1,5 +1,6 @@
 """The state after a run, and a bitwise comparison of two states."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
         where: Path of both, at the start of the error message.
 
     Raises:
-        AssertionError: With the path of the first difference.
+        AssertionError: With the path of the first difference. Objects without an ``==`` of their own are compared by their
+            attributes.
 
     Example:
         >>> assert_identical({"w": [1, torch.ones(2)]}, {"w": (1, torch.ones(2))})
@@ -31,20 +33,38 @@ def assert_identical(a: Any, b: Any, where: str = "") -> None:
     """
     if type(a) is not type(b) and not {type(a), type(b)} <= {list, tuple}:
         raise AssertionError(f"{where}: {type(a).__name__} is not {type(b).__name__}")
+    own_equality = any("__eq__" in vars(cls) for cls in type(a).__mro__[:-1])
+    if not own_equality and hasattr(a, "__dict__") and not callable(a):
+        a, b = vars(a), vars(b)
     if isinstance(a, Tensor):
         _assert_same_tensor(a, b, where)
     elif isinstance(a, dict):
         if a.keys() != b.keys():
             raise AssertionError(f"{where}: only one side has {sorted(map(str, a.keys() ^ b.keys()))}")
         for key in a:
-            assert_identical(a[key], b[key], f"{where}/{key}")
+            assert_identical(a[key], b[key], _below(where, key))
     elif isinstance(a, (list, tuple)):
         if len(a) != len(b):
-            raise AssertionError(f"{where}: {len(a)} entries are not {len(b)}")
+            raise AssertionError(f"{where}: {_other_entries(a, b)}")
         for index, (left, right) in enumerate(zip(a, b, strict=True)):
-            assert_identical(left, right, f"{where}/{index}")
-    elif not (a == b or (a != a and b != b)):  # two NaN count as equal
+            assert_identical(left, right, _below(where, index))
+    elif not (_all(a == b) or (_all(a != a) and _all(b != b))):  # two NaN count as equal
         raise AssertionError(f"{where}: {a} is not {b}")
+
+
+def _all(equal: Any) -> bool:
+    """Return one truth value, also for the array that a comparison of NumPy arrays gives."""
+    return bool(equal.all() if hasattr(equal, "all") else equal)
+
+
+def _below(where: str, key: Any) -> str:
+    return f"{where}{key}" if not where or where.endswith(" ") else f"{where}/{key}"
+
+
+def _other_entries(a: Sequence[Any], b: Sequence[Any]) -> str:
+    if all(isinstance(entry, str) for entry in (*a, *b)) and set(a) != set(b):
+        return f"only one side has {sorted(set(a) ^ set(b))}"
+    return f"{len(a)} entries are not {len(b)}"
 
 
 def _assert_same_tensor(a: Tensor, b: Tensor, where: str) -> None:

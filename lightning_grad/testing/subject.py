@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import shutil
 import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_grad.testing.project import Project
+from lightning_grad.testing.project import Built, Project
 from lightning_grad.testing.projects import REFERENCE
 from lightning_grad.testing.runs import Broken, Run, Watched
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn
@@ -36,7 +37,6 @@ REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, Misconfigu
 _KINDS = ("steps", "epochs", "weights")
 _ENDS: dict[str, type[BaseException]] = {"exception": RuntimeError, "interrupt": KeyboardInterrupt}
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-_PLAIN: weakref.WeakKeyDictionary[Project, Subject] = weakref.WeakKeyDictionary()
 
 
 class NotApplicableError(Exception):
@@ -88,6 +88,8 @@ class Subject:
         state_of_callback: Callable[[Any], Any] = lambda callback: callback.state_dict(),
     ) -> None:
         self.make, self.neutral, self.project, self.state_of_callback = make, neutral, project, state_of_callback
+        self.warned: list[str] = []
+        """The warnings of all runs so far, also on variants of the project."""
         self._done: dict[Any, tuple[Any, Exception | None]] = {}
 
     @functools.cached_property
@@ -95,12 +97,20 @@ class Subject:
         """The class of the callback."""
         return type(None if self.make is None else self.make())
 
+    @functools.cached_property
+    def root(self) -> Path:
+        """A folder that is removed with the subject, by the process that asked for it first."""
+        root = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        return root
+
     @property
     def plain(self) -> Subject:
         """The same project without a callback; its runs are shared by all subjects."""
-        if self.project not in _PLAIN:
-            _PLAIN[self.project] = Subject(None, project=self.project)
-        return _PLAIN[self.project]
+        kept = vars(self.project)  # a dictionary by project would never let go of either
+        if "plain" not in kept:
+            kept["plain"] = Subject(None, project=self.project)
+        return kept["plain"]  # type: ignore[no-any-return]
 
     @_once
     def on(self, variant: str) -> Subject:
@@ -111,7 +121,9 @@ class Subject:
         """
         if variant not in self.project.variants:
             raise NotApplicableError(f"There is no module with {variant.replace('_', ' ')} among the given ones.")
-        return Subject(self.make, self.neutral, self.project.variants[variant], self.state_of_callback)
+        other = Subject(self.make, self.neutral, self.project.variants[variant], self.state_of_callback)
+        other.warned = self.warned
+        return other
 
     def built(self) -> list[Any]:
         """Return a list of a new callback, or of none."""
@@ -140,10 +152,16 @@ class Subject:
         built = self.project.make()
         change(built.module)
         start = copy.deepcopy(built.module.state_dict())
-        with _recorded_warnings() as warned, _folder() as folder:
+        with _recorded_warnings() as warned, self._run_folder() as folder:
             given = {"default_root_dir": folder, **arguments}
             trainer, module = self.project.fit_built(built, [*callbacks, *others], **given)
         return self._left(kind, trainer, module, callbacks, warned, start)
+
+    def validate(self, built: Built, callbacks: Sequence[Any], ckpt: Path | None = None) -> None:
+        """Validate a module, with the weights of a checkpoint if its path is given."""
+        with _recorded_warnings() as warned:
+            self.project.validate(built, list(callbacks), ckpt)
+        self.warned += warned
 
     def run_or_refuse(self, callbacks: Sequence[Any], others: Sequence[Any] = (), **rest: Any) -> Any:
         """Do what :meth:`run` does.
@@ -199,14 +217,33 @@ class Subject:
                 self.project.fit_built(built, [*callbacks, stop, *savers], default_root_dir=folder)
             broken: Broken = self._left(Broken, stop.trainer, built.module, callbacks, warned)
             if how == "exception":
-                broken.trainer.save_checkpoint(folder / "by_hand.ckpt")
+                with suppress(Exception):  # the check finds no checkpoint
+                    broken.trainer.save_checkpoint(folder / "by_hand.ckpt")
             broken.saved = {path.stem: torch.load(path, weights_only=False) for path in folder.glob("*.ckpt")}
         return broken
 
     def _left(self, kind: type, trainer: Any, module: Any, callbacks: Any, warned: list[str], start: Any = None) -> Any:
+        self.warned += warned
         own = [callback for callback in callbacks if not isinstance(callback, Begun)]
-        states = [copy.deepcopy(self.state_of_callback(callback)) for callback in own]
+        states = [self._state_of(callback) for callback in own]
         return kind(trainer, module, list(callbacks), states, warned, start)
+
+    @contextmanager
+    def _run_folder(self) -> Iterator[Path]:
+        """Make an empty folder with the same path for each run: states of checkpoint callbacks hold paths."""
+        folder = self.root / f"{os.getpid()}"  # ranks that are forked share the rest of it
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _state_of(self, callback: Any) -> Any:
+        """Return the state, or the words of the error: then saving fails too, which checks of their own say."""
+        try:
+            return copy.deepcopy(self.state_of_callback(callback))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
     # Fits that run once for the same arguments.
 

@@ -15,7 +15,11 @@ from typing_extensions import override
 
 _ATEN = torch.ops.aten
 _READING = {Tensor.cpu, Tensor.tolist}  # numpy() is not among them: it raises for a tensor on a device
-_SYNCING = {_ATEN._local_scalar_dense.default, _ATEN.nonzero.default, _ATEN.masked_select.default}
+_SYNCING = {
+    _ATEN._local_scalar_dense.default: "item(), float(), int() or bool() of a tensor",
+    _ATEN.nonzero.default: "nonzero()",
+    _ATEN.masked_select.default: "masked_select()",
+}
 
 
 class SyncError(AssertionError):
@@ -31,7 +35,7 @@ class NoSync:
         >>> with NoSync():
         ...     torch.ones(1).item()
         Traceback (most recent call last):
-        lightning_grad.testing.syncs.SyncError: aten._local_scalar_dense.default waits for the device
+        lightning_grad.testing.syncs.SyncError: item(), float(), int() or bool() of a tensor waits for the device
         >>> with NoSync():
         ...     torch.ones(1).tolist()
         Traceback (most recent call last):
@@ -54,7 +58,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _SYNCING:
-            raise SyncError(f"{func} waits for the device")
+            raise SyncError(f"{_SYNCING[func]} waits for the device")
         if func is _ATEN._to_copy.default and "device" in kwargs:
             raise SyncError(f"copies to {kwargs['device']}")
         return func(*args, **kwargs)
@@ -87,7 +91,7 @@ def guarded(function: Callable[..., Any], seen: list[str], name: str) -> Callabl
             with NoSync():
                 return function(*args, **kwargs)
         except SyncError as error:
-            raise SyncError(f"{name}: {error}") from error
+            raise SyncError(f"{name}: {error}").with_traceback(error.__traceback__) from error
 
     return call
 

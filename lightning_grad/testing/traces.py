@@ -74,13 +74,13 @@ class PicklerOfNoRun(pickle.Pickler):
         >>> import io
         >>> PicklerOfNoRun(io.BytesIO()).dump({"kept": nn.Linear(1, 1)})
         Traceback (most recent call last):
-        AssertionError: A copy holds a Linear, which belongs to a run.
+        AssertionError: A copy holds an object of type Linear, which belongs to a run.
     """
 
     def reducer_override(self, value: Any) -> Any:
         """Raise for parts of a run, and leave everything else to pickle."""
         if isinstance(value, (nn.Module, torch.optim.Optimizer, pl.Trainer)):
-            raise AssertionError(f"A copy holds a {type(value).__name__}, which belongs to a run.")
+            raise AssertionError(f"A copy holds an object of type {type(value).__name__}, which belongs to a run.")
         return NotImplemented
 
 

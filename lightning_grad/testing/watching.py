@@ -67,37 +67,43 @@ class Begun(pl.Callback):
 
 
 class Outputs(pl.Callback):
-    """Keeps what the children of the module return in validation, by the step at which it ran."""
+    """Keeps what the children of the module return in ``validation_step``, by the step at which it ran.
+
+    To come last in the list: calls that other callbacks make between the steps do not count.
+    """
 
     def __init__(self) -> None:
         self.of: dict[int, list[Tensor]] = {}
         self.calls: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []  # of the current batch
-        self._handle: Any = None
 
     @override
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.of[trainer.global_step] = []
-
-    @override
-    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self.calls.clear()
-        children = {id(child) for child in pl_module.children()}
+        seen: list[Tensor] = []
+        self.of[trainer.global_step] = seen
+        children, step = {id(child) for child in pl_module.children()}, trainer.strategy.validation_step
 
         def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if id(module) in children and isinstance(output, Tensor):
                 self.calls.append((module, inputs, output.detach().clone()))
 
-        self._handle = register_module_forward_hook(keep)
+        def validation_step(*arguments: Any) -> Any:
+            self.calls.clear()
+            handle = register_module_forward_hook(keep)
+            try:
+                return step(*arguments)
+            finally:
+                handle.remove()
+                seen.extend(output for _, _, output in self.calls)
+
+        trainer.strategy.validation_step = validation_step
 
     @override
-    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        self._handle.remove()
-        self.of[trainer.global_step] += [output for _, _, output in self.calls]
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        vars(trainer.strategy).pop("validation_step", None)
 
     @override
-    def on_exception(self, *_: Any) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+    def on_exception(self, trainer: Any, *_: Any) -> None:
+        vars(trainer.strategy).pop("validation_step", None)
 
 
 class Watch(Outputs):
@@ -118,26 +124,32 @@ class Watch(Outputs):
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self.keys.append([*pl_module.state_dict(), *dict(pl_module.named_parameters())])
-        with keeping(self.pickling_errors):
-            PicklerOfNoRun(io.BytesIO()).dump(without_links(self.technique))
+        with keeping(self.pickling_errors), without_links(self.technique) as technique:
+            PicklerOfNoRun(io.BytesIO()).dump(technique)
 
     @override
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
-        super().on_validation_batch_end(trainer, pl_module, *arguments)
         if arguments[2] > 0:  # one batch of each validation
             return
         with keeping(self.copying_errors), torch.inference_mode(False), torch.no_grad():
-            for child, inputs, output in self.calls:
+            first = {id(child): (child, inputs, output) for child, inputs, output in reversed(self.calls)}
+            for child, inputs, output in reversed(first.values()):
                 for twin in (copy.deepcopy(child), pickle.loads(pickle.dumps(child))):
                     self.copies.append((twin, inputs, output))
 
 
-def without_links(callback: Any) -> Any:
-    """Return a shallow copy without ``log`` and ``log_dict``, which Lightning leaves on it and which hold the module."""
-    twin = copy.copy(callback)
-    for name in ("log", "log_dict"):
-        getattr(twin, "__dict__", {}).pop(name, None)
-    return twin
+@contextlib.contextmanager
+def without_links(callback: Any) -> Iterator[Any]:
+    """Take off ``log`` and ``log_dict`` in the block, which Lightning leaves on a callback and which hold the module.
+
+    A copy without them would not do: a bound method in the callback holds the original.
+    """
+    attributes = getattr(callback, "__dict__", {})
+    taken = {name: attributes.pop(name) for name in ("log", "log_dict") if name in attributes}
+    try:
+        yield callback
+    finally:
+        attributes.update(taken)
 
 
 @contextlib.contextmanager

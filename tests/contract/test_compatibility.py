@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from lightning_grad.core.compatibility import Answer
 from lightning_grad.strategies import DGCStrategy
 from lightning_grad.testing import fit, make_classifier, make_trainer, on_ranks
+from lightning_grad.testing.checks import CHECKS
 from tests.contract import settings, strategy_settings
-from tests.contract import test_checkpoints as checkpoints
 from tests.contract import test_composition as composition
+from tests.contract import test_guarantees as guarantees
 from tests.contract import test_strategies_composition as strategies_composition
 from tests.contract.entries import Entry, Scheme, Technique
+from tests.contract.settings import BROAD
 from tests.contract.test_composition import start_of
 from tests.strategies.fits import train_on_ranks
 
@@ -232,31 +234,20 @@ def test_gradients_that_come_late(family):
     on_ranks(1, _beside_late_gradients, [technique for technique in _LATE if technique.family == family])
 
 
-_OPTIONS = composition.test_trainer_options
-_MANUAL = composition.test_manual_optimization_with_two_optimizers
 _SHARDED = composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch
-_COMPILED = composition.test_compiled_submodules_give_the_same_weights
 _OF_CALLBACKS: Mapping[str, tuple[Callable[..., None], ...]] = {
-    "accumulation": (_OPTIONS,),
-    "bf16": (_OPTIONS,),
-    "fp16": (composition.test_fp16_grad_scaler_with_overflow_at_the_start,),
     "fused_fp16": (test_fused_optimizer_with_a_grad_scaler,),
-    "ddp": (composition.test_two_ranks_agree,),
     "fsdp2": (_SHARDED,),
     "fsdp1": (_SHARDED,),
     "deepspeed": (_SHARDED,),
-    "compiled": (_COMPILED, test_a_compiled_submodule),
-    "several_optimizers": (_MANUAL,),
-    "manual_optimization": (_MANUAL,),
-    "weight_averaging": (checkpoints.test_beside_weight_averaging_in_either_order,),
-    "pytorch_lightning": (composition.test_pytorch_lightning_trainer,),
-    "gradient_clip_val": (_OPTIONS,),
+    "compiled": (test_a_compiled_submodule,),
     "late_gradients": (test_gradients_that_come_late,),
-    "no_second_moment": (_MANUAL, test_sparse_gradients),
+    "no_second_moment": (test_sparse_gradients,),
     "sparse_gradients": (test_sparse_gradients,),
     "complex_parameters": (test_complex_parameters,),
 }
-_ALL_IN_ONE = {test_gradients_that_come_late: _LATE, composition.test_two_ranks_agree: composition.BROAD}
+_OF_CHECKS = {"several_optimizers": "manual_optimization"}  # Lightning allows them only there
+_ALL_IN_ONE = {test_gradients_that_come_late: _LATE}
 _BESIDE = strategies_composition.test_beside_callbacks
 _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
     "accumulation": (strategies_composition.test_trainer_options,),
@@ -266,6 +257,13 @@ _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
     "gradient_clip_val": (strategies_composition.test_clipping_of_the_trainer_sees_the_mean_gradient,),
     "no_second_moment": (_BESIDE,),  # with SGD
 }
+
+
+def entries_checked(field: str) -> list[Entry]:
+    """Return the entries that a check of the public tool runs over."""
+    checks = {check.name for check in CHECKS.values() if check.feature == _OF_CHECKS.get(field, field)}
+    on_ranks = BROAD if guarantees.ON_SHARED_RANKS in checks else []
+    return [*(technique for technique, check in guarantees.HELD_TO if check.name in checks), *on_ranks]
 
 
 def entries_of(test: Any) -> list[Entry]:
@@ -282,8 +280,10 @@ def test_what_is_declared_to_work_is_run_by_a_test(entry):
     tests = _OF_STRATEGIES if isinstance(entry, Scheme) else _OF_CALLBACKS
     for field, answer in entry.kind.compatibility.answers.items():
         if answer.works in ("yes", "stand-in"):
-            run = [other for test in tests[field] for other in entries_of(test) if other.name == entry.name]
-            assert any(not other.works_with.answers[field].is_no for other in run), f"no test runs {entry} with {field}"
+            run = [other for test in tests.get(field, ()) for other in entries_of(test)]
+            run += [] if isinstance(entry, Scheme) else entries_checked(field)
+            works = [not other.works_with.answers[field].is_no for other in run if other.name == entry.name]
+            assert any(works), f"no test runs {entry} with {field}"
 
 
 @pytest.mark.parametrize("field", ["fsdp2", "fsdp1", "deepspeed"])

@@ -14,8 +14,9 @@ from lightning_grad.callbacks import NMSparsity, ZClip
 from lightning_grad.core import GradCallback
 from lightning_grad.core.switch import VARIABLE
 from lightning_grad.testing import StopAt, assert_identical, fit, loaders, make_classifier, make_trainer, on_ranks
+from lightning_grad.testing.runs import Run
 from tests.contract import strategy_settings
-from tests.contract.recorded import Run, bare, run, watched
+from tests.contract.recorded import bare, run, watched
 from tests.contract.settings import CANONICAL, build_together
 from tests.strategies.fits import outcome, train_on_ranks
 
@@ -49,12 +50,11 @@ def _every_technique() -> list[Any]:
 def off(tmp_path_factory: pytest.TempPathFactory) -> _Off:
     folder, callbacks = tmp_path_factory.mktemp("off"), _every_technique()
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, monitor="val_loss")
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as given:
-        warnings.simplefilter("always")
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "1")
-        left = run([*callbacks, saving], resumable=True, logger=CSVLogger(folder, "logs", ""))
+        left = run([*callbacks, saving], logger=CSVLogger(folder, "logs", ""))
     assert left.trainer.callbacks[: len(callbacks)] == callbacks, "each is back in its place"
-    warned = [str(one.message) for one in given if VARIABLE in str(one.message)]
+    warned = [text for text in left.warned if VARIABLE in text]
     return _Off(left, folder, warned, [callback.display_name for callback in callbacks])
 
 
@@ -90,8 +90,8 @@ def test_states_of_techniques_are_ignored(off: _Off, tmp_path: Path, monkeypatch
     saved["callbacks"] = {name: {"settings": {"ratio": 2.0}, "of": "another run"} for name in off.names}
     torch.save(saved, tmp_path / "states.ckpt")
     monkeypatch.setenv(VARIABLE, "1")
-    with pytest.warns(UserWarning, match="turns off"):
-        left = run(_every_technique(), resumable=True, ckpt=tmp_path / "states.ckpt")
+    left = run(_every_technique(), ckpt=tmp_path / "states.ckpt")
+    assert "turns off" in " ".join(left.warned)
     left.left["random"] = bare(None).left["random"]  # Lightning restores none
     _assert_plain(left)
 
@@ -133,8 +133,8 @@ def test_only_named_classes_are_off(monkeypatch: pytest.MonkeyPatch):
     (clipping,) = [technique for technique in CANONICAL if technique.name == "NormClipping"]
     callbacks = [NMSparsity(**NMSparsity.trial), clipping.build()]
     monkeypatch.setenv(VARIABLE, "NMSparsity, ProbeCallback,")
-    with pytest.warns(UserWarning, match="turns off NMSparsity. "):
-        left = run(callbacks, resumable=True)
+    left = run(callbacks)
+    assert "turns off NMSparsity. " in " ".join(left.warned)
     assert_identical(bare(clipping).weights, left.weights)
     monkeypatch.setenv(VARIABLE, "NMSparsty")
     with pytest.raises(ValueError, match=f"^{VARIABLE} .*got 'NMSparsty'. Did you mean 'NMSparsity'") as error:
@@ -142,7 +142,7 @@ def test_only_named_classes_are_off(monkeypatch: pytest.MonkeyPatch):
     assert "must be '1', 'AccuracyGradientLR', " in str(error.value)
     assert "GradientConditioner" not in str(error.value)
     monkeypatch.setenv(VARIABLE, "0")
-    later = run(callbacks, resumable=True)
+    later = run(callbacks)
     with pytest.raises(AssertionError):
         assert_identical(left.weights, later.weights)
 

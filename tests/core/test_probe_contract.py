@@ -1,21 +1,17 @@
 """A probe of an author outside the package keeps the guarantees that every exported technique is held to."""
 
-import inspect
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_grad.testing import assert_identical, fit
-from tests.contract import (
-    test_checkpoints,
-    test_composition,
-    test_neutral,
-    test_no_sync,
-    test_no_trace,
-    test_resume,
-)
+from lightning_grad.testing.checks import CHECKS, Check
+from tests.contract import test_checkpoints as checkpoints
+from tests.contract import test_composition as composition
+from tests.contract import test_guarantees as guarantees
+from tests.contract import test_resume as resume
 from tests.contract.settings import Technique
 from tests.core.activation_norm import ActivationNorm
 
@@ -46,58 +42,36 @@ ENTRY = ProbeEntry(
 )
 EVERY_STEP = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 2}, neutral={})
 
-# Each with the arguments that its own parametrization gives it.
-GUARANTEES: list[tuple[Callable[..., None], dict[str, Any]]] = [
-    *((test_neutral.test_neutral_setting_is_bitwise_no_callback, {"accumulate": n}) for n in (1, 3)),
-    *((test_no_trace.test_nothing_is_left, {"how": how}) for how in ("success", "exception", "interrupt")),
-    *(
-        (test_no_trace.test_another_fit_of_a_callback_equals_its_first, {"after": after})
-        for after in ("after_an_exception", "after_a_validation")
-    ),
-    (test_no_trace.test_callback_pickles_and_copies_before_and_after_a_fit, {}),
-    (test_no_trace.test_module_copied_in_mid_fit_is_plain_and_computes_the_same, {}),
-    *((test_resume.test_resume_at_any_saved_step, {"accumulate": n}) for n in (1, 2)),
-    (test_resume.test_resume_at_an_epochs_end, {}),
-    *((test_resume.test_resume_from_an_exception, {"steps": steps}) for steps in ((3, 14), (6,))),
-    (test_resume.test_looking_and_saving_change_nothing, {}),
-    *((test_resume.test_resume_beside_weight_averaging, {"ema_first": first}) for first in (False, True)),
-    (test_resume.test_a_checkpoint_of_a_run_without_the_technique_is_accepted, {}),
-    (test_resume.test_a_run_without_the_technique_accepts_its_checkpoint, {}),
-    (test_resume.test_validating_a_checkpoint_leaves_the_next_fit_alone, {}),
-    (test_checkpoints.test_beside_weight_averaging_in_either_order, {}),
-    (test_checkpoints.test_callback_state_is_made_of_plain_types, {}),
-    *((test_composition.test_trainer_options, {"arguments": {"precision": p}}) for p in ("bf16-mixed", "bf16-true")),
-    (test_composition.test_fp16_grad_scaler_with_overflow_at_the_start, {}),
-    (test_composition.test_compiled_submodules_give_the_same_weights, {"how": "module.compile()"}),
-    (test_composition.test_pytorch_lightning_trainer, {}),
-    (test_composition.test_two_instances, {}),
-    (test_composition.check_two_ranks_agree, {}),
-    *(
-        (test_composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch, {"strategy": name})
-        for name in ("FSDPStrategy", "ModelParallelStrategy")
-    ),
-]
+QUIET = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 1000}, neutral={})
 
 
-def name_of(guarantee: tuple[Callable[..., None], dict[str, Any]]) -> str:
-    test, arguments = guarantee
-    return "-".join([test.__name__.removeprefix("test_"), *map(str, arguments.values())])
+# Its looks are no steps, and it learns only at its first look that it cannot run the training step of a manual loop.
+ELSEWHERE = {"g7_no_host_sync", "g6_manual_optimization_with_two_optimizers"}
 
 
-@pytest.mark.parametrize("guarantee", GUARANTEES, ids=name_of)
-def test_guarantee(guarantee: tuple[Callable[..., None], dict[str, Any]], request: pytest.FixtureRequest) -> None:
-    test, arguments = guarantee
-    fixtures = set(inspect.signature(test).parameters) - {"technique", "techniques", *arguments}
-    test(ENTRY, **arguments, **{name: request.getfixturevalue(name) for name in fixtures})
+@pytest.mark.parametrize("check", [check for check in CHECKS.values() if check.name not in ELSEWHERE], ids=str)
+def test_guarantee(check: Check) -> None:
+    guarantees.test_guarantee(ENTRY, check)
 
 
-def test_a_step_without_a_look_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet = ProbeEntry("ActivationNorm", arguments={"layer": "hidden", "every_n_steps": 1000})
-    test_no_sync.test_hooks_of_a_step_do_not_wait(quiet, monkeypatch)
+def test_a_step_without_a_look_does_not_wait() -> None:
+    guarantees.test_guarantee(QUIET, CHECKS["g7_no_host_sync"])
 
 
-def test_looks_after_steps_resume_at_any_saved_step() -> None:
-    test_resume.test_resume_at_any_saved_step(EVERY_STEP, 1)
+def test_looks_after_steps_resume_within_an_epoch() -> None:
+    guarantees.test_guarantee(EVERY_STEP, CHECKS["g5_resumes_within_an_epoch"])
+
+
+@pytest.mark.parametrize("ema_first", [False, True])
+def test_resume_beside_weight_averaging(ema_first: bool, tmp_path: Path) -> None:
+    resume.test_resume_beside_weight_averaging(ENTRY, ema_first, tmp_path)
+
+
+def test_state_instances_and_shards() -> None:
+    checkpoints.test_callback_state_is_made_of_plain_types(ENTRY)
+    composition.test_two_instances(ENTRY)
+    for strategy in ("FSDPStrategy", "ModelParallelStrategy"):
+        composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch(ENTRY, strategy)
 
 
 def test_sparse_weights_are_seen_as_they_are_validated(tmp_path: Any) -> None:

@@ -20,16 +20,17 @@ from lightning_grad.core import FoundWeight, Stage, ViewedWeight, attach_view, q
 from lightning_grad.core.views.weight_chain import Chain
 from lightning_grad.core.views.weight_view import InPlaceWindow
 from lightning_grad.functional import is_nm, nm_mask
-from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing import StopAfter, assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing.checks import CHECKS, Check
+from lightning_grad.testing.checks.g3_no_trace import assert_nothing_is_left
+from lightning_grad.testing.checks.g4_checkpoints import assert_as_validated
 from tests.callbacks.sparsity.test_nm_choice import Backwards, InOut
 from tests.callbacks.sparsity.test_nm_sparsity import Regression, data, trainer
-from tests.contract import recorded
 from tests.contract import test_checkpoints as checkpoints
 from tests.contract import test_composition as composition
-from tests.contract import test_neutral as neutral
-from tests.contract import test_no_sync as no_sync
-from tests.contract import test_no_trace as no_trace
+from tests.contract import test_guarantees as guarantees
 from tests.contract import test_resume as resume
+from tests.contract.recorded import PLAIN
 from tests.contract.settings import Technique
 from tests.core import weight_techniques
 from tests.core.weight_techniques import NoisyWeight, RoundedWeight, Rounding, WeightNoise
@@ -65,7 +66,7 @@ class Outside(Technique):
 
 
 NOISE = Outside("WeightNoise", arguments={"include": LAYERS}, neutral={"include": LAYERS, "std": 0.0}, kind=WeightNoise)
-ROUND = Outside("Rounding", arguments={"include": LAYERS}, kind=Rounding)
+ROUND = Outside("Rounding", arguments={"include": LAYERS}, neutral="It always rounds.", kind=Rounding)
 BOTH = pytest.mark.parametrize("technique", [NOISE, ROUND], ids=str)
 
 
@@ -76,76 +77,27 @@ def sparse(recipe: str = "mdgf-exponential", **arguments: Any) -> NMSparsity:
 # Alone: the contract of every exported technique.
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_neutral_setting_is_bitwise_no_callback(accumulate: int) -> None:
-    neutral.test_neutral_setting_is_bitwise_no_callback(NOISE, accumulate)
+@BOTH
+@pytest.mark.parametrize("check", [c for c in CHECKS.values() if guarantees.is_held_to(NOISE, c)], ids=str)
+def test_guarantee(technique: Technique, check: Check) -> None:
+    guarantees.test_guarantee(technique, check)
 
 
 @BOTH
-def test_it_acts(technique: Any) -> None:
-    neutral.test_technique_is_not_neutral_otherwise(technique)
-
-
-@BOTH
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_at_any_step(technique: Any, accumulate: int) -> None:
-    resume.test_resume_at_any_saved_step(technique, accumulate)
-    resume.test_looking_and_saving_change_nothing(technique)
-
-
-@BOTH
-def test_resume_from_an_exception(technique: Any, tmp_path: Path) -> None:
-    resume.test_resume_from_an_exception(technique, (3, 14), tmp_path)
+def test_it_acts(technique: Technique) -> None:
+    guarantees.test_technique_is_not_neutral_otherwise(technique)
+    checkpoints.test_callback_state_is_made_of_plain_types(technique)
     resume.test_an_on_exception_checkpoint_holds_what_save_on_exception_does(technique)
 
 
 @BOTH
 @pytest.mark.parametrize("ema_first", [False, True])
-def test_resume_beside_weight_averaging(technique: Any, ema_first: bool, tmp_path: Path) -> None:
+def test_resume_beside_weight_averaging(technique: Technique, ema_first: bool, tmp_path: Path) -> None:
     resume.test_resume_beside_weight_averaging(technique, ema_first, tmp_path)
 
 
-@BOTH
-@pytest.mark.parametrize("kind", ["epochs", "weights"])
-def test_checkpoints_compute_what_was_validated(technique: Any, kind: str) -> None:
-    checkpoints.test_every_checkpoint_computes_what_was_validated(technique, kind)
-    checkpoints.test_callback_state_is_made_of_plain_types(technique)
-
-
-@BOTH
-def test_checkpoints_beside_weight_averaging(technique: Any, tmp_path: Path) -> None:
-    checkpoints.test_beside_weight_averaging_in_either_order(technique, tmp_path)
-
-
-@BOTH
-@pytest.mark.parametrize("how", ["success", "exception", "interrupt", "in on_fit_start"])
-def test_nothing_is_left(technique: Any, how: str) -> None:
-    no_trace.test_nothing_is_left(technique, how)
-
-
-@BOTH
-def test_copies_and_further_fits(technique: Any) -> None:
-    for after in ("after_an_exception", "after_a_validation"):
-        no_trace.test_another_fit_of_a_callback_equals_its_first(technique, after)
-    no_trace.test_module_copied_in_mid_fit_is_plain_and_computes_the_same(technique)
-
-
-@BOTH
-@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_half_precision_manual_optimization_and_frozen_parameters(technique: Any) -> None:
-    composition.test_fp16_grad_scaler_with_overflow_at_the_start(technique)
-    composition.test_manual_optimization_with_two_optimizers(technique, "adamw")
-    composition.test_frozen_parameters_stay_what_they_are(technique)
-
-
-def test_two_ranks_agree_and_shards_are_refused() -> None:
-    composition.check_two_ranks_agree(NOISE)
+def test_shards_are_refused() -> None:
     composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch(NOISE, "FSDPStrategy")
-
-
-@BOTH
-def test_no_hook_waits_for_the_device(technique: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    no_sync.test_hooks_of_a_step_do_not_wait(technique, monkeypatch)
 
 
 def test_the_guide_shows_the_same_noise_in_at_most_sixty_lines() -> None:
@@ -244,7 +196,7 @@ def test_a_chain_resumes_bitwise(make: Any, turned: bool, accumulate: int, tmp_p
     run = {"accumulate_grad_batches": accumulate, "max_epochs": 3}
     saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=7)
     expected = state([*build(), saving], **run)
-    stop = [resume.StopAfter(5), OnExceptionCheckpoint(tmp_path, "stop")]
+    stop = [StopAfter(5), OnExceptionCheckpoint(tmp_path, "stop")]
     with pytest.raises(RuntimeError):
         fit([*build(), *stop], make_classifier(), resumable=True, **run)
     paths = sorted(tmp_path.glob("*.ckpt"))
@@ -305,14 +257,11 @@ def test_the_sanity_check_sees_the_whole_chain_in_either_order() -> None:
 
 @CHAINS
 @pytest.mark.parametrize("averaged", [False, True])
-def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bool, tmp_path: Path) -> None:
-    remembered = recorded.Watch(None)
+def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bool) -> None:
     others = [EMAWeightAveraging(decay=0.8)] if averaged else []
-    fit([*make()[::-1], *others, remembered, ModelCheckpoint(tmp_path, save_top_k=-1)], max_epochs=2)
-    paths = sorted(tmp_path.glob("*.ckpt"))
-    assert len(paths) == 2
-    for path in paths:
-        checkpoints.assert_computes_what_was_validated(path, remembered.logits)
+    run = PLAIN.run_and_save([*make()[::-1], *others], ["epochs"], max_epochs=2)
+    assert len(run.saved("epochs")) == 2
+    assert_as_validated(PLAIN, run.saved("epochs"), run.watch.of)
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -340,9 +289,9 @@ def test_neutral_noise_leaves_a_sparse_run_as_it_is() -> None:
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt"])
 def test_nothing_is_left_of_a_chain(make: Any, how: str) -> None:
     if how == "success":
-        recorded.run(make()[::-1], max_epochs=2).assert_nothing_is_left(recorded.bare(None))
+        assert_nothing_is_left(PLAIN.run(make()[::-1], max_epochs=2), PLAIN.bare())
     else:
-        recorded.end(make()[::-1], how).assert_nothing_is_left(recorded.ended_without(how))
+        assert_nothing_is_left(PLAIN.break_off(make()[::-1], how), PLAIN.broken(how))
 
 
 def test_two_of_one_stage_are_refused_by_name() -> None:

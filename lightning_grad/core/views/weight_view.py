@@ -218,6 +218,8 @@ class InPlaceView:
             for owner, name in [(module, attribute), *others]
         ]
         setattr(self.parameter, IN_PLACE, id(self.parameter))
+        self.parameter.__deepcopy__ = self._copied  # type: ignore[method-assign]
+        self.parameter.__reduce_ex__ = self._reduced  # type: ignore[method-assign]
         self._sees_gradient = False
 
     @property
@@ -228,6 +230,14 @@ class InPlaceView:
     def stored(self) -> Tensor:
         """Return the weight for a checkpoint."""
         return self._view.stored(self.dense)
+
+    def _reduced(self, protocol: int = 2) -> tuple[Any, ...]:
+        """Pickle the parameter as a plain one with which a module computes the same outputs."""
+        return nn.Parameter, (self.stored().clone(), self.parameter.requires_grad)
+
+    def _copied(self, memo: dict[int, Any]) -> nn.Parameter:
+        create, arguments = self._reduced()
+        return memo.setdefault(id(self.parameter), create(*arguments))  # type: ignore[no-any-return]
 
     def _through_view(self, gradient: Tensor) -> Tensor:
         """Apply the chain rule at the dense weight, because a view may compute its mask from the value."""
@@ -261,7 +271,8 @@ class InPlaceView:
     def detach(self) -> None:
         """Restore the dense weight and remove the hooks."""
         self.restore()
-        self.parameter.__dict__.pop(IN_PLACE, None)
+        for name in (IN_PLACE, "__deepcopy__", "__reduce_ex__"):
+            self.parameter.__dict__.pop(name, None)
         for handle in self._handles:
             handle.remove()
 

@@ -15,5 +15,5 @@ def g1_trains_an_unmodified_module(subject: Subject) -> None:
 
 @check("full")
 def g1_trains_with_dictionaries(subject: Subject) -> str:
-    """The callback works or refuses if batches and results of a step are dictionaries, and there is no validation."""
+    """The callback works or refuses if batches and results of a step are dictionaries."""
     return works_or_refuses(subject.on("dictionaries"))

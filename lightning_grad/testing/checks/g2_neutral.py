@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_grad.testing.checks.registry import check
+from lightning_grad.testing.checks.registry import GuaranteeError, check
+from lightning_grad.testing.checks.trained import assert_no_number_drawn
 from lightning_grad.testing.runs import Run
 from lightning_grad.testing.states import assert_identical
-from lightning_grad.testing.subject import NotApplicableError, Subject
+from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
 
 
 @check("quick")
@@ -25,9 +26,15 @@ def g2_neutral_with_accumulation(subject: Subject) -> None:
 def _assert_neutral(subject: Subject, accumulate: int) -> None:
     if not callable(subject.neutral):
         raise NotApplicableError(subject.neutral or "No neutral= was given.")
-    neutral = subject.run([subject.neutral()], accumulate_grad_batches=accumulate)
+    try:
+        neutral = subject.run_or_refuse([subject.neutral()], accumulate_grad_batches=accumulate)
+    except RefusedError as refusal:
+        if accumulate == 1:
+            raise GuaranteeError(f"The neutral setting refuses an ordinary fit: {refusal}") from refusal.__cause__
+        raise
     plain = subject.plain.bare(accumulate)
-    assert_identical(compared(plain, plain), compared(neutral, plain), "")
+    assert_no_number_drawn(plain, neutral)
+    assert_identical(compared(plain, plain), compared(neutral, plain))
 
 
 def compared(run: Run, plain: Run) -> dict[str, Any]:

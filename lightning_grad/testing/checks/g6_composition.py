@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.plugins import MixedPrecision
@@ -13,10 +13,13 @@ from torch import Tensor
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
 from lightning_grad.testing.checks.trained import assert_trained, premise, works_or_refuses
+from lightning_grad.testing.lines import line_of_error
 from lightning_grad.testing.ranks import on_ranks
 from lightning_grad.testing.rows import REFUSES
 from lightning_grad.testing.states import assert_identical
 from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
+
+_LIMIT = 40.0  # seconds for both ranks; they take one or two
 
 
 @check("quick", feature="accumulation")
@@ -106,7 +109,7 @@ def g6_pytorch_lightning(subject: Subject) -> str:
     except ImportError as error:
         raise NotApplicableError("pytorch_lightning is not installed.") from error
     other = subject.on("pytorch_lightning")
-    words = works_or_refuses(other, _pytorch_lightning)
+    words = works_or_refuses(other, _pytorch_lightning, usual=subject)
     if not words:
         assert_identical(subject.bare().weights, other.situated(_pytorch_lightning).weights, "weights")
     return words
@@ -117,19 +120,44 @@ def g6_two_ranks(subject: Subject) -> str:
     """On two processes with DDP, both end with the same weights."""
     if "fork" not in multiprocessing.get_all_start_methods() or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise NotApplicableError("Processes cannot be forked here: there is no fork, or CUDA is in use.")
-    first, second = on_ranks(2, train_on_this_rank, subject)
+    for each in (subject, subject.plain):
+        assert each.root.exists()  # made here, because the ranks end without removing theirs
+    try:
+        first, second = on_ranks(2, train_on_this_rank, subject, limit=_LIMIT)
+    except AssertionError as error:
+        lost = [part.split(" ---")[0] for part in str(error).split("--- rank ")[1:]]
+        raise GuaranteeError(f"Rank {' and '.join(lost)} did not end in {_LIMIT:.0f} s, or was killed.") from error
+    failed = {rank: found for rank, found in enumerate((first, second)) if isinstance(found, Failed)}
+    # If a rank fails, the other waits for it until the connection is lost, in code of no callback.
+    for rank, found in sorted(failed.items(), key=lambda item: not item[1].line):
+        if found.not_applicable:
+            raise NotApplicableError(found.words)
+        raise GuaranteeError(f"On rank {rank}: {found.words}", found.line)
     assert_identical(first, second, "weights on the other rank")
     return str(first) if isinstance(first, str) else ""
 
 
-def train_on_this_rank(subject: Subject) -> Mapping[str, Tensor] | str:
-    """Train under DDP on each of two ranks; return the parameters of this one, or the words of a refusal."""
-    plain = premise(subject, _ddp)
+class Failed(NamedTuple):
+    """The error of a rank, in a form that other processes can read."""
+
+    words: str
+    line: str
+    not_applicable: bool
+
+
+def train_on_this_rank(subject: Subject) -> Mapping[str, Tensor] | str | Failed:
+    """Train under DDP on each of two ranks; return the parameters of this one, or the words of a refusal or an error."""
     try:
+        plain = premise(subject, _ddp)
         run = subject.situated(_ddp)
+        assert_trained(run, plain)
     except RefusedError as refusal:
         return f"{REFUSES}{refusal}"
-    assert_trained(run, plain)
+    except (Exception, SystemExit) as error:
+        words = (
+            str(error) if isinstance(error, AssertionError | NotApplicableError) else f"{type(error).__name__}: {error}"
+        )
+        return Failed(words, line_of_error(error, subject.kind), isinstance(error, NotApplicableError))
     return {name: value.detach() for name, value in run.module.named_parameters()}
 
 

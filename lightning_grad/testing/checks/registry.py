@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
+from lightning_grad.testing.environment import interruptible
 from lightning_grad.testing.lines import line_of_error
-from lightning_grad.testing.rows import Row
-from lightning_grad.testing.subject import NotApplicableError, Subject
+from lightning_grad.testing.rows import REFUSES, Row
+from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
 
 Level = Literal["quick", "full"]
 Function = Callable[[Subject], str | None]
@@ -47,12 +50,18 @@ class Check:
         """The guarantee, such as ``"g3"``."""
         return self.name.split("_")[0]
 
+    def __str__(self) -> str:
+        return self.name
+
     def of(self, subject: Subject) -> Row:
         """Run the check, and return its row. Only Ctrl-C ends it."""
         try:
-            return Row(self.name, "ok", self.function(subject) or "")
+            with interruptible():
+                return Row(self.name, "ok", self.function(subject) or "")
         except NotApplicableError as reason:
             return Row(self.name, "not applicable", str(reason))
+        except RefusedError as refusal:  # a check of G6 catches it: there it is the result
+            return Row(self.name, "not applicable", f"{REFUSES}{refusal}")
         except SystemExit as error:
             if isinstance(error.__context__, KeyboardInterrupt):  # Lightning makes this of Ctrl-C in a fit
                 raise KeyboardInterrupt from error
@@ -62,8 +71,10 @@ class Check:
 
 
 def _words(error: Exception) -> str:
-    text = str(error).strip()
-    return text if isinstance(error, AssertionError) and text else f"{type(error).__name__}: {text}"
+    """Return the message, with the class unless a comparison of this package failed."""
+    text, trace = str(error).strip(), traceback.extract_tb(error.__traceback__)
+    compared = isinstance(error, AssertionError) and (not trace or Path(trace[-1].filename).is_relative_to(_HERE))
+    return text if compared and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 def _line(error: BaseException, subject: Subject) -> str:
@@ -71,6 +82,7 @@ def _line(error: BaseException, subject: Subject) -> str:
     return known or line_of_error(error, subject.kind)
 
 
+_HERE = Path(__file__).parents[1]
 CHECKS: dict[str, Check] = {}
 
 

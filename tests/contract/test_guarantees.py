@@ -1,0 +1,111 @@
+"""G1 to G8: every technique passes the checks that anybody's callback is put through."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from lightning_grad import callbacks
+from lightning_grad.testing import Row, assert_identical, on_ranks
+from lightning_grad.testing.checks import CHECKS, Check
+from lightning_grad.testing.checks.g2_neutral import compared
+from lightning_grad.testing.checks.g6_composition import train_on_this_rank
+from tests.contract.recorded import bare, subject
+from tests.contract.settings import BROAD, CANONICAL, DIFFERENT, TECHNIQUES, Technique
+
+EXPECTED_WARNINGS = re.compile(
+    "the best checkpoint"  # these runs monitor val_loss from the first epoch on
+    "|this fit has no validation"
+    "|smaller than the logging interval"
+    "|LeafSpec"  # Lightning about its own use of torch
+    "|Be aware that when using `ckpt_path`"
+    "|Detected call of `lr_scheduler.step"  # the optimizer rightly skips its first step
+    "|should not be instantiated"  # torch about its own tracing
+    "|The .grad attribute of a Tensor that is not a leaf"
+)
+ON_SHARED_RANKS = "g6_two_ranks"  # all techniques train after one fork
+COMPILED = {"g6_compiled_submodules"}
+NARROW = {
+    "g1_trains_an_unmodified_module",
+    "g2_neutral_is_identity",
+    "g4_checkpoint_computes_what_was_validated",
+    "g4_checkpoint_loads_by_default",
+    "g4_other_checkpoints_hold_the_same_weights",
+    "g5_saving_changes_nothing",
+    "g5_resumes_within_an_epoch",
+    "g5_resumes_after_exceptions",
+    "g7_no_host_sync",
+    "g8_yaml_round_trip",
+}
+"""What another setting of a mechanism that a neighbour covers could break."""
+OF_THE_FIRST = {
+    "g2_neutral_with_accumulation",
+    "g4_a_run_without_it_continues",
+    "g4_continues_a_run_without_it",
+    "g5_resumes_at_an_epochs_end",
+    "g5_resumes_with_accumulation",
+    "g6_manual_optimization_with_two_optimizers",
+    "g6_optimizer_without_second_moment",
+    "g6_frozen_parameters",
+}
+"""What the first setting of a class is held to, for all of them."""
+
+
+def is_held_to(technique: Technique, check: Check) -> bool:
+    if check.name == ON_SHARED_RANKS:
+        return False
+    if check.name in COMPILED:
+        return technique.compile
+    if check.name == "g6_frozen_parameters" and "mix.w" in technique.arguments.get("include", ()):
+        return False  # the user asks for a frozen weight by its name
+    if check.name in OF_THE_FIRST:
+        return technique in CANONICAL or bool(check.feature and technique in DIFFERENT)
+    return technique.broad or check.name in NARROW
+
+
+HELD_TO = [(technique, check) for technique in TECHNIQUES for check in CHECKS.values() if is_held_to(technique, check)]
+
+
+@pytest.mark.parametrize(("technique", "check"), HELD_TO, ids=str)
+def test_guarantee(technique: Technique, check: Check) -> None:
+    row = check.of(subject(technique))
+    assert_as_declared(technique, check, row)
+    warned, subject(technique).warned[:] = subject(technique).warned[:], []
+    assert not [text for text in warned if not EXPECTED_WARNINGS.search(text)]
+
+
+def assert_as_declared(technique: Technique, check: Check, row: Row) -> None:
+    """Raise unless a check is passed, refused where ``compatibility`` says so, or does not apply for a known reason."""
+    if check.guarantee == "g2" and not technique.has_neutral:
+        assert row.status == "not applicable"
+        assert technique.neutral or technique not in CANONICAL
+        return
+    if check.guarantee == "g7" and hasattr(technique.build(), "syncs_per_step"):
+        assert row.status == "not applicable"
+        assert len(technique.build().syncs_per_step) > 20, "what it waits for, and why"
+        return
+    assert row.status == "ok", f"{row.words} {row.line}"
+    if check.name == "g6_no_validation" and row.refused:
+        assert "validation" in row.words
+        return
+    assert row.refused == bool(check.feature and technique.works_with.answers[check.feature].is_no), row.words
+
+
+def test_two_ranks_agree() -> None:
+    first, second = on_ranks(2, lambda: {str(technique): train_on_this_rank(subject(technique)) for technique in BROAD})
+    assert first.keys() == {str(technique) for technique in BROAD}
+    assert not [found for found in first.values() if isinstance(found, str)], "none refuses two ranks"
+    assert_identical(first, second)
+
+
+def test_every_exported_name_has_an_entry() -> None:
+    assert set(callbacks.__all__) == {technique.name for technique in TECHNIQUES}
+
+
+@pytest.mark.parametrize("technique", [t for t in TECHNIQUES if not t.observes], ids=str)
+def test_technique_is_not_neutral_otherwise(technique: Any) -> None:
+    plain = bare(None)
+    with pytest.raises(AssertionError):
+        assert_identical(compared(plain, plain), compared(bare(technique), plain))
