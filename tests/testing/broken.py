@@ -695,7 +695,7 @@ def small_class(base: Any) -> Any:
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if isinstance(batch, dict):
-                return {"loss": self._loss((batch["inputs"], batch["labels"])), "size": 4}
+                return {"loss": self._loss(batch), "size": 4}
             if self.automatic_optimization:
                 return self._loss(batch)
             for optimizer in self.optimizers():
@@ -706,7 +706,8 @@ def small_class(base: Any) -> Any:
             return loss
 
         def _loss(self, batch: Any) -> Tensor:
-            return nn.functional.cross_entropy(self(batch[0]), batch[1])
+            inputs, labels = (batch["inputs"], batch["labels"]) if isinstance(batch, dict) else batch
+            return nn.functional.cross_entropy(self(inputs), labels)
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             self.log("val_loss", self._loss(batch), sync_dist=True)
@@ -741,14 +742,14 @@ def _of_pytorch_lightning() -> Any:
     return module, *small()[1:]
 
 
-def _project(build: Any, monitor: str | None = "val_loss", **rest: Any) -> Project:
-    return Project(build, "small", {"max_epochs": 2}, monitor, **rest)
+def _project(build: Any, **rest: Any) -> Project:
+    return Project(build, "small", {"max_epochs": 2}, "val_loss", **rest)
 
 
 SMALL = _project(
     small,
     variants={
-        "dictionaries": _project(lambda: (Small(), DataLoader(_samples(5, named=True), 4)), None),
+        "dictionaries": _project(lambda: (Small(), *(DataLoader(_samples(size, named=True), 4) for size in (5, 2)))),
         "manual_optimization": _project(lambda: small(manual=True)),
         "no_second_moment": _project(lambda: small(optimizer="sgd")),
         "pytorch_lightning": _project(_of_pytorch_lightning),

@@ -63,7 +63,7 @@ def test_a_callback_that_does_not_pickle_fails_one_check_only() -> None:
 
 def test_a_missing_metric_is_no_matter_of_dictionaries() -> None:
     dictionaries, missing = rows_of(
-        lambda: EarlyStopping("val_loss"), "g1_trains_with_dictionaries", "g1_trains_without_validation"
+        lambda: EarlyStopping("val_loss"), "g1_trains_with_dictionaries", "g6_no_validation"
     )
     assert dictionaries.status == "ok", dictionaries
     assert missing.status == "failed"

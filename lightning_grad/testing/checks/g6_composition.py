@@ -59,6 +59,12 @@ def g6_max_steps_and_val_check_interval(subject: Subject) -> str:
 
 
 @check("full")
+def g6_no_validation(subject: Subject) -> str:
+    """``Trainer(limit_val_batches=0)``, so that no metric of a validation is logged."""
+    return works_or_refuses(subject, _no_validation)
+
+
+@check("full")
 def g6_fast_dev_run(subject: Subject) -> str:
     """``Trainer(fast_dev_run=True)``."""
     return works_or_refuses(subject, _fast_dev_run)
@@ -184,6 +190,10 @@ def _clipping() -> dict[str, Any]:
 
 def _short() -> dict[str, Any]:
     return {"max_steps": 10, "max_epochs": -1, "val_check_interval": 2}
+
+
+def _no_validation() -> dict[str, Any]:
+    return {"limit_val_batches": 0, "max_epochs": 2}
 
 
 def _fast_dev_run() -> dict[str, Any]:
