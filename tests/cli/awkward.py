@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
-from lightning_grad.testing import BATCH, make_data
+from lightning_grad.testing import BATCH, make_classifier, make_data
 from tests.contract.odd_projects import HandWritten, Manual, Tiny, Unvalidated
 
 SAMPLES = 5 * BATCH
@@ -235,6 +235,12 @@ class Asking(Tiny):
 
 def datamodule() -> Any:
     return Asking(), Prepared()
+
+
+def other_namespace() -> Any:
+    import pytorch_lightning
+
+    return make_classifier(pytorch_lightning.LightningModule), *loaders()
 
 
 class Counting(pl.Callback):

@@ -132,6 +132,11 @@ def test_callbacks_and_arguments_of_a_config_stay(check: Check, quick: Path) -> 
     assert [path.name for path in quick.iterdir()] == ["run.yaml"]
 
 
+def test_a_module_of_the_other_namespace_gets_its_own_trainer(check: Check) -> None:
+    found = check(f"{HERE}:other_namespace", "NormClipping", "DataPruning")
+    assert [entry["status"] for entry in found.values()] == ["runs", "runs"]
+
+
 def test_the_strategy_of_a_config_may_refuse(check: Check, quick: Path) -> None:
     (quick / "run.yaml").write_text(CONFIG.replace("devices: 8", "strategy: fsdp"))
     found = check("run.yaml", "NMSparsity", "RepeatedRandomSubset")

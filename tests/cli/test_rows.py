@@ -9,9 +9,9 @@ import torch
 from lightning_grad import callbacks
 from lightning_grad.cli.check import rounds
 from lightning_grad.cli.check.memory import peak_of
+from lightning_grad.cli.check.outcome import Outcome
 from lightning_grad.cli.check.rounds import Rounds
 from lightning_grad.cli.check.rows import Extra, Row
-from lightning_grad.cli.check.trial import Outcome
 from tests.cases import cases
 
 MB = 2**20

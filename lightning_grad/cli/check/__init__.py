@@ -1,8 +1,8 @@
 """``lightning-grad check``: try all techniques on the user's own module and data.
 
-``sources.py`` and ``config.py`` build the project, ``short_data.py`` shortens its loaders, ``trial.py`` makes one fit,
-which ``watch.py`` measures, ``rounds.py`` makes all of them, ``ranks.py`` those of strategies, and ``report.py`` writes
-the table.
+``sources.py`` and ``config.py`` build the project, ``short_data.py`` shortens its loaders and ``short_trainer.py`` its
+Trainer. ``trial.py`` makes one fit, which ``watch.py`` measures; ``rounds.py`` makes all of them, ``ranks.py`` those of
+strategies. ``rows.py`` collects the results, and ``report.py`` writes the table.
 """
 
 from lightning_grad.cli.check.command import add_command

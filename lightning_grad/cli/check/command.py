@@ -7,11 +7,13 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from lightning_grad.cli.catalog import hint_for, is_strategy, techniques
+from lightning_grad.cli.check.outcome import Outcome, outcome_of
 from lightning_grad.cli.check.report import as_json, as_markdown, as_text
 from lightning_grad.cli.check.rounds import Rounds
-from lightning_grad.cli.check.rows import ROUNDS
+from lightning_grad.cli.check.rows import ROUNDS, Row
+from lightning_grad.cli.check.short_trainer import EPOCHS
 from lightning_grad.cli.check.sources import ShortProject, TargetError, source_of
-from lightning_grad.cli.check.trial import EPOCHS, InterruptedTrialError, Outcome, outcome_of, try_out, undisturbed
+from lightning_grad.cli.check.trial import InterruptedTrialError, try_out, undisturbed
 
 _ABOUT = (
     "Train your own module for a few batches with each technique, and print which techniques run, what they cost and what "
@@ -90,13 +92,18 @@ def _run(arguments: argparse.Namespace) -> int:
     return _report(arguments, Rounds(project, chosen, arguments.batches, arguments.memory), bare)
 
 
+def _device_of(rows: Sequence[Row]) -> str:
+    """Return the device on which callbacks were tried; strategies run on the CPU."""
+    return next((row.outcome.device for row in rows if row.outcome.device and not is_strategy(row.technique)), "")
+
+
 def _say_unusable(text: str) -> int:
     print(f"error: {text}", file=sys.stderr)
     return _UNUSABLE
 
 
 def _report(arguments: argparse.Namespace, rounds: Rounds, bare: Outcome) -> int:
-    said = f"{EPOCHS} epochs of {bare.batches // EPOCHS} batches on {bare.device}, {ROUNDS} rounds"
+    said = f"{EPOCHS} epochs of {bare.batches // EPOCHS} batches, {ROUNDS} rounds"
     print(
         f"{arguments.target}: {said}. Your own code runs, with its hooks. Nothing is logged or saved.", file=sys.stderr
     )
@@ -108,8 +115,8 @@ def _report(arguments: argparse.Namespace, rounds: Rounds, bare: Outcome) -> int
     rows = list(rounds.rows.values())
     memory = any(row.memory is not None for row in rows)
     if arguments.json:
-        about = {"target": arguments.target, "epochs": EPOCHS, "batches": bare.batches // EPOCHS, "device": bare.device}
-        print(as_json(rows, {**about, "interrupted": is_interrupted}))
+        about = {"target": arguments.target, "epochs": EPOCHS, "batches": bare.batches // EPOCHS}
+        print(as_json(rows, {**about, "device": _device_of(rows) or bare.device, "interrupted": is_interrupted}))
     else:
         print((as_markdown if arguments.markdown else as_text)(rows, memory))
     if is_interrupted:

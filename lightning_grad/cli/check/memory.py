@@ -4,12 +4,16 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import resource
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 import torch
+
+
+def can_fork() -> bool:
+    """Return True if the system can fork processes."""
+    return "fork" in multiprocessing.get_all_start_methods()
 
 
 def peak_of(work: Callable[[], bool]) -> int | None:
@@ -34,6 +38,8 @@ def peak_of(work: Callable[[], bool]) -> int | None:
 
 
 def _measure(work: Callable[[], bool], sender: Connection) -> None:
+    import resource  # Unix only, like the fork
+
     torch.set_num_threads(1)  # the threads of the parent do not exist here
     try:
         if work():

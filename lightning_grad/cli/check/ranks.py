@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from lightning_grad.cli.check.memory import can_fork
+from lightning_grad.cli.check.outcome import Outcome
 from lightning_grad.cli.check.rows import ROUNDS, Row
 from lightning_grad.cli.check.sources import ShortProject
-from lightning_grad.cli.check.trial import Outcome, try_out
+from lightning_grad.cli.check.trial import try_out
 from lightning_grad.testing import on_ranks
 
 RANKS = 2
@@ -15,6 +17,8 @@ RANKS = 2
 
 def check_forks() -> str:
     """Return why no ranks can be forked; empty if they can."""
+    if not can_fork():
+        return "Strategies are tried in forked processes, which this system does not have. Use Linux or macOS."
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return (
             "Strategies are tried in forked processes, and CUDA is initialized in this one. Build the module on the CPU, or "

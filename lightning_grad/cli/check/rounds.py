@@ -4,14 +4,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_grad.cli.catalog import is_strategy
-from lightning_grad.cli.check.memory import peak_of
+from lightning_grad.cli.check.memory import can_fork, peak_of
+from lightning_grad.cli.check.outcome import Outcome
 from lightning_grad.cli.check.ranks import try_strategy
 from lightning_grad.cli.check.rows import ROUNDS, Row
 from lightning_grad.cli.check.sources import ShortProject
-from lightning_grad.cli.check.trial import Outcome, try_out
+from lightning_grad.cli.check.trial import try_out
 
 _BARE = 3  # runs without a technique, whose memory shows what differs by chance
 _GROUP = 5  # techniques that share a run without one
@@ -84,8 +86,8 @@ class Rounds:
         return try_out(self._project, technique, batches or self._batches)
 
     def _measure_memory(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
-        if any(self.rows[technique].memory for technique in techniques):  # the device has told
-            return
+        if torch.cuda.is_initialized() or not can_fork():  # type: ignore[no-untyped-call]
+            return  # CUDA has told its peaks
         bar.total += len(techniques) + _BARE
         bare: list[int] = []
         for technique in (*[None] * _BARE, *techniques):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from lightning_grad.cli.check.trial import EPOCHS, Outcome
+from lightning_grad.cli.check.outcome import Outcome
+from lightning_grad.cli.check.short_trainer import EPOCHS
 from lightning_grad.cli.check.watch import PHASES
 
 ROUNDS = 5
