@@ -125,13 +125,15 @@ class WeightCallback(GradCallback, Generic[W]):
         """A clause about what it does in this fit, printed when the fit begins."""
         return f"makes {counted(len(self.weights), 'weight')} {self.effect}"
 
-    def refresh(self, weight: W) -> None:
-        """Recompute the view of a weight that is new or was changed from outside."""
-        weight.refresh()
+    def refresh(self, weights: Sequence[W]) -> None:
+        """Recompute the views of weights that are new or were changed from outside."""
+        for weight in weights:
+            weight.refresh()
 
-    def step(self, weight: W) -> None:
-        """Update the view of a weight after an optimizer step."""
-        weight.step()
+    def step(self, weights: Sequence[W]) -> None:
+        """Update the views of the weights that an optimizer has stepped."""
+        for weight in weights:
+            weight.step()
 
     def settle(self, trainer: pl.Trainer) -> Sequence[W]:
         """Return the weights whose stored values become the module's own when the fit ends without an exception."""
@@ -154,22 +156,19 @@ class WeightCallback(GradCallback, Generic[W]):
         named = pl_module.named_parameters(remove_duplicate=False)
         return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}
 
-    def renew(self, weight: W, stepped: bool = False) -> None:
-        """Update the view of a weight and mark the later stages as outdated."""
-        (self.step if stepped else self.refresh)(weight)
-        weight.is_renewed()
+    def renew(self, weights: Sequence[W], stepped: bool = False) -> None:
+        """Update the views of weights and mark the later stages as outdated."""
+        (self.step if stepped else self.refresh)(weights)
+        for weight in weights:
+            weight.is_renewed()
 
     def renew_stale(self) -> None:
         """Update the views of weights that a load, weight averaging or an earlier stage changed."""
-        for weight in self.weights:
-            if not weight.is_stale:
-                continue
-            is_dense_as_before = not weight.is_changed
-            self.renew(weight)
-            if is_dense_as_before:
-                self._load_state(
-                    weight
-                )  # an earlier stage started after this one, so the restored state is loaded again
+        stale = [weight for weight in self.weights if weight.is_stale]
+        dense_as_before = [weight for weight in stale if not weight.is_changed]
+        self.renew(stale)
+        for weight in dense_as_before:
+            self._load_state(weight)  # an earlier stage started after this one, so the restored state is loaded again
 
     # The fit begins.
 
@@ -221,8 +220,7 @@ class WeightCallback(GradCallback, Generic[W]):
 
     def resume(self) -> None:
         """Start from the restored state, if any. Called in ``on_fit_start`` and again in ``on_train_start``."""
-        for weight in self.weights:
-            self.renew(weight)
+        self.renew(self.weights)
         saved = self.restored.get("weights", {})
         self._resumed = {w.name: saved.get(w.name, {}) for w in self.weights if self.is_as_before(w)}
         for weight in self.weights:
@@ -267,11 +265,8 @@ class WeightCallback(GradCallback, Generic[W]):
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Update the views after an optimizer step; techniques are called in the order of their stages."""
         self.has_stepped = True
-        for weight in self.owned_by(optimizer):
-            self.renew(weight, stepped=True)
-        for weight in self.weights:
-            if weight.is_outdated:
-                self.renew(weight)
+        self.renew(self.owned_by(optimizer), stepped=True)
+        self.renew([weight for weight in self.weights if weight.is_outdated])
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -284,8 +279,8 @@ class WeightCallback(GradCallback, Generic[W]):
         before = {weight.name: weight for weight in self.weights}
         found = [before.get(weight.name, weight) for weight in choose_weights(pl_module, self, ends).chosen]
         chosen = [w for w in found if w.name in before or not self._chains.is_taken(w.found, self.stage)]
-        added = [weight for weight in chosen if weight.name not in before]
-        dense = [weight for weight in self.weights if weight not in chosen]
+        added, kept = [weight for weight in chosen if weight.name not in before], set(map(id, chosen))
+        dense = [weight for weight in self.weights if id(weight) not in kept]
         if not chosen or not (added or dense):
             return  # every layer is a first or last one: keep the earlier choice rather than none
         for weight in dense:
@@ -293,7 +288,7 @@ class WeightCallback(GradCallback, Generic[W]):
         self.weights[:] = chosen
         for weight in added:
             self._chains.join(self.stage, weight)
-            self.renew(weight)
+        self.renew(added)
         self.signatures = {weight.name: weight.signature for weight in self.weights}
         self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
 

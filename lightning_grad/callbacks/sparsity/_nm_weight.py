@@ -13,7 +13,7 @@ from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune_weight, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
-from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim
+from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim, nm_masks
 from lightning_grad.utilities.parameters import clean_name
 
 
@@ -31,15 +31,27 @@ class SparseWeight(ViewedWeight):
         super().__init__(found)
         self.pattern = pattern
         self.dim = dim
+        self.size = found.parameter.shape[dim]
         self.straight_through = straight_through
         self.phase: NMPhase = DENSE
-        self.factor: Tensor | None = None
+        self._factor: Tensor | None = None
         self._mask_age = 0
 
     @property
-    def size(self) -> int:
-        """Size of the dimension along which the groups lie."""
-        return self.parameter.shape[self.dim]
+    def factor(self) -> Tensor | None:
+        """Factor of the weight: 1 in the mask and D outside; ``None`` while nothing is pruned."""
+        if self.lacks_mask:
+            take_masks([self])
+        return self._factor
+
+    @factor.setter
+    def factor(self, factor: Tensor | None) -> None:
+        self._factor = factor
+
+    @property
+    def lacks_mask(self) -> bool:
+        """Whether the mask of the current weight has not been taken yet."""
+        return self._factor is None and self.phase.pattern is not None
 
     @property
     def mask(self) -> Tensor | None:
@@ -66,25 +78,18 @@ class SparseWeight(ViewedWeight):
     def stored(self, weight: Tensor) -> Tensor:
         # Compute a fresh mask: the current one may be some steps old (mask_every_n_steps), and weight averaging passes
         # other weights.
-        return (
-            weight if self.phase.pattern is None else prune_weight(weight, self._factor_of(weight, self.phase.pattern))
-        )
-
-    def _factor_of(self, weight: Tensor, pattern: NMPattern) -> Tensor:
+        pattern = self.phase.pattern
+        if pattern is None:
+            return weight
         mask = nm_mask(weight, pattern.n, pattern.m, self.dim)
-        return mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask
+        return prune_weight(weight, mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask)
 
     def follow(self, phase: NMPhase, mask_every_n_steps: int = 1) -> None:
-        """Set the phase, and recompute the mask unless it is recent enough; D is always updated."""
+        """Set the phase, and drop the mask unless it is recent enough; D is always updated."""
         mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every_n_steps else None
         self.phase = phase
         self._mask_age = 0 if mask is None else self._mask_age + 1
-        if phase.pattern is None:
-            self.factor = None
-        elif mask is None:
-            self.factor = self._factor_of(self.incoming, phase.pattern)
-        else:
-            self.factor = mask.clamp(min=phase.decay)
+        self.factor = None if mask is None else mask.clamp(min=phase.decay)
 
     def clear_pruned(self, state: Mapping[str, Any]) -> None:
         """Zero an optimizer's state of pruned entries, once the pattern is final."""
@@ -106,13 +111,27 @@ class SparseWeight(ViewedWeight):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state and self.factor is not None:
-            mask = unpack_bits(state["mask"], self.factor).to(self.factor.dtype)
+        if state and self.phase.pattern is not None:
+            mask = unpack_bits(state["mask"], self.parameter).to(self.parameter.dtype)
             self.factor, self._mask_age = mask.clamp_(min=self.phase.decay), int(state["age"])
 
     @override
     def __str__(self) -> str:
         return str(self.pattern)
+
+
+def take_masks(weights: Sequence[SparseWeight]) -> None:
+    """Take the masks that weights lack: one joined call for all weights of a pattern."""
+    lacking: dict[NMPhase, list[SparseWeight]] = {}
+    for weight in weights:
+        if weight.lacks_mask:
+            lacking.setdefault(weight.phase, []).append(weight)
+    for phase, some in lacking.items():
+        assert phase.pattern is not None
+        n, m = phase.pattern.n, phase.pattern.m
+        factors = nm_masks([w.incoming for w in some], n, m, [w.dim for w in some], phase.decay)
+        for weight, factor in zip(some, factors, strict=True):
+            weight.factor = factor
 
 
 def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:

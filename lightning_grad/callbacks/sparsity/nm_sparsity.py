@@ -24,13 +24,13 @@ from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
 from lightning_grad.callbacks.sparsity import _nm_record
 from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, current_patterns, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
-from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking
+from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking, take_masks
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.functional import NMPhase, add_sr_ste_
+from lightning_grad.functional import NMPattern, NMPhase, add_sr_ste_
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.arguments import plain
@@ -181,6 +181,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     _monitors = until_next_fit.of(MonitorRestart)
     _total_steps = during_fit[int | None](lambda _: None)
     _variances = during_fit.of(dict[int, FrozenMoments])
+    _trains = during_fit.of(bool)  # until then, the length of the run is unknown and masks are taken when they are used
     _stepped = during_fit.of(bool)  # in the current batch
     _hook_fired = during_fit.of(bool)
 
@@ -291,15 +292,25 @@ class NMSparsity(WeightCallback[SparseWeight]):
         return f"{does} (recipe: {self._recipe_name})"
 
     @override
-    def refresh(self, weight: SparseWeight) -> None:
-        weight.follow(self._phase(weight))
+    def refresh(self, weights: Sequence[SparseWeight]) -> None:
+        self._follow(weights)
 
     @override
-    def step(self, weight: SparseWeight) -> None:
-        weight.follow(self._phase(weight), self.mask_every_n_steps)
+    def step(self, weights: Sequence[SparseWeight]) -> None:
+        self._follow(weights, self.mask_every_n_steps)
 
-    def _phase(self, weight: SparseWeight) -> NMPhase:
-        return self._schedule.phase(self._progress, weight.pattern, self._total_steps or 1, weight.size)
+    def _follow(self, weights: Sequence[SparseWeight], mask_every_n_steps: int = 1) -> None:
+        for weight, phase in zip(weights, self._phases(weights), strict=True):
+            weight.follow(phase, mask_every_n_steps)
+        if self._trains:
+            take_masks(weights)
+
+    def _phases(self, weights: Sequence[SparseWeight], progress: float | None = None) -> list[NMPhase]:
+        """Return the phase of each weight, computed once for each pattern and size."""
+        at = self._progress if progress is None else progress
+        kinds = [(weight.pattern.n, weight.pattern.m, weight.size) for weight in weights]
+        known = {(n, m, size): self._schedule.phase(at, NMPattern(n, m), self._total_steps or 1, size) for n, m, size in set(kinds)}
+        return [known[kind] for kind in kinds]
 
     @property
     def _adds_sr_ste(self) -> bool:
@@ -329,7 +340,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._total_steps = total_steps(trainer, self.display_name, self.total_steps)
         if self._total_steps is None:
             self.say(IN_FIRST_EPOCH)
-        restored = self.restored
+        restored, self._trains = self.restored, True
         super().on_train_start(trainer, pl_module)
         for optimizer in trainer.optimizers:
             if optimizer.state and self.owned_by(optimizer):
@@ -343,8 +354,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
     def _pattern_changes(self) -> bool:
         """Whether a weight that is pruned at the end is not pruned to its final pattern from the start."""
         pruned = [weight for weight in self.weights if weight.pattern.n < weight.pattern.m]
-        starts = [self._schedule.phase(0.0, weight.pattern, self._total_steps or 1, weight.size) for weight in pruned]
-        return not all(phase.final for phase in starts)
+        return not all(phase.final for phase in self._phases(pruned, progress=0.0))
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -357,6 +367,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         self._hook_fired = True
         measure, keep = is_log_step(trainer), is_log_step(trainer, ahead=1)
+        if not (measure or keep or self._adds_sr_ste):
+            return
         for weight in self.owned_by(optimizer):
             gradient = weight.parameter.grad
             if gradient is None:
@@ -376,11 +388,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
         super().after_step(trainer, optimizer)
         self._follow_schedule()
         self._restart_monitors(trainer, at_validation=False)
-        owned = self.owned_by(optimizer)
-        if owned:
+        if self.recipe == "step" and self.owned_by(optimizer):
             self._freeze_variance(optimizer)
         if self.zero_pruned_state:
-            for weight in owned:
+            for weight in self.owned_by(optimizer):
                 weight.clear_pruned(optimizer.state[weight.parameter])
         if not self._hook_fired:
             lost = (
@@ -395,9 +406,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _follow_schedule(self) -> None:
         """Update weights whose own optimizer did not step: the schedule follows the run, not an optimizer."""
-        for weight in self.weights:
-            if self._phase(weight) != weight.phase:
-                self.renew(weight)
+        due = zip(self.weights, self._phases(self.weights), strict=True)
+        self.renew([weight for weight, phase in due if weight.phase != phase])
 
     def _restart_monitors(self, trainer: pl.Trainer, at_validation: bool) -> None:
         due = self._monitors.is_due and self._monitors.at_validation == at_validation

@@ -66,14 +66,14 @@ class Chain:
     def before(self, weight: ViewedWeight) -> Tensor:
         """Return the training output of the stages before that of a view."""
         value = self.dense
-        with torch.no_grad():
-            for other in takewhile(lambda other: other is not weight, self.weights):
+        for other in takewhile(lambda other: other is not weight, self.stages.values()):
+            with torch.no_grad():
                 value = other.value(value)
         return value
 
     def after(self, weight: ViewedWeight) -> list[ViewedWeight]:
         """Return the views of later stages."""
-        behind = dropwhile(lambda other: other is not weight, self.weights)
+        behind = dropwhile(lambda other: other is not weight, self.stages.values())
         return list(behind)[1:]
 
     def value(self, dense: Tensor) -> Tensor:

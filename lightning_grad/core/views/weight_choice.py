@@ -178,8 +178,9 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
     candidates = list(found_weights(module, owners, technique))
     dense = _find_ends(owners, candidates, technique, ends) if technique.include is None else set()
     choice: WeightChoice[W] = WeightChoice()
+    taken: set[int] = set()
     for found in candidates:
-        if any(weight.parameter is found.parameter for weight in choice.chosen):
+        if id(found.parameter) in taken:
             continue  # another name of a tied parameter
         weight = _why_not(found, technique) or _view(found, technique)
         if not isinstance(weight, str) and clean_name(found.name) in dense:
@@ -188,6 +189,7 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
             choice.skipped.append((clean_name(found.name), weight))
         else:
             choice.chosen.append(weight)
+            taken.add(id(weight.parameter))
     _explain_others(choice, module, technique, candidates)
     return choice
 

@@ -6,11 +6,10 @@ None of them synchronizes with the host. Every operation runs over whole rows, w
 sorting each group.
 """
 
-import functools
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
+
+from lightning_grad.functional.sparsity._selection_network import nth_largest
 
 _NETWORK_UP_TO_ON_GPU = 8
 _RANK_UP_TO = 4  # largest group size for which counting is faster; see benchmarks/sparsity.py
@@ -44,7 +43,7 @@ def top_by_rank(a: Tensor, n: int) -> Tensor:
 
 def top_by_threshold(a: Tensor, n: int) -> Tensor:
     """Find the n-th largest with a sorting network, keep everything above it, then fill up with ties."""
-    threshold = _largest(list(a.unbind()), n)
+    threshold = nth_largest(list(a.unbind()), n)
     keep = a > threshold
     missing = n - keep.sum(0, dtype=torch.int16)
     ties = a == threshold
@@ -53,41 +52,3 @@ def top_by_threshold(a: Tensor, n: int) -> Tensor:
         missing -= taken.view(torch.int8)
         keep[i] |= taken
     return keep
-
-
-def _largest(rows: list[Tensor], n: int) -> Tensor:
-    """Return the n-th largest of the rows, elementwise.
-
-    Both halves are sorted. The n-th largest of all is then the maximum over i + j = n of
-    min(i-th largest of one half, j-th largest of the other).
-    """
-    if n == 1:
-        return functools.reduce(torch.maximum, rows)
-    half = len(rows) // 2
-    one, other = _sort(rows[:half]), _sort(rows[half:])
-    candidates = []
-    for i in range(max(0, n - len(other)), min(n, len(one)) + 1):
-        ends = [side[k - 1] for side, k in ((one, i), (other, n - i)) if k > 0]
-        candidates.append(functools.reduce(torch.minimum, ends))
-    return functools.reduce(torch.maximum, candidates)
-
-
-def _sort(rows: list[Tensor]) -> list[Tensor]:
-    """Sort the rows elementwise in descending order (Batcher's odd-even merge sort)."""
-    if len(rows) <= 1:
-        return rows
-    half = len(rows) // 2
-    return _merge(_sort(rows[:half]), _sort(rows[half:]))
-
-
-def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> list[Tensor]:
-    if not one or not other:
-        return [*one, *other]
-    if len(one) == len(other) == 1:
-        return [torch.maximum(one[0], other[0]), torch.minimum(one[0], other[0])]
-    even, odd = _merge(one[::2], other[::2]), _merge(one[1::2], other[1::2])
-    merged = [even[0]]
-    for high, low in zip(odd, even[1:], strict=False):
-        merged += [torch.maximum(high, low), torch.minimum(high, low)]
-    paired = min(len(odd), len(even) - 1)
-    return [*merged, *odd[paired:], *even[1 + paired :]]

@@ -7,16 +7,21 @@ Schedules of patterns are in ``nm_schedule.py``. The callback that uses both is
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_grad.functional.sparsity._chunked_mask import chunked_mask, is_chunkable
 from lightning_grad.functional.sparsity._group_top import top_of_groups
 
 Axis = Literal["input", "output"] | int
 Gradient = Literal["masked", "ste"]
+
+_SMALL, _SMALL_ON_GPU = 1 << 16, 1 << 22  # entries up to which joining costs less than the calls that it saves
+_MOST_JOINED = 1 << 24  # entries joined at once, which limits the memory
 
 
 @dataclass(frozen=True)
@@ -127,21 +132,80 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
         Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021, arXiv 2102.04010.
     """
     pattern, dim = NMPattern(n, m), group_dim(weight, axis)
-    if not pattern.fits(weight.shape[dim]):
-        raise ValueError(
-            f"Groups of {m} do not divide dimension {dim} of a weight of shape {tuple(weight.shape)}. Choose an M that "
-            f"divides {weight.shape[dim]}, or another axis."
-        )
+    _check_fit(pattern, weight, dim)
     if hasattr(weight, "to_local"):
         return _mask_of_shards(weight, pattern, dim)
     with torch.no_grad():
         grouped = weight.detach().reshape(-1, m, weight.shape[dim + 1 :].numel())
-        magnitude = torch.empty((m, grouped.shape[0], grouped.shape[2]), dtype=weight.dtype, device=weight.device)
-        torch.abs(grouped.transpose(0, 1), out=magnitude)
-        torch.nan_to_num(magnitude, nan=-1.0, posinf=torch.inf, out=magnitude)
-        # One copy transposes and converts; ``to`` would keep the transposed layout, and ``reshape`` would copy again.
-        mask = torch.empty(grouped.shape, dtype=weight.dtype, device=weight.device)
-        return mask.copy_(top_of_groups(magnitude, n).transpose(0, 1)).reshape(weight.shape)
+        mask = chunked_mask(grouped, n) if n < m and is_chunkable(weight) else None
+        return (_mask_of_groups(grouped, n) if mask is None else mask).reshape(weight.shape)
+
+
+def _check_fit(pattern: NMPattern, weight: Tensor, dim: int) -> None:
+    if not pattern.fits(weight.shape[dim]):
+        raise ValueError(
+            f"Groups of {pattern.m} do not divide dimension {dim} of a weight of shape {tuple(weight.shape)}. Choose an "
+            f"M that divides {weight.shape[dim]}, or another axis."
+        )
+
+
+def _mask_of_groups(grouped: Tensor, n: int) -> Tensor:
+    """Return the mask of a weight of shape (groups, M, positions); never waits for the device."""
+    groups, m, positions = grouped.shape
+    magnitude = torch.empty((m, groups, positions), dtype=grouped.dtype, device=grouped.device)
+    torch.abs(grouped.transpose(0, 1), out=magnitude)
+    torch.nan_to_num(magnitude, nan=-1.0, posinf=torch.inf, out=magnitude)
+    # One copy transposes and converts; ``to`` would keep the transposed layout, and ``reshape`` would copy again.
+    mask = torch.empty(grouped.shape, dtype=grouped.dtype, device=grouped.device)
+    return mask.copy_(top_of_groups(magnitude, n).transpose(0, 1))
+
+
+def nm_masks(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[Axis], outside: float = 0.0) -> list[Tensor]:
+    """Return the masks of many weights, as :func:`nm_mask` does, with one joined call for all small ones.
+
+    A joined call needs as many operations for a thousand weights as for one. The masks that it returns share memory.
+
+    Args:
+        weights: Weights, each as in :func:`nm_mask`.
+        n: Entries kept in a group.
+        m: Entries in a group.
+        axes: The axis of each weight.
+        outside: Value of the entries outside the mask, 0 to 1.
+    """
+    masks: dict[int, Tensor] = {}
+    joined: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
+    entries = 0
+    for i, weight in enumerate(weights):
+        if type(weight) in (Tensor, nn.Parameter) and weight.numel() <= (_SMALL if weight.is_cpu else _SMALL_ON_GPU):
+            entries += weight.numel()
+            joined.setdefault((weight.dtype, weight.device, entries // _MOST_JOINED), []).append(i)
+        else:
+            masks[i] = _at_least(nm_mask(weight, n, m, axes[i]), outside)
+    for of in joined.values():
+        some = _joined_masks([weights[i] for i in of], NMPattern(n, m), [axes[i] for i in of], outside)
+        masks.update(zip(of, some, strict=True))
+    return [masks[i] for i in range(len(weights))]
+
+
+def _at_least(mask: Tensor, outside: float) -> Tensor:
+    return mask.clamp_(min=outside) if outside > 0.0 else mask
+
+
+def _joined_masks(weights: Sequence[Tensor], pattern: NMPattern, axes: Sequence[Axis], outside: float) -> list[Tensor]:
+    rows = []
+    for weight, axis in zip(weights, axes, strict=True):
+        dim = group_dim(weight, axis)
+        _check_fit(pattern, weight, dim)
+        if dim < weight.ndim - 1:
+            weight = weight.detach().reshape(-1, pattern.m, weight.shape[dim + 1 :].numel()).movedim(1, 2)
+        rows.append(weight.detach())
+    mask = nm_mask(torch.cat([row.reshape(-1) for row in rows]).view(-1, pattern.m), pattern.n, pattern.m)
+    parts = torch.split(_at_least(mask, outside).view(-1), [row.numel() for row in rows])
+    masks = []
+    for weight, row, part in zip(weights, rows, parts, strict=True):
+        part = part.view(row.shape)
+        masks.append(part if row.shape == weight.shape else part.movedim(2, 1).reshape(weight.shape))
+    return masks
 
 
 def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
