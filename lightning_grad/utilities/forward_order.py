@@ -1,5 +1,6 @@
 """The order in which a module uses its parameters in the forward pass."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,13 +149,20 @@ class ForwardOrder:
         calls = self._calls_of(name)
         return -1 if calls is None else calls.last
 
+    @functools.cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = {}
+        for name, module in self._module.named_modules():
+            found.setdefault(clean_name(name), module)
+        return found
+
     def _calls_of(self, name: str) -> _Calls | None:
         """Return the calls of a parameter's module, or of a torch layer that uses the parameter without calling it."""
         path = name.rpartition(".")[0]
         calls = self._called.get(path)
         if calls is None and path:
             outer = path.rpartition(".")[0]
-            module = next((m for name, m in self._module.named_modules() if outer and clean_name(name) == outer), None)
-            if module is not None and has_torch_forward(module):
+            module = self._modules.get(outer)
+            if outer and module is not None and has_torch_forward(module):
                 return self._called.get(outer)
         return calls

@@ -40,18 +40,9 @@ class SparseWeight(ViewedWeight):
     @property
     def factor(self) -> Tensor | None:
         """Factor of the weight: 1 in the mask and D outside; ``None`` while nothing is pruned."""
-        if self.lacks_mask:
+        if self._factor is None and self.phase.pattern is not None:
             take_masks([self])
         return self._factor
-
-    @factor.setter
-    def factor(self, factor: Tensor | None) -> None:
-        self._factor = factor
-
-    @property
-    def lacks_mask(self) -> bool:
-        """Whether the mask of the current weight has not been taken yet."""
-        return self._factor is None and self.phase.pattern is not None
 
     @property
     def mask(self) -> Tensor | None:
@@ -72,7 +63,8 @@ class SparseWeight(ViewedWeight):
 
     @override
     def value(self, weight: Tensor) -> Tensor:
-        return weight if self.factor is None else scale_weight(weight, self.factor, self.straight_through)
+        factor = self.factor
+        return weight if factor is None else scale_weight(weight, factor, self.straight_through)
 
     @override
     def stored(self, weight: Tensor) -> Tensor:
@@ -86,10 +78,11 @@ class SparseWeight(ViewedWeight):
 
     def follow(self, phase: NMPhase, mask_every_n_steps: int = 1) -> None:
         """Set the phase, and drop the mask unless it is recent enough; D is always updated."""
-        mask = self.mask if phase.pattern == self.phase.pattern and self._mask_age + 1 < mask_every_n_steps else None
+        is_recent = self._mask_age + 1 < mask_every_n_steps and phase.pattern == self.phase.pattern
+        mask = self.mask if is_recent else None
         self.phase = phase
         self._mask_age = 0 if mask is None else self._mask_age + 1
-        self.factor = None if mask is None else mask.clamp(min=phase.decay)
+        self._factor = None if mask is None else mask.clamp(min=phase.decay)
 
     def clear_pruned(self, state: Mapping[str, Any]) -> None:
         """Zero an optimizer's state of pruned entries, once the pattern is final."""
@@ -113,7 +106,7 @@ class SparseWeight(ViewedWeight):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         if state and self.phase.pattern is not None:
             mask = unpack_bits(state["mask"], self.parameter).to(self.parameter.dtype)
-            self.factor, self._mask_age = mask.clamp_(min=self.phase.decay), int(state["age"])
+            self._factor, self._mask_age = mask.clamp_(min=self.phase.decay), int(state["age"])
 
     @override
     def __str__(self) -> str:
@@ -122,16 +115,15 @@ class SparseWeight(ViewedWeight):
 
 def take_masks(weights: Sequence[SparseWeight]) -> None:
     """Take the masks that weights lack: one joined call for all weights of a pattern."""
-    lacking: dict[NMPhase, list[SparseWeight]] = {}
+    due: dict[tuple[int, int, float], list[SparseWeight]] = {}
     for weight in weights:
-        if weight.lacks_mask:
-            lacking.setdefault(weight.phase, []).append(weight)
-    for phase, some in lacking.items():
-        assert phase.pattern is not None
-        n, m = phase.pattern.n, phase.pattern.m
-        factors = nm_masks([w.incoming for w in some], n, m, [w.dim for w in some], phase.decay)
+        pattern = weight.phase.pattern
+        if pattern is not None and weight._factor is None:
+            due.setdefault((pattern.n, pattern.m, weight.phase.decay), []).append(weight)
+    for (n, m, decay), some in due.items():
+        factors = nm_masks([w.incoming for w in some], n, m, [w.dim for w in some], decay)
         for weight, factor in zip(some, factors, strict=True):
-            weight.factor = factor
+            weight._factor = factor
 
 
 def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:

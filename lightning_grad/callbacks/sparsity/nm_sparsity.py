@@ -307,10 +307,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _phases(self, weights: Sequence[SparseWeight], progress: float | None = None) -> list[NMPhase]:
         """Return the phase of each weight, computed once for each pattern and size."""
-        at = self._progress if progress is None else progress
+        at, steps = self._progress if progress is None else progress, self._total_steps or 1
         kinds = [(weight.pattern.n, weight.pattern.m, weight.size) for weight in weights]
-        known = {(n, m, size): self._schedule.phase(at, NMPattern(n, m), self._total_steps or 1, size) for n, m, size in set(kinds)}
-        return [known[kind] for kind in kinds]
+        phases = {(n, m, size): self._schedule.phase(at, NMPattern(n, m), steps, size) for n, m, size in set(kinds)}
+        return [phases[kind] for kind in kinds]
 
     @property
     def _adds_sr_ste(self) -> bool:

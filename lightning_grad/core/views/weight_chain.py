@@ -9,9 +9,9 @@ all stages' ``stored``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Set
 from enum import IntEnum
-from itertools import dropwhile, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -73,8 +73,8 @@ class Chain:
 
     def after(self, weight: ViewedWeight) -> list[ViewedWeight]:
         """Return the views of later stages."""
-        behind = dropwhile(lambda other: other is not weight, self.stages.values())
-        return list(behind)[1:]
+        weights = self.weights
+        return weights[weights.index(weight) + 1 :] if weight in weights else []
 
     def value(self, dense: Tensor) -> Tensor:
         """Return the weight for the forward pass."""
@@ -103,11 +103,11 @@ class Chain:
         self._infers, self._inference = False, None
 
     @torch.no_grad()
-    def bake(self, lasting: Sequence[ViewedWeight]) -> None:
+    def bake(self, lasting: Set[ViewedWeight]) -> None:
         """Write the stored values of the given stages into the parameter."""
         dense = value = self.found.parameter.detach()
         for weight in self.weights:
-            value = weight.stored(value) if any(weight is other for other in lasting) else value
+            value = weight.stored(value) if weight in lasting else value
         if value is not dense:
             self.found.parameter.copy_(value)
 
@@ -341,7 +341,7 @@ class ModuleChains:
             return
         self._is_baked = True
         self.close_window()
-        lasting = [weight for technique in self._techniques for weight in technique.settle(self.trainer)]
+        lasting = {weight for technique in self._techniques for weight in technique.settle(self.trainer)}
         for chain in self._chains.values():
             chain.bake(lasting)
 

@@ -13,7 +13,8 @@ from lightning_grad.functional.sparsity._selection_network import network
 _ROW = 1 << 13  # entries of a row of a chunk, if the chunk then has _CHUNK entries
 _CHUNK = 1 << 16
 _GRAIN = 1 << 15  # torch gives each thread at least this many entries of a row
-_LARGEST = 1 << 20  # entries of a group at all positions; float32 counts the entries of a chunk exactly up to 2**24
+_MOST = 1 << 24  # entries of a chunk, up to which float32 counts them exactly
+_LARGEST = 1 << 20  # entries of a group at all positions, up to which a chunk of one group is a good one
 _MOST_TIED = 0.02  # share of groups with ties at the N-th magnitude; with more, top_of_groups is faster
 
 
@@ -36,7 +37,7 @@ def chunked_mask(grouped: Tensor, n: int) -> Tensor | None:
     groups, m, positions = grouped.shape
     if m * positions > _LARGEST:
         return None
-    mask = torch.empty(grouped.shape, dtype=grouped.dtype)
+    mask = grouped.new_empty(grouped.shape)
     each = max(1, min(groups, _row_length(m) // max(1, positions)))
     rows = grouped.new_empty((network(n, m)[1], each * positions))
     keep = grouped.new_empty((m, each * positions))
@@ -54,7 +55,7 @@ def chunked_mask(grouped: Tensor, n: int) -> Tensor | None:
 
 def _row_length(m: int) -> int:
     threads = torch.get_num_threads()
-    return max(_ROW, _CHUNK // m) if threads == 1 else _GRAIN * threads
+    return min(_MOST // m, max(_ROW, _CHUNK // m) if threads == 1 else _GRAIN * threads)
 
 
 def _first(rows: Tensor, width: int) -> Tensor:

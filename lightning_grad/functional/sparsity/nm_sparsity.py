@@ -132,7 +132,7 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
         Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021, arXiv 2102.04010.
     """
     pattern, dim = NMPattern(n, m), group_dim(weight, axis)
-    _check_fit(pattern, weight, dim)
+    _check_fit(pattern, weight.shape, dim)
     if hasattr(weight, "to_local"):
         return _mask_of_shards(weight, pattern, dim)
     with torch.no_grad():
@@ -141,11 +141,11 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
         return (_mask_of_groups(grouped, n) if mask is None else mask).reshape(weight.shape)
 
 
-def _check_fit(pattern: NMPattern, weight: Tensor, dim: int) -> None:
-    if not pattern.fits(weight.shape[dim]):
+def _check_fit(pattern: NMPattern, shape: torch.Size, dim: int) -> None:
+    if not pattern.fits(shape[dim]):
         raise ValueError(
-            f"Groups of {pattern.m} do not divide dimension {dim} of a weight of shape {tuple(weight.shape)}. Choose an "
-            f"M that divides {weight.shape[dim]}, or another axis."
+            f"Groups of {pattern.m} do not divide dimension {dim} of a weight of shape {tuple(shape)}. Choose an M that "
+            f"divides {shape[dim]}, or another axis."
         )
 
 
@@ -176,36 +176,41 @@ def nm_masks(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[Axis], ou
     joined: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
     entries = 0
     for i, weight in enumerate(weights):
-        if type(weight) in (Tensor, nn.Parameter) and weight.numel() <= (_SMALL if weight.is_cpu else _SMALL_ON_GPU):
-            entries += weight.numel()
+        size = weight.numel()
+        if type(weight) in (Tensor, nn.Parameter) and size <= (_SMALL if weight.is_cpu else _SMALL_ON_GPU):
+            entries += size
             joined.setdefault((weight.dtype, weight.device, entries // _MOST_JOINED), []).append(i)
         else:
-            masks[i] = _at_least(nm_mask(weight, n, m, axes[i]), outside)
+            masks[i] = _at_least(outside, nm_mask(weight, n, m, axes[i]))
     for of in joined.values():
         some = _joined_masks([weights[i] for i in of], NMPattern(n, m), [axes[i] for i in of], outside)
-        masks.update(zip(of, some, strict=True))
+        masks |= {of[i]: mask for i, mask in some.items()}
     return [masks[i] for i in range(len(weights))]
 
 
-def _at_least(mask: Tensor, outside: float) -> Tensor:
-    return mask.clamp_(min=outside) if outside > 0.0 else mask
-
-
-def _joined_masks(weights: Sequence[Tensor], pattern: NMPattern, axes: Sequence[Axis], outside: float) -> list[Tensor]:
-    rows = []
-    for weight, axis in zip(weights, axes, strict=True):
-        dim = group_dim(weight, axis)
-        _check_fit(pattern, weight, dim)
-        if dim < weight.ndim - 1:
-            weight = weight.detach().reshape(-1, pattern.m, weight.shape[dim + 1 :].numel()).movedim(1, 2)
-        rows.append(weight.detach())
-    mask = nm_mask(torch.cat([row.reshape(-1) for row in rows]).view(-1, pattern.m), pattern.n, pattern.m)
-    parts = torch.split(_at_least(mask, outside).view(-1), [row.numel() for row in rows])
-    masks = []
-    for weight, row, part in zip(weights, rows, parts, strict=True):
-        part = part.view(row.shape)
-        masks.append(part if row.shape == weight.shape else part.movedim(2, 1).reshape(weight.shape))
+@torch.no_grad()
+def _joined_masks(
+    weights: Sequence[Tensor], pattern: NMPattern, axes: Sequence[Axis], outside: float
+) -> dict[int, Tensor]:
+    """Return the masks of weights of one dtype and device, by position; weights of the same shape are stacked first."""
+    kinds: dict[tuple[torch.Size, int], list[int]] = {}
+    for i, (weight, axis) in enumerate(zip(weights, axes, strict=True)):
+        kinds.setdefault((weight.shape, group_dim(weight, axis)), []).append(i)
+    stacks = []
+    for (shape, dim), of in kinds.items():
+        _check_fit(pattern, shape, dim)
+        stack = torch.stack([weights[i] for i in of])
+        stacks.append(stack.reshape(-1, pattern.m, shape[dim + 1 :].numel()).movedim(1, 2))
+    mask = nm_mask(torch.cat([stack.reshape(-1) for stack in stacks]).view(-1, pattern.m), pattern.n, pattern.m)
+    parts = torch.split(_at_least(outside, mask).view(-1), [stack.numel() for stack in stacks])
+    masks: dict[int, Tensor] = {}
+    for (shape, _), of, stack, part in zip(kinds, kinds.values(), stacks, parts, strict=True):
+        masks.update(zip(of, part.view(stack.shape).movedim(2, 1).reshape(len(of), *shape).unbind(), strict=True))
     return masks
+
+
+def _at_least(outside: float, mask: Tensor) -> Tensor:
+    return mask.clamp_(min=outside) if outside > 0.0 else mask
 
 
 def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
