@@ -110,7 +110,9 @@ def many(n: int, m: int) -> tuple[list[Tensor], list[Axis]]:
     for repeat in range(3):
         kinds += [(draw((8 + repeat, 2 * m), kind=kind), 1) for kind in ("normal", "ties", "special")]
         kinds += [(draw((m, 6)).t(), "input"), (draw((2 * m, 6)), "output"), (nn.Parameter(draw((4, m))), "input")]
-        kinds += [(draw((4, 2 * m, 3, 3), kind=kind).to(memory_format=torch.channels_last), 1) for kind in ("ties", "normal")]
+        kinds += [
+            (draw((4, 2 * m, 3, 3), kind=kind).to(memory_format=torch.channels_last), 1) for kind in ("ties", "normal")
+        ]
         kinds += [(draw((2 * m, m, 3)), 0), (draw((3, m)).double(), 1), (draw((3, m), torch.bfloat16), 1)]
         kinds += [(torch.empty(0, m), 1), (draw((40, 6 * m)), 1)]
     return [weight for weight, _ in kinds], [axis for _, axis in kinds]
