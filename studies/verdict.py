@@ -93,11 +93,12 @@ def compare(claim: Claim[Any], results: Sequence[Result]) -> list[Comparison]:
 
 
 def difference(claim: Claim[Any], results: Mapping[str, Any], arm: str, reference: str) -> float | None:
-    """Return the difference of one seed, or None if an arm is not there yet."""
+    """Return the difference of one seed, or None if an arm is not there yet or both diverged."""
     try:
-        return claim.difference(results, arm, reference)
+        value = claim.difference(results, arm, reference)
     except KeyError:
         return None
+    return None if math.isnan(value) else value
 
 
 def judge(comparisons: Sequence[Comparison]) -> str:

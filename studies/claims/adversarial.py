@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +33,6 @@ from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, 
 from studies import claim as base
 from studies.claim import Claim, Run, better_by
 from studies.common import Follow, finish_loggers
-
-if TYPE_CHECKING:
-    pass
 
 IN_THE_DEMO = """\
 Attacked inputs (half a minute). A small network learns handwritten digits: on

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from plain_project import Digits, ImageClassifier
@@ -31,9 +31,6 @@ from lightning_grad.callbacks import (
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, GradientRecorder, finish_loggers
-
-if TYPE_CHECKING:
-    pass
 
 IN_THE_DEMO = """\
 Clipped gradients (half a minute). A small network learns handwritten digits.
@@ -112,6 +109,8 @@ class BadBatch(Claim[Result]):
     """
 
     result = Result
+    choices: ClassVar = {"optimizer": ("sgd", "adamw")}
+    least: ClassVar = {"steps": 4}  # a batch, a validation and the bad batch in the middle
     name: str = "clipping"
     text: str = "With one bad batch in the training, a limit on the gradient norm saves the accuracy."
     arms: Sequence[str] = tuple(name for name in RULES if name != NEEDS_ADAM)

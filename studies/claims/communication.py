@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, PowerS
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers, hush
-
-if TYPE_CHECKING:
-    pass
 
 IN_THE_DEMO = """\
 Compressed gradients (half a minute). Two processes train one network, each on

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -30,9 +30,6 @@ from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubse
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers
-
-if TYPE_CHECKING:
-    pass
 
 CLASSES = 10
 OFFSET = 0.1  # share of the hardest samples that "offset" and "ccs" drop, because of wrong labels
@@ -54,6 +51,7 @@ class Labelled(Claim[Any]):
     """
 
     reads = "a folder with CIFAR-10"
+    choices: ClassVar = {"equal_by": ("epochs", "steps")}
     flip: float = 0.0
     epochs: int = 40
     score_epoch: int = 4

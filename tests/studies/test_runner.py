@@ -15,6 +15,7 @@ import pytest
 
 from studies import results
 from studies.claim import Run
+from studies.claims import CLAIMS
 from studies.plan import CHOICE_SEED, Plan
 from studies.results import Line, Origin, Store, origin_of
 from studies.runner import run_claims
@@ -262,6 +263,11 @@ def test_changed_code_changes_the_digest(tmp_path: Path) -> None:
         digests.append(results.digest(str(claim)))
     results.digest.cache_clear()
     assert digests[0] != digests[1]
+
+
+def test_code_of_a_claim_includes_that_of_its_base_and_what_all_share() -> None:
+    files = [Path(each).name for each in results.sources(CLAIMS["label-errors"])]
+    assert files == ["label_errors.py", "data_pruning.py", "claim.py", "common.py"]
 
 
 def test_fresh_trains_what_other_code_has_trained(tmp_path: Path) -> None:
