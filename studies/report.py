@@ -72,16 +72,17 @@ def arm_rows(claim: Claim[Any], lines: Sequence[Line]) -> list[tuple[str, ...]]:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Format a mean and its standard error; diverged trainings are counted instead.
+    """Format a mean and its standard error, if there are several values; diverged trainings are counted instead.
 
     Example:
-        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0, math.nan])
-        ('2.00 ± 1.00', '1 of 2 diverged')
+        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0]), mean_and_error([1.0, math.nan])
+        ('2.00 ± 1.00', '1.00', '1 of 2 diverged')
     """
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < len(values):
         return f"{len(values) - len(finite)} of {len(values)} diverged"
-    return f"{statistics.mean(values):.2f} ± {standard_error(values):.2f}"
+    error = f" ± {standard_error(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
 
 
 def comparison_row(claim: Claim[Any], comparison: Comparison) -> tuple[str, ...]:

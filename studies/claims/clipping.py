@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from plain_project import Digits, ImageClassifier
-from torch import nn
 from typing_extensions import override
 
 from lightning_grad.callbacks import (
@@ -30,7 +29,7 @@ from lightning_grad.callbacks import (
 )
 from studies import claim as base
 from studies.claim import Claim, Run
-from studies.common import Follow, GradientRecorder, finish_loggers
+from studies.common import Follow, GradientRecorder, finish_loggers, linear_network
 
 IN_THE_DEMO = """\
 Clipped gradients (half a minute). A small network learns handwritten digits.
@@ -156,11 +155,9 @@ class BadBatch(Claim[Result]):
 
 def build_module(optimizer: str, rate: float | None = None) -> LightningModule:
     """Return a new module of the plain project."""
-    layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     rate = rate or {"sgd": 0.05, "adamw": 3e-3}[optimizer]
     chosen: Any = optimizer
-    net = nn.Sequential(nn.Flatten(), *layers)
-    return ImageClassifier(net, optimizer=chosen, lr=rate, schedule="constant")
+    return ImageClassifier(linear_network(WIDTH), optimizer=chosen, lr=rate, schedule="constant")
 
 
 class BadBatchAt(Callback):
