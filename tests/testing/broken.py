@@ -273,6 +273,20 @@ class CounterStaysAfterAnException(Careful):
             self.ended, self.steps = False, 0
 
 
+class CountsAllFits(pl.Callback):
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches = state_dict["batches"]
+
+
 class HoldsALambda(pl.Callback):
     def __init__(self, power: int = 2) -> None:
         self.of = lambda value: value**power
@@ -811,6 +825,7 @@ BROKEN = [
     Broken(CounterStays, AGAIN, "weights of the"),
     Broken(CounterStaysAfterSuccess, AGAIN[:1], "weights of the second fit"),
     Broken(CounterStaysAfterAnException, AGAIN[1:], "weights of the fit after an exception"),
+    Broken(CountsAllFits, AGAIN, "state after the second fit: callbacks/0/batches"),
     Broken(HoldsALambda, ("g3_pickles_and_copies",), "attribute of"),
     Broken(KeyChangesInCopies, ("g3_pickles_and_copies",), "changes state_key"),
     Broken(HoldsTheModule, ("g3_copy_in_a_fit_holds_no_run",), "holds an object of type Small"),

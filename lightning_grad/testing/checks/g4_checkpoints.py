@@ -147,9 +147,12 @@ def assert_as_validated(subject: Subject, paths: dict[int, Path], validated: dic
 
     Raises:
         NotApplicableError: If nothing was validated.
+        GuaranteeError: If there is no checkpoint.
     """
     if not any(validated.values()):
         raise NotApplicableError("The module has no validation, or its children return no tensors there.")
+    if not paths:
+        raise GuaranteeError("Lightning saved no checkpoint.")
     built, outputs = subject.project.make(), Outputs()
     for step, path in paths.items():
         built.module.load_state_dict(_weights(path), strict=True)
