@@ -7,10 +7,11 @@ OLDEST := .venv-oldest
 OLDEST_INSTALLED := $(OLDEST)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest lint bench docs dist clean
+.PHONY: help demo study test test-oldest lint bench docs dist clean
 
 help:
 	@echo "make demo         train small networks with sparse weights, a bad batch, wrong labels, attacked inputs and compressed gradients (three minutes)"
+	@echo "make study        train what the claims in studies/ miss, and print their verdicts; BUDGET=20 stops after 20 minutes"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
 	@echo "make lint         check style and types"
@@ -28,6 +29,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 demo: $(INSTALLED)
 	@$(BIN)/python studies/demo.py
+
+study: $(INSTALLED)
+	@$(BIN)/python -m studies $(if $(BUDGET),--budget $(BUDGET))
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
@@ -54,6 +58,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/sparsity.py
 	@$(BIN)/python benchmarks/clipping.py
+	@$(BIN)/python benchmarks/diagnostics.py
 	@$(BIN)/python benchmarks/data_pruning.py
 	@$(BIN)/python benchmarks/adversarial.py
 	@$(BIN)/python benchmarks/communication.py

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
@@ -14,13 +13,11 @@ from exported import (
     as_markdown,
     card_of,
     description_of,
-    family_of,
-    package_of,
-    techniques,
     title_of,
     title_of_page,
 )
 
+from lightning_grad.cli.catalog import arguments_of, family_of, package_of, techniques
 from lightning_grad.core.compatibility import TITLES
 
 _WITHOUT_LINE = ("index.md", "changelog.md", "contributing.md")
@@ -50,27 +47,11 @@ def _entry(technique: type[Any]) -> dict[str, Any]:
 
 
 def _arguments(technique: type[Any]) -> Iterator[dict[str, Any]]:
-    help_of = dict(helps(inspect.getdoc(technique) or ""))
-    for name, parameter in inspect.signature(technique).parameters.items():
-        kind = re.sub(r"\b(typing|collections\.abc)\.", "", inspect.formatannotation(parameter.annotation))
-        found: dict[str, Any] = {"name": name, "type": kind}
-        if parameter.default is not inspect.Parameter.empty:
-            found["default"] = _plain(parameter.default)
-        yield found | {"help": help_of[name]}
-
-
-def helps(docstring: str) -> Iterator[tuple[str, str]]:
-    r"""Yield (name, first sentence) of each argument in the section Args of a docstring.
-
-    Example:
-        >>> dict(helps("Do it.\n\nArgs:\n    a, b: One. More.\n    c: Another\n        line.\n\nRaises:\n    None."))
-        {'a': 'One.', 'b': 'One.', 'c': 'Another line.'}
-    """
-    section = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", docstring, re.MULTILINE | re.DOTALL)
-    for names, text in re.findall(r"^ {4}(\w[\w, ]*): (.*?)(?=^ {4}\w|\Z)", section[1] if section else "", re.M | re.S):
-        first = re.match(r".*?\.(?= |$)|.*", " ".join(text.split()))
-        for name in names.split(", "):
-            yield name, as_markdown(first[0] if first else "")
+    for argument in arguments_of(technique):
+        found: dict[str, Any] = {"name": argument.name, "type": argument.kind}
+        if not argument.is_required:
+            found["default"] = _plain(argument.default)
+        yield found | {"help": as_markdown(argument.help)}
 
 
 def _plain(value: Any) -> Any:

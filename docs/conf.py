@@ -6,9 +6,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from exported import all_techniques, works_with
+from exported import all_techniques
 
 from lightning_grad import __version__
+from lightning_grad.cli.catalog import works_with
 
 project = "lightning-grad"
 author = "The lightning-grad developers"

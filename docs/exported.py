@@ -1,47 +1,20 @@
-"""The exported techniques with their families, cards and descriptions, for the other scripts in this folder.
-
-The description of a technique is the first line of its docstring, its family is the folder of its module, and the title of a
-family is the heading of its page.
-"""
+"""The pages of techniques and families, for the other scripts in this folder; the title of a family is its page's heading."""
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_grad import callbacks, strategies
-from lightning_grad.core.compatibility import TITLES
+from lightning_grad.cli.catalog import family_of, summary_of, techniques
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def techniques() -> dict[str, list[type[Any]]]:
-    """Return the exported techniques of each family, sorted by family, members in the order of ``__all__``."""
-    exported = [getattr(package, name) for package in (callbacks, strategies) for name in package.__all__]
-    families: dict[str, list[type[Any]]] = {}
-    for technique in exported:
-        if not inspect.isabstract(technique):
-            families.setdefault(family_of(technique), []).append(technique)
-    return dict(sorted(families.items()))
 
 
 def all_techniques() -> list[type[Any]]:
     """Return the techniques of all families."""
     return [technique for members in techniques().values() for technique in members]
-
-
-def family_of(technique: type[Any]) -> str:
-    """Return the name of the family, as in the folders of docs, examples and functions."""
-    parts = technique.__module__.split(".")
-    return parts[2] if parts[1] == "callbacks" else "communication"
-
-
-def package_of(technique: type[Any]) -> str:
-    """Return the package from which users import a technique."""
-    return ".".join(technique.__module__.split(".")[:2])
 
 
 def card_of(technique: type[Any]) -> str:
@@ -51,8 +24,7 @@ def card_of(technique: type[Any]) -> str:
 
 def description_of(technique: type[Any]) -> str:
     """Return the first line of the docstring as Markdown, without its full stop."""
-    first = (inspect.getdoc(technique) or "").partition("\n\n")[0]
-    return as_markdown(" ".join(first.split()).removesuffix("."))
+    return as_markdown(summary_of(technique))
 
 
 def as_markdown(text: str) -> str:
@@ -70,15 +42,6 @@ def title_of_page(page: str) -> str:
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     heading = re.search(r"^# (.+)$", text, re.MULTILINE)
     return heading[1].replace("`", "") if heading else page
-
-
-def works_with(technique: type[Any]) -> Iterator[str]:
-    """Yield a line for each kind of compatibility answer of a technique."""
-    answers = technique.compatibility.answers
-    for works, words in {"yes": "Yes", "stand-in": "Tested with a stand-in only", "no": "Raises"}.items():
-        names = [TITLES[name] for name, answer in answers.items() if answer.works == works]
-        if names:
-            yield f"{words}: {', '.join(names)}."
 
 
 def write_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

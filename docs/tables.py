@@ -20,17 +20,14 @@ from exported import (
     as_markdown,
     card_of,
     description_of,
-    family_of,
-    package_of,
-    techniques,
     title_of,
-    works_with,
     write_table,
 )
 from quickstart_notebook import write_notebook
 from refusals import declared, raised
 
 from lightning_grad import functional
+from lightning_grad.cli.catalog import SAID, VALUES, family_of, package_of, techniques, works_with
 from lightning_grad.core import Role
 from lightning_grad.core.compatibility import TITLES, Answer
 from lightning_grad.testing.checks import CHECKS
@@ -129,12 +126,6 @@ _IN_A_RUN = (
     "pytorch_lightning",
 )
 _CELLS = {"yes": "yes", "stand-in": "stand-in", "no": "raises", "-": "-"}
-# Words of notes. The same words in several columns make equal notes, which share a number.
-_SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
-    "several_optimizers": "manual optimization",
-    "complex_parameters": "a complex parameter",
-}
-_VALUES = {"late_gradients": "DGCStrategy"}
 
 
 def compatibility() -> Iterator[str]:
@@ -156,7 +147,7 @@ def compatibility() -> Iterator[str]:
 
 def write_answer(name: str, answer: Answer, numbers: dict[str, int]) -> str:
     """Return the cell of one answer, with the number of its note."""
-    note = answer.explained(_SAID.get(name, TITLES[name]), _VALUES.get(name, "..."))
+    note = answer.explained(SAID.get(name, TITLES[name]), VALUES.get(name, "..."))
     return f"{_CELLS[answer.works]} ({numbers.setdefault(note, len(numbers) + 1)})" if note else _CELLS[answer.works]
 
 

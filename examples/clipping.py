@@ -5,7 +5,7 @@
     python examples/clipping.py
     python examples/clipping.py --threshold 2 --steps 600
 
-Only the callbacks in :func:`train` use lightning-grad; ``plain_project`` does not know it. ``studies/clipping.py`` compares
+Only the callbacks in :func:`train` use lightning-grad; ``plain_project`` does not know it. ``studies/claims/`` compares
 rules.
 """
 

@@ -6,7 +6,7 @@
     python examples/communication.py --ratio 0.001 --devices 4
 
 Only ``strategy`` of the Trainer in :func:`train` uses lightning-grad; ``plain_project`` does not know it.
-``studies/communication.py`` compares strategies over seeds.
+``studies/claims/communication.py`` compares strategies over seeds.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -6,7 +6,7 @@
     python examples/data_pruning.py --prune 0 --score aum
 
 Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not know it. A tenth of the training labels are
-wrong here. ``studies/data_pruning.py`` compares ways to choose samples.
+wrong here. ``studies/claims/data_pruning.py`` compares ways to choose samples.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

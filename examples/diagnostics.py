@@ -1,11 +1,11 @@
-"""Find out when and where a run goes bad. Takes seconds.
+"""Find out when and where a run goes bad, and what each callback costs. Takes seconds.
 
 ::
 
     python examples/diagnostics.py
     python examples/diagnostics.py --lr 0.003
 
-The default learning rate is far too high. Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not
+The default learning rate is far too high. Only the callbacks in :func:`train` use lightning-grad; ``plain_project`` does not
 know it.
 """
 
@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, VisionTransformer
 
-from lightning_grad.callbacks import GradientMonitor
+from lightning_grad.callbacks import GradientMonitor, TrainingDoctor
 
 
 def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
@@ -28,7 +28,7 @@ def train(lr: float, epochs: int, output: Path) -> dict[str, float]:
         max_epochs=epochs,
         accelerator="cpu",
         log_every_n_steps=1,  # so the figure has layers from before the run goes bad
-        callbacks=[GradientMonitor(layer_depth=3)],
+        callbacks=[TrainingDoctor(batches=15), GradientMonitor(layer_depth=3)],
         logger=CSVLogger(output, name=None, version=""),
         enable_model_summary=False,
         enable_progress_bar=False,
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Step {bad['step']}, batch {bad['batch_idx']}: first non-finite gradient, in {bad['parameter']}.")
     else:
         print(f"All gradients were finite. The norm ended at {logged['grad/norm']:.3g}.")
-    print(f"Written to {given.output}/: gradient_monitor.png, gradient_monitor.csv, metrics.csv.")
+    print(f"Written to {given.output}/: gradient_monitor.png, training_doctor.png and .csv files.")
 
 
 if __name__ == "__main__":

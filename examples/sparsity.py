@@ -6,7 +6,7 @@
     python examples/sparsity.py --pattern 2:4 --recipe sr-ste
 
 Only the callback in :func:`train` uses lightning-grad; ``plain_project`` does not know it.
-``studies/sparsity.py`` compares recipes with dense training.
+``studies/claims/sparsity.py`` compares recipes with dense training.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

@@ -1,1 +1,12 @@
-"""Comparisons with tables and figures over many seeds; ``demo.py`` runs five of them, ``common.py`` has their shared parts."""
+"""Studies: claims about techniques, each measured over several seeds. ``python -m studies`` runs them.
+
+- ``claims/``: what each family claims, and how a training of it runs. Nothing else has to be written for a new claim.
+- ``figures/``: tables and figures of single families, for the documentation and ``make demo``.
+- ``runner.py`` runs claims, ``results.py`` stores every training as a line, ``verdict.py`` judges, ``report.py`` prints.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT / "examples"))  # plain_project, the Lightning project that all studies train

@@ -5,12 +5,12 @@ from __future__ import annotations
 import csv
 import logging
 import statistics
+import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
     from matplotlib.axes import Axes
 
-R = TypeVar("R")
-Show = Callable[[str, int, float, float], None]  # name, seed, completed share of the training, validation value
+Show = Callable[[float, str], None]  # completed share of the training, what it has reached
 
 
 def hush() -> None:
     """Silence the messages of Lightning in every fit, but not the warnings of techniques."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     advice = "many workers|exists and is not empty|LeafSpec|log_every_n_steps|logging interval"
     warnings.filterwarnings("ignore", f".*({advice})")
 
@@ -41,14 +41,12 @@ class Follow(Callback):
     """Show the progress of a training and the latest value of a validation metric.
 
     Args:
-        show: Function that :func:`progress` yields.
-        name: Name of the training.
-        seed: Seed of the training.
+        show: Function that shows it.
         metric: Log key of the metric.
     """
 
-    def __init__(self, show: Show, name: str, seed: int, metric: str = "val_acc") -> None:
-        self.show, self.name, self.seed, self.metric = show, name, seed, metric
+    def __init__(self, show: Show, metric: str = "val_acc") -> None:
+        self.show, self.metric = show, metric
         self._shown = 0.0
 
     @override
@@ -63,7 +61,34 @@ class Follow(Callback):
 
     def _report(self, trainer: Trainer, share: float) -> None:
         self._shown = share
-        self.show(self.name, self.seed, share, float(trainer.callback_metrics.get(self.metric, 0.0)))
+        value = float(trainer.callback_metrics.get(self.metric, 0.0))
+        if trainer.is_global_zero:
+            written = percent(value) if self.metric.endswith("acc") else f"{value:6.3f}"
+            self.show(share, f"validation {written}")
+
+
+@dataclass(frozen=True)
+class Ticker:
+    """Show the progress of one training in a line, which in a terminal is overwritten until it ends.
+
+    There is no thread and nothing that a rank cannot receive: the ranks of a training are other processes.
+
+    Args:
+        name: Name of the training.
+        note: What to show at the end of the line.
+    """
+
+    name: str
+    note: str
+
+    def __call__(self, share: float, value: str) -> None:
+        """Show a completed share and the latest value."""
+        line = f"{self.name:<34} {value}"
+        terminal = sys.stdout.isatty()
+        if share == 1.0:
+            print(f"\r{line}   {self.note}      " if terminal else f"{line}   {self.note}", flush=True)
+        elif terminal:
+            print(f"\r{line}   {self.note}  {100 * share:3.0f}%", end="", flush=True)
 
 
 class GradientRecorder(Callback):
@@ -125,41 +150,6 @@ def percent(share: float) -> str:
     return f"{100 * share:5.1f} %"
 
 
-@contextmanager
-def progress(names: Sequence[str], seeds: int, write: Callable[[float], str] = percent) -> Iterator[Show]:
-    """Yield a function that shows the progress: with rich a bar for each name, else a line for each training."""
-
-    def show_line(name: str, seed: int, share: float, value: float) -> None:
-        if share == 1.0:
-            print(f"{name:<22} seed {seed}   validation {write(value)}", flush=True)
-
-    try:
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    except ImportError:
-        yield show_line
-        return
-    note = TextColumn("[dim]validation[/] {task.fields[value]}")
-    bars = Progress(TextColumn("{task.description:<22}"), BarColumn(30), TaskProgressColumn(), note)
-    if not bars.console.is_terminal:
-        yield show_line
-        return
-    tasks = {name: bars.add_task(name, total=seeds, value="") for name in names}
-
-    def show_bar(name: str, seed: int, share: float, value: float) -> None:
-        bars.update(tasks[name], completed=seed + share, value=write(value))
-
-    with bars:
-        yield show_bar
-
-
-def run_trainings(
-    names: Sequence[str], seeds: int, train: Callable[[str, int, Show], R], write: Callable[[float], str] = percent
-) -> list[R]:
-    """Run each training with each seed, show the progress, and return the results."""
-    with progress(names, seeds, write) as show:
-        return [train(name, seed, show) for seed in range(seeds) for name in names]
-
-
 # Logs and results.
 
 
@@ -184,11 +174,12 @@ def finish_loggers(trainer: Trainer) -> None:
 
 
 def write_results(results: Sequence[DataclassInstance], path: Path) -> None:
-    """Write results to a CSV file, one per row."""
+    """Write results to a CSV file, one per row, without their lists."""
+    rows = [{key: value for key, value in asdict(each).items() if not isinstance(value, list)} for each in results]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(results[0])))
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows(asdict(result) for result in results)
+        writer.writerows(rows)
 
 
 def read_curve(metrics: Path, key: str) -> dict[int, float]:

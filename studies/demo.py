@@ -2,10 +2,11 @@
 
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 TITLE = "lightning-grad: gradient techniques for unmodified Lightning projects"
 
@@ -32,11 +33,8 @@ Written to {folder}/
   communication/dgc*_seed0/*.png    one training: bytes a step, by layer, unsent
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
-Try other settings:   .venv/bin/python studies/sparsity.py --help
-                      .venv/bin/python studies/clipping.py --help
-                      .venv/bin/python studies/data_pruning.py --help
-                      .venv/bin/python studies/adversarial.py --help
-                      .venv/bin/python studies/communication.py --help"""
+Full studies:         .venv/bin/python -m studies --list
+Their options:        .venv/bin/python -m studies --help"""
 
 
 def main(
@@ -49,66 +47,36 @@ def main(
 ) -> None:
     """Run the five parts, and print their results."""
     print(TITLE, flush=True)
-    make_sparse(output, epochs, seeds)
-    clip_gradients(output / "clipping", steps, seeds)
-    find_label_errors(output / "data_pruning", seeds)
-    attack_inputs(output / "adversarial", attacked_epochs)
-    compress_gradients(output / "communication", compressed_epochs)
+    # The imports take seconds, so the title comes first.
+    import torch
+
+    from studies.claims import adversarial, clipping, communication, label_errors, sparsity
+
+    torch.set_num_threads(1)
+    recipes = ("dense", "sr-ste", "mdgf-exponential")
+    sparse = sparsity.Sparsity(arms=recipes, epochs=epochs, output=output, wandb="offline", rates=())
+    ours = tuple(f"{attack} {adversarial.OURS}" for attack in adversarial.ATTACKS)
+    ways = ("dense", "powersgd-4", "dgc-99.9")
+    show(1, sparsity.IN_THE_DEMO, sparse, seeds)
+    show(2, clipping.IN_THE_DEMO, clipping.BadBatch(steps=steps, output=output / "clipping"), seeds)
+    errors = label_errors.LabelErrors(score_epoch=3, output=output / "data_pruning")
+    show(3, label_errors.IN_THE_DEMO, errors, seeds)
+    attacked = adversarial.AccelAT(arms=ours, rates=(0.1,), epochs=attacked_epochs, output=output / "adversarial")
+    show(4, adversarial.IN_THE_DEMO, attacked, seeds)
+    compressed = communication.Communication(
+        arms=ways, rates=(0.05,), epochs=compressed_epochs, output=output / "communication"
+    )
+    show(5, communication.IN_THE_DEMO, compressed, seeds)
     print(PLACES.format(folder=output))
 
 
-def make_sparse(output: Path, epochs: int, seeds: int) -> None:
-    """Run the first part."""
-    from studies import sparsity  # the import takes seconds, so print the title first
+def show(number: int, text: str, claim: Any, seeds: int) -> None:
+    """Run one part, print its table, and write its figures."""
+    from studies.report import write
+    from studies.runner import train_all
 
-    print(f"\n1. {sparsity.IN_THE_DEMO}", flush=True)
-    recipes = ("sr-ste", "mdgf-exponential")
-    study = sparsity.Study(
-        "1:8", recipes, seeds=seeds, epochs=epochs, output=output, wandb="offline", accelerator="cpu"
-    )
-    results = sparsity.run_study(study)
-    print()
-    sparsity.print_table(results, study)
-
-
-def clip_gradients(output: Path, steps: int, seeds: int) -> None:
-    """Run the second part."""
-    from studies import clipping
-
-    print(f"\n2. {clipping.IN_THE_DEMO}", flush=True)
-    study = clipping.Study(steps=steps, seeds=seeds, output=output, accelerator="cpu")
-    results = clipping.run_study(study)
-    print()
-    clipping.print_table(results, study)
-
-
-def find_label_errors(output: Path, seeds: int) -> None:
-    """Run the third part."""
-    from studies import data_pruning
-
-    print(f"\n3. {data_pruning.IN_THE_DEMO}", flush=True)
-    study = data_pruning.Study((), (), (0.1,), seeds, score_epoch=3, output=output, accelerator="cpu")
-    data_pruning.print_findings(data_pruning.find_label_errors(study))
-
-
-def attack_inputs(output: Path, epochs: int) -> None:
-    """Run the fourth part."""
-    from studies import adversarial
-    from studies.adversarial_trainings import Study
-
-    print(f"\n4. {adversarial.IN_THE_DEMO}", flush=True)
-    schedule, rate = "accuracy-gradient", 0.1
-    study = Study(schedules=(schedule,), rates=(rate,), seeds=3, epochs=epochs, output=output, accelerator="cpu")
-    adversarial.print_tables(adversarial.run_study(study), study)
-
-
-def compress_gradients(output: Path, epochs: int) -> None:
-    """Run the fifth part."""
-    from studies import communication
-
-    print(f"\n5. {communication.IN_THE_DEMO}", flush=True)
-    study = communication.Study(("dense", "powersgd-4", "dgc-99.9"), seeds=3, epochs=epochs, output=output)
-    communication.print_table(communication.run_study(study), study)
+    print(f"\n{number}. {text}", flush=True)
+    write(replace(claim, seeds=seeds), train_all(claim, seeds))
 
 
 if __name__ == "__main__":

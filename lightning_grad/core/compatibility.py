@@ -249,7 +249,7 @@ def _names(thing: object) -> list[str]:
 
 def _strategy(base: str, words: str, trainer: pl.Trainer, _: pl.LightningModule) -> Found:
     names = _names(trainer.strategy)
-    nearest = next((name for name in names if name in _STRATEGIES), None)  # Lightning's DeepSpeed derives from DDP
+    nearest = next((name for name in names if name in STRATEGIES), None)  # Lightning's DeepSpeed derives from DDP
     return _if(nearest == base, f"{words} ({names[0]})")
 
 
@@ -278,12 +278,14 @@ def _complex(module: nn.Module, chosen: set[int]) -> Found:
 
 _Finders = Mapping[str, Callable[[Any, Any], Found]]
 
-_STRATEGIES = {
+STRATEGIES = {
     "DDPStrategy": "ddp",
     "ModelParallelStrategy": "fsdp2",
     "FSDPStrategy": "fsdp1",
     "DeepSpeedStrategy": "deepspeed",
 }
+"""Field of each strategy of Lightning, by the name of its class."""
+
 # Several optimizers are in none of these tables: Lightning itself allows them only with manual
 # optimization.
 _IN_A_RUN: _Finders = {
@@ -292,7 +294,7 @@ _IN_A_RUN: _Finders = {
     ),
     "bf16": lambda trainer, _: _if(str(trainer.precision).startswith("bf16"), f"precision={trainer.precision!r}"),
     "fp16": lambda trainer, _: _if(grad_scaler(trainer) is not None, "an fp16 GradScaler"),
-    **{name: partial(_strategy, base, TITLES[name]) for base, name in _STRATEGIES.items()},
+    **{name: partial(_strategy, base, TITLES[name]) for base, name in STRATEGIES.items()},
     "compiled": lambda _, module: _if(any(map(is_compiled, module.modules())), "compiled modules"),
     "manual_optimization": lambda _, module: _if(not module.automatic_optimization, "manual optimization"),
     "weight_averaging": lambda trainer, _: _if(

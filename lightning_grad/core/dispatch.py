@@ -1,13 +1,17 @@
 """Wrap a method of an object: several techniques can wrap the same one, and each wrapper can be removed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
 Wrapper = Callable[..., Any]
 _ABSENT = object()
 _LIGHTNING = ("Callback", "LightningModule", "ModelHooks")
+_ACTING: ContextVar[object] = ContextVar("acting", default=None)
 
 
 class WrapOrder(IntEnum):
@@ -39,6 +43,21 @@ class WrapOrder(IntEnum):
     LOOK = 6
 
 
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A wrapper of a method.
+
+    Args:
+        order: Its position.
+        wrapper: Called as ``wrapper(inner, *args, **kwargs)``.
+        owner: Who added it, or ``None`` if this is not known.
+    """
+
+    order: WrapOrder
+    wrapper: Wrapper
+    owner: object = None
+
+
 class MethodDispatcher:
     """Replaces one method of one object and calls the wrappers around it, each in its position.
 
@@ -56,17 +75,18 @@ class MethodDispatcher:
         self._name = name
         self._previous = owner.__dict__.get(name, _ABSENT)
         self._original: Callable[..., Any] = getattr(owner, name)
-        self._wrappers: list[tuple[WrapOrder, Wrapper]] = []
+        self._wrappers: list[Entry] = []
         functools.update_wrapper(self, self._original)
 
-    def add(self, wrapper: Wrapper, order: WrapOrder) -> tuple[WrapOrder, Wrapper]:
+    def add(self, wrapper: Wrapper, order: WrapOrder) -> Entry:
         """Add ``wrapper(inner, *args, **kwargs)`` around all wrappers whose position is further inside."""
-        entry = (order, wrapper)
+        acting_now = _ACTING.get()
+        entry = Entry(order, wrapper, _bound_to(wrapper) if acting_now is None else acting_now)
         self._wrappers.append(entry)
-        self._wrappers.sort(key=lambda entry: entry[0])
+        self._wrappers.sort(key=lambda entry: entry.order)
         return entry
 
-    def remove(self, entry: tuple[WrapOrder, Wrapper]) -> None:
+    def remove(self, entry: Entry) -> None:
         """Remove an entry that :meth:`add` returned; removing the last one restores the object."""
         self._wrappers = [other for other in self._wrappers if other is not entry]
         if self._wrappers or self._owner.__dict__.get(self._name) is not self:
@@ -78,12 +98,21 @@ class MethodDispatcher:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = self._original
-        for _, wrapper in self._wrappers:
+        for entry in self._wrappers:
+            wrapper = entry.wrapper
+            for meter in _METERS:
+                wrapper = meter(entry.owner, wrapper)
             call = functools.partial(wrapper, call)
         return call(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (self._owner, self._name)
+
+
+Meter = Callable[[object, Wrapper], Wrapper]
+"""Called as ``meter(owner, wrapper)`` before each call of a wrapper; returns the wrapper to call instead."""
+
+_METERS: list[Meter] = []
 
 
 def overrides(owner: object, name: str) -> bool:
@@ -131,3 +160,57 @@ def wrap_method(owner: object, name: str, wrapper: Wrapper, order: WrapOrder = W
         dispatcher = MethodDispatcher(owner, name)
         owner.__dict__[name] = dispatcher
     return functools.partial(dispatcher.remove, dispatcher.add(wrapper, order))
+
+
+@contextmanager
+def acting(owner: object) -> Iterator[None]:
+    """Name the owner of all wrappers that are added inside the block.
+
+    Outside of such a block, the owner of a wrapper is the object whose method it is.
+    """
+    token = _ACTING.set(owner)
+    try:
+        yield
+    finally:
+        _ACTING.reset(token)
+
+
+def meter_wrappers(meter: Meter) -> Callable[[], None]:
+    """Pass every wrapper of every dispatcher through a function each time before it is called.
+
+    Args:
+        meter: Called as ``meter(owner, wrapper)``; returns the wrapper to call instead.
+
+    Returns:
+        Callable: Removes the meter.
+
+    Example:
+        >>> class Greeter:
+        ...     def greet(self):
+        ...         return "hello"
+        >>> def tell(owner, wrapper):
+        ...     print(f"a wrapper of {owner} runs")
+        ...     return wrapper
+        >>> greeter, stop = Greeter(), meter_wrappers(tell)
+        >>> with acting("Shouting"):
+        ...     undo = wrap_method(greeter, "greet", lambda inner: inner().upper())
+        >>> greeter.greet()
+        a wrapper of Shouting runs
+        'HELLO'
+        >>> undo(), stop()
+        (None, None)
+    """
+    _METERS.append(meter)
+
+    def remove() -> None:
+        if meter in _METERS:
+            _METERS.remove(meter)
+
+    return remove
+
+
+def _bound_to(wrapper: Wrapper) -> object:
+    """Return the object whose method a wrapper is, or ``None`` if it is a function."""
+    while isinstance(wrapper, functools.partial):
+        wrapper = wrapper.func
+    return getattr(wrapper, "__self__", None)

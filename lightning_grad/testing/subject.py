@@ -77,7 +77,6 @@ class Subject:
         make: Function that builds a new callback; ``None`` for the runs without one.
         neutral: Function that builds one that does nothing, or the reason why there is none.
         project: The module and its data.
-        state_of_callback: Function that returns what of a callback's state must survive a resume. Default: ``state_dict``.
     """
 
     def __init__(
@@ -85,9 +84,8 @@ class Subject:
         make: Callable[[], Any] | None,
         neutral: Callable[[], Any] | str | None = None,
         project: Project = REFERENCE,
-        state_of_callback: Callable[[Any], Any] = lambda callback: callback.state_dict(),
     ) -> None:
-        self.make, self.neutral, self.project, self.state_of_callback = make, neutral, project, state_of_callback
+        self.make, self.neutral, self.project = make, neutral, project
         self.warned: list[str] = []
         """The warnings of all runs so far, also on variants of the project."""
         self._done: dict[Any, tuple[Any, Exception | None]] = {}
@@ -99,9 +97,9 @@ class Subject:
 
     @functools.cached_property
     def root(self) -> Path:
-        """A folder that is removed with the subject, by the process that asked for it first."""
+        """A folder that is removed with the subject."""
         root = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, root, ignore_errors=True)
+        _remove_with(self, root)
         return root
 
     @property
@@ -121,7 +119,7 @@ class Subject:
         """
         if variant not in self.project.variants:
             raise NotApplicableError(f"There is no module with {variant.replace('_', ' ')} among the given ones.")
-        other = Subject(self.make, self.neutral, self.project.variants[variant], self.state_of_callback)
+        other = Subject(self.make, self.neutral, self.project.variants[variant])
         other.warned = self.warned
         return other
 
@@ -204,7 +202,7 @@ class Subject:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         run.watch, run.folder, run.savers = watch, folder, savers
-        weakref.finalize(run, shutil.rmtree, folder, ignore_errors=True)
+        _remove_with(run, folder)
         return run
 
     def break_off(self, callbacks: Sequence[Any], how: str) -> Broken:
@@ -241,7 +239,7 @@ class Subject:
     def _state_of(self, callback: Any) -> Any:
         """Return the state, or the words of the error: then saving fails too, which checks of their own say."""
         try:
-            return copy.deepcopy(self.state_of_callback(callback))
+            return copy.deepcopy(callback.state_dict())
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -305,6 +303,17 @@ class Subject:
         """Return an even step within an epoch, behind the half of the run."""
         steps = int(self.bare().left["steps"])
         return 2 * ((steps // 2 + max(steps // 12, 1) + 1) // 2)
+
+
+def _remove_with(owner: object, folder: Path) -> None:
+    """Remove a folder when its owner is gone, but not with a copy of the owner in a forked process."""
+    process = os.getpid()
+
+    def remove() -> None:
+        if os.getpid() == process:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    weakref.finalize(owner, remove)
 
 
 def _saver_on_exception(folder: Path, filename: str, **rest: Any) -> Saver:

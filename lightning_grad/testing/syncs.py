@@ -13,13 +13,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_grad.core.syncs import SYNCING
+
 _ATEN = torch.ops.aten
 _READING = {Tensor.cpu, Tensor.tolist}  # numpy() is not among them: it raises for a tensor on a device
-_SYNCING = {
-    _ATEN._local_scalar_dense.default: "item(), float(), int() or bool() of a tensor",
-    _ATEN.nonzero.default: "nonzero()",
-    _ATEN.masked_select.default: "masked_select()",
-}
+_SYNCING = {getattr(_ATEN, name).default: words for name, words in SYNCING.items()}
 
 
 class SyncError(AssertionError):

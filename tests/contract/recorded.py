@@ -21,17 +21,7 @@ PLAIN = Subject(None).plain
 def subject(technique: Technique) -> Subject:
     """Return the subject of a technique."""
     neutral = technique.build_neutral if technique.has_neutral else str(technique.neutral or "a neighbour is tested")
-    return Subject(technique.build, neutral, state_of_callback=state_that_resumes)
-
-
-def state_that_resumes(callback: Any) -> dict[str, Any]:
-    """Return the state without what no resume can have: the gradient before its first step."""
-    state: dict[str, Any] = callback.state_dict()
-    rows = [
-        {key: value for key, value in row.items() if not key.startswith("gradient_variance")}
-        for row in state.get("record", {}).get("rows", [])
-    ]
-    return {**state, "record": {**state["record"], "rows": rows}} if "record" in state else state
+    return Subject(technique.build, neutral)
 
 
 def subject_of(technique: Technique | None) -> Subject:
@@ -56,5 +46,5 @@ def broken(technique: Technique | None, how: str = "exception") -> Broken:
 
 def run(callbacks: list[Any], **arguments: Any) -> Run:
     """Fit a fresh module with callbacks."""
-    found: Run = Subject(lambda: None, state_of_callback=state_that_resumes).run(callbacks, **arguments)
+    found: Run = Subject(None).run(callbacks, **arguments)
     return found

@@ -31,6 +31,7 @@ KNOWN: dict[str, Callable[[Any], list[str | int]]] = {
     "learning rates": lambda trainer: ["optimizers[0].param_groups[0]"],
     "inputs": lambda trainer: ["batch[0]"],
     "losses": lambda trainer: ["training_step"],
+    "callbacks": lambda trainer: [type(callback).__name__ for callback in trainer.callbacks],
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
-from tests.contract.recorded import bare, broken, run, state_that_resumes, subject_of, watched
+from tests.contract.recorded import bare, broken, run, subject_of, watched
 from tests.contract.settings import BROAD, CANONICAL, build_together
 
 # These runs monitor val_loss from the first epoch on, which the technique may rightly warn about.
@@ -23,7 +23,7 @@ pytestmark = [
 def _finish(callbacks: list[Any], **arguments: Any) -> dict[str, Any]:
     """Return all that a resumed run must have."""
     trainer, module = fit(callbacks, make_classifier(), resumable=True, **arguments)
-    states = [state_that_resumes(callback) for callback in callbacks if hasattr(callback, "settings")]
+    states = [callback.state_dict() for callback in callbacks if hasattr(callback, "settings")]
     return _apart_from_validations({**state_of(trainer, module), "steps": trainer.global_step, "callbacks": states})
 
 

@@ -1,6 +1,7 @@
 """A wrapped method is called through its wrappers in their order, and comes back exactly as it was."""
 
 import copy
+import functools
 import inspect
 import itertools
 import pickle
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from lightning_grad.core.dispatch import MethodDispatcher, WrapOrder, wrap_method
+from lightning_grad.core.dispatch import MethodDispatcher, WrapOrder, acting, meter_wrappers, wrap_method
 
 
 class Owner:
@@ -179,3 +180,44 @@ def test_duplicate_of_a_module_has_its_plain_method(duplicate: Callable[[Any], A
 def test_the_table_of_places_shows_each_from_the_outermost_to_the_innermost() -> None:
     rows = [line.split("``")[1] for line in (WrapOrder.__doc__ or "").splitlines() if line.strip().startswith("``")]
     assert rows == [place.name for place in sorted(WrapOrder, reverse=True)]
+
+
+class Technique:
+    """Something that wraps the method with a method of its own."""
+
+    def around(self, extra: str, inner: Callable[..., list[str]], *args: Any) -> list[str]:
+        return [extra, *inner(*args)]
+
+
+def test_a_meter_gets_each_wrapper_with_its_owner():
+    owner, technique, met = Owner(), Technique(), []
+
+    def meter(by: object, wrapper: Callable[..., Any]) -> Callable[..., Any]:
+        met.append(by)
+        return lambda inner, *args: [f"<{len(met)}", *wrapper(inner, *args), ">"]
+
+    wrap_method(owner, "step", functools.partial(technique.around, "own"))
+    with acting("another"):
+        wrap_method(owner, "step", functools.partial(technique.around, "another"))
+    wrap_method(owner, "step", marking("unknown"))
+    before = owner.step(1)
+    stop = meter_wrappers(meter)
+    measured = owner.step(1)
+    stop()
+    stop()
+    assert met == [technique, "another", None]  # from the innermost
+    assert [mark for mark in measured if mark not in before] == ["<3", "<3", "<3", ">", ">", ">"]
+    assert [mark for mark in measured if mark in before] == before
+    assert owner.step(1) == before
+
+
+def test_an_inner_block_names_its_own_owner():
+    owner, met = Owner(), []
+    with acting("outer"):
+        with acting("inner"):
+            wrap_method(owner, "step", marking("first"))
+        wrap_method(owner, "step", marking("second"))
+    stop = meter_wrappers(lambda by, wrapper: met.append(by) or wrapper)
+    owner.step(1)
+    stop()
+    assert met == ["inner", "outer"]

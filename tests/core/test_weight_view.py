@@ -466,17 +466,19 @@ def test_state_dict_of_an_in_place_view_holds_the_stored_weight() -> None:
 
 
 @pytest.mark.parametrize("duplicate", [through_pickle, through_torch_save, copy.deepcopy])
-def test_hooks_of_a_duplicate_are_inert(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+def test_a_duplicate_is_plain_and_holds_the_stored_weight(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     mix = Mix()
-    in_place = InPlaceView(mix, "w", Scaled(torch.zeros(8, 8)))
+    in_place = InPlaceView(mix, "w", Scaled(torch.full((8, 8), 0.5)))
     twin = duplicate(mix)
-    assert torch.equal(twin.state_dict()["w"], mix.w)
+    assert torch.equal(twin.state_dict()["w"], 0.5 * mix.w)
+    assert torch.equal(twin.state_dict()["w"], twin.w)
     twin(torch.ones(1, 8)).sum().backward()
     assert torch.equal(twin.w.grad, torch.ones(8, 8))
     assert not has_view(twin, "w")
     assert has_view(mix, "w")
     in_place.detach()
-    assert twin.state_dict()["w"].count_nonzero() == 64
+    assert torch.equal(twin.w, 0.5 * mix.w)
+    assert duplicate(mix).w.equal(mix.w)
 
 
 def test_detach_leaves_nothing_behind() -> None:

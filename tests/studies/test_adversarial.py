@@ -4,6 +4,7 @@ import csv
 import math
 import pickle
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,37 +16,39 @@ from plain_project.schedules import with_schedule
 from torch import nn
 
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
-from studies import adversarial, demo
-from studies.adversarial import parse, print_tables, run_study
-from studies.adversarial_figures import (
-    COLOURS,
-    RIGHT,
-    WRONG,
-    attack_images,
-    draw_digits,
-    draw_rates,
-    draw_robustness,
-)
-from studies.adversarial_trainings import (
+from studies.claims.adversarial import (
     ATTACKS,
     CLEAN,
     OURS,
     ROBUST,
     SCHEDULES,
     STRENGTHS,
-    Reached,
+    AccelAT,
+    Adversarial,
     Result,
-    Study,
     build_data,
     build_module,
     epochs_to,
     pixels,
-    reach,
     read_column,
-    speed_ups,
-    train,
-    tune,
 )
+from studies.figures.adversarial import (
+    COLOURS,
+    RIGHT,
+    WRONG,
+    Reached,
+    attack_images,
+    by_training,
+    draw_digits,
+    draw_rates,
+    draw_robustness,
+    print_table,
+    reach,
+    speed_ups,
+)
+from studies.report import write
+from studies.runner import train_all
+from studies.verdict import compare
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -62,24 +65,27 @@ pytestmark = [
 # The study.
 
 
-def short(output: Path, **settings: object) -> Study:
+def product(attacks: Sequence[str], schedules: Sequence[str]) -> list[str]:
+    """Return the arms of attacks and schedules."""
+    return [f"{attack} {schedule}" for attack in attacks for schedule in schedules]
+
+
+def short(output: Path, arms: Sequence[str], **settings: object) -> Adversarial:
     """Return a study of a moment."""
-    fixed = {"rates": (0.1,), "epochs": 3, "width": 32, "output": output, "accelerator": "cpu"}
-    return Study(**{**fixed, **settings})
-
-
-def silent(*_: object) -> None:
-    """Show no progress."""
+    fixed = {"rates": (0.1,), "epochs": 3, "width": 32, "output": output, "seeds": 1}
+    return AccelAT(arms=arms, **{**fixed, **settings})
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Result]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Adversarial, list[Result]]:
     """Train on every attack for a moment, and draw everything."""
-    study = short(tmp_path_factory.mktemp("study"), schedules=("constant", OURS))
-    return study, run_study(study)
+    study = short(tmp_path_factory.mktemp("study"), product(ATTACKS, ("constant", OURS)))
+    results = train_all(study, 1)
+    write(study, results)
+    return study, results
 
 
-def test_every_training_has_a_result(study: tuple[Study, list[Result]]) -> None:
+def test_every_training_has_a_result(study: tuple[Adversarial, list[Result]]) -> None:
     asked, results = study
     expected = [(attack, schedule) for attack in ("plain", "fgsm", "pgd") for schedule in ("constant", OURS)]
     assert [(result.attack, result.schedule) for result in results] == expected
@@ -87,45 +93,47 @@ def test_every_training_has_a_result(study: tuple[Study, list[Result]]) -> None:
     assert all(0 < result.robust_accuracy < result.clean_accuracy for result in results)
     for name in ("results", "reached"):
         with (asked.output / f"{name}.csv").open(newline="") as file:
-            assert [(row["attack"], row["schedule"]) for row in csv.DictReader(file)] == expected
+            rows = [row.get("arm", f"{row.get('attack')} {row.get('schedule')}") for row in csv.DictReader(file)]
+            assert rows == [" ".join(each) for each in expected]
 
 
-def test_training_on_attacks_makes_robust(study: tuple[Study, list[Result]]) -> None:
+def test_training_on_attacks_makes_robust(study: tuple[Adversarial, list[Result]]) -> None:
     _, results = study
     robust = {result.attack: result.robust_accuracy for result in results if result.schedule == "constant"}
     assert min(robust["fgsm"], robust["pgd"]) > robust["plain"] + 0.05
 
 
-def test_result_is_judged_by_what_its_training_is_for(study: tuple[Study, list[Result]]) -> None:
+def test_result_is_judged_by_what_its_training_is_for(study: tuple[Adversarial, list[Result]]) -> None:
     asked, results = study
     for result in results:
-        folder = asked.folder(result.attack, result.schedule, 0.1, 0)
-        values = {key: read_column(folder, key) for key in (CLEAN, ROBUST)}
+        values = {key: read_column(asked.folder(result), key) for key in (CLEAN, ROBUST)}
         assert values[CLEAN].mean() > values[ROBUST].mean()
-        assert result.validation == pytest.approx(values[CLEAN if result.attack == "plain" else ROBUST].mean())
+        judged = values[CLEAN if result.attack == "plain" else ROBUST]
+        assert result.validation == pytest.approx(judged.mean())
+        assert result.curve == pytest.approx(judged.tolist())
 
 
-def test_a_rate_that_is_not_cut_is_constant(study: tuple[Study, list[Result]]) -> None:
+def test_a_rate_that_is_not_cut_is_constant(study: tuple[Adversarial, list[Result]]) -> None:
     _, results = study
     for attack in ("plain", "fgsm", "pgd"):
         constant, ours = (
             next(r for r in results if (r.attack, r.schedule) == (attack, name)) for name in ("constant", OURS)
         )
-        assert replace(ours, schedule="constant", cpu_seconds=constant.cpu_seconds) == constant
+        assert replace(ours, arm=constant.arm, cpu_seconds=constant.cpu_seconds) == constant
 
 
 @pytest.mark.parametrize("name", ["robustness", "digits", "rates", "comparison"])
-def test_figures_are_written(study: tuple[Study, list[Result]], name: str) -> None:
+def test_figures_are_written(study: tuple[Adversarial, list[Result]], name: str) -> None:
     asked, _ = study
     assert (asked.output / f"{name}.png").read_bytes().startswith(PNG)
 
 
-def test_robustness_is_drawn_as_it_was_written(study: tuple[Study, list[Result]]) -> None:
+def test_robustness_is_drawn_as_it_was_written(study: tuple[Adversarial, list[Result]]) -> None:
     asked, results = study
-    axis, costs = draw_robustness(asked, tune(results)).axes
+    axis, costs = draw_robustness(asked, by_training(results)).axes
     for attack, line in zip(asked.attacks, axis.lines, strict=False):
         (own,) = [result for result in results if (result.attack, result.schedule) == (attack, OURS)]
-        folder = asked.folder(attack, OURS, own.rate, own.seed)
+        folder = asked.folder(own)
         written = {key: read_column(folder, key, "strengths") for key in ("epsilon", "accuracy")}
         assert line.get_xdata().tolist() == pytest.approx(written["epsilon"].tolist())
         assert line.get_ydata().tolist() == pytest.approx((100 * written["accuracy"]).tolist())
@@ -136,9 +144,9 @@ def test_robustness_is_drawn_as_it_was_written(study: tuple[Study, list[Result]]
     assert costs.patches[0].get_width() == 1
 
 
-def test_captions_are_answers_in_the_colour_of_the_last(study: tuple[Study, list[Result]]) -> None:
+def test_captions_are_answers_in_the_colour_of_the_last(study: tuple[Adversarial, list[Result]]) -> None:
     asked, results = study
-    axes = np.array(draw_digits(asked, tune(results)).axes).reshape(7, 10)
+    axes = np.array(draw_digits(asked, by_training(results)).axes).reshape(7, 10)
     assert [axis.get_xlabel() for axis in axes[0]] == [*"0123456789"]
     for row in axes[2::2]:
         answers = [(axis.get_xlabel().split(" → "), axis.xaxis.label.get_color()) for axis in row]
@@ -152,7 +160,7 @@ def test_captions_are_answers_in_the_colour_of_the_last(study: tuple[Study, list
 
 
 def test_changes_stay_within_epsilon_in_pixels(tmp_path: Path) -> None:
-    study = short(tmp_path, epsilon=0.1)
+    study = short(tmp_path, [], epsilon=0.1)
     data = build_data(study, 0)
     images, labels = (part[:20] for part in data.val_set.tensors)
     attacked, before, after = attack_images(study, build_module(study, OURS, 0.1), images, labels, pixels(data))
@@ -163,31 +171,31 @@ def test_changes_stay_within_epsilon_in_pixels(tmp_path: Path) -> None:
 
 
 def test_without_epsilon_all_attacks_are_plain_training(tmp_path: Path) -> None:
-    study = short(tmp_path, epsilon=0.0, epochs=1)
-    plain, fgsm = (train(study, attack, "constant", 0.1, 0, silent) for attack in ("plain", "fgsm"))
+    study = short(tmp_path, ["plain constant", "fgsm constant"], epsilon=0.0, epochs=1)
+    plain, fgsm = train_all(study, 1)
     assert plain.robust_accuracy == plain.clean_accuracy
-    assert replace(fgsm, attack="plain", cpu_seconds=plain.cpu_seconds) == plain
+    assert replace(fgsm, arm=plain.arm, cpu_seconds=plain.cpu_seconds) == plain
 
 
 def test_cuts_are_counted_and_marked(tmp_path: Path) -> None:
-    study = short(tmp_path, attacks=("plain",), schedules=(OURS,), rates=(0.3,), epochs=14)
-    result = train(study, "plain", OURS, 0.3, 0, silent)
-    rates = read_column(study.folder("plain", OURS, 0.3, 0), "lr")
+    study = short(tmp_path, [f"plain {OURS}"], rates=(0.3,), epochs=14)
+    (result,) = train_all(study, 1)
+    rates = read_column(study.folder(result), "lr")
     places = (np.flatnonzero(np.diff(rates)) + 1).tolist()
     np.testing.assert_allclose(rates[places], 0.3 * 0.8 ** np.arange(1, len(places) + 1))
     assert places
     assert result.cuts in (len(places), len(places) + 1)  # one after the last epoch changes nothing any more
-    for axis in draw_rates(study, tune([result])).axes:
+    for axis in draw_rates(study, by_training([result])).axes:
         cuts = [line.get_xdata()[0] for line in axis.lines if len(set(line.get_xdata())) == 1]
         assert cuts == places
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_others(
-    study: tuple[Study, list[Result]], tmp_path: Path
+    study: tuple[Adversarial, list[Result]], tmp_path: Path
 ) -> None:
     _, results = study
-    (before,) = [result for result in results if (result.attack, result.schedule) == ("fgsm", "constant")]
-    again, other = (train(short(tmp_path), "fgsm", "constant", 0.1, seed, silent) for seed in (0, 1))
+    (before,) = [result for result in results if result.arm == "fgsm constant"]
+    again, other = train_all(short(tmp_path, ["fgsm constant"]), 2)
     assert replace(again, cpu_seconds=before.cpu_seconds) == before
     assert (other.validation, other.robust_accuracy) != (before.validation, before.robust_accuracy)
 
@@ -195,52 +203,27 @@ def test_the_same_seed_gives_the_same_numbers_and_another_others(
 # What is compared.
 
 
-def made_up(schedule: str, rate: float, seed: int, validation: float, attack: str = "pgd") -> Result:
-    """Return a result of which only its end in the validation matters."""
-    return Result(
-        attack, schedule, rate, seed, validation, 0.9, 0.5 + 0.1 * (schedule == OURS), 2 * (schedule == OURS), 3.0
-    )
+def made_up(schedule: str, seed: int, validation: float, curve: list[float]) -> Result:
+    """Return a result of which only its validation matters."""
+    ours = schedule == OURS
+    return Result(f"pgd {schedule}", seed, 0.1, validation, 0.9, 0.5 + 0.1 * ours, 2 * ours, 3.0, curve)
 
 
-def write_epochs(study: Study, result: Result, accuracies: list[float]) -> None:
-    """Write what a training would have recorded."""
-    folder = study.folder(result.attack, result.schedule, result.rate, result.seed)
-    folder.mkdir(parents=True)
-    rows = [[number, 0.1, 0.99, accuracy] for number, accuracy in enumerate(accuracies, 1)]
-    with (folder / "epochs.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["epoch", "lr", CLEAN, ROBUST], *rows])
-
-
-def test_rate_is_chosen_by_the_mean_over_seeds() -> None:
-    ends = {
-        ("constant", 0.1): (0.5, 0.7),
-        ("constant", 0.3): (0.2, 0.9),
-        (OURS, 0.1): (0.1, 0.2),
-        (OURS, 0.3): (0.3, 0.4),
-    }
-    results = [made_up(*training, seed, end) for training, values in ends.items() for seed, end in enumerate(values)]
-    chosen = tune(results)
-    assert {key: [result.rate for result in own] for key, own in chosen.items()} == {
-        ("pgd", "constant"): [0.1, 0.1],
-        ("pgd", OURS): [0.3, 0.3],
-    }
-
-
-def compared(output: Path) -> tuple[Study, list[Result]]:
+def compared() -> tuple[AccelAT, list[Result]]:
     """Return a study of two seeds: AccuracyGradientLR arrives sooner with one and never with the other."""
-    study = Study(("pgd",), ("constant", OURS), rates=(0.1,), seeds=2, epochs=6, output=output)
-    ends = [("constant", 0, 0.5), (OURS, 0, 0.9), ("constant", 1, 0.6), (OURS, 1, 0.1)]
-    results = [made_up(schedule, 0.1, seed, end) for schedule, seed, end in ends]
-    curves = [[0.1, 0.2, 0.3, 0.45, 0.5, 0.55], [0.4, 0.5, 0.6, 0.6, 0.6, 0.6]]
-    curves += [[0.1, 0.3, 0.5, 0.6, 0.6, 0.6], [0.58] * 6]
-    for result, curve in zip(results, curves, strict=True):
-        write_epochs(study, result, curve)
+    study = AccelAT(arms=product(["pgd"], ("constant", OURS)), rates=(0.1,), seeds=2, epochs=6)
+    results = [
+        made_up("constant", 0, 0.5, [0.1, 0.2, 0.3, 0.45, 0.5, 0.55]),
+        made_up(OURS, 0, 0.9, [0.4, 0.5, 0.6, 0.6, 0.6, 0.6]),
+        made_up("constant", 1, 0.6, [0.1, 0.3, 0.5, 0.6, 0.6, 0.6]),
+        made_up(OURS, 1, 0.1, [0.58] * 6),
+    ]
     return study, results
 
 
-def test_target_is_that_of_the_same_seed(tmp_path: Path) -> None:
-    study, results = compared(tmp_path)
-    reached = reach(study, tune(results))
+def test_target_is_that_of_the_same_seed() -> None:
+    study, results = compared()
+    reached = reach(study, by_training(results))
     assert reached == [
         Reached("pgd", "constant", 0.1, 0, 0.49, 6.0),
         Reached("pgd", "constant", 0.1, 1, 0.588, 6.0),
@@ -248,6 +231,18 @@ def test_target_is_that_of_the_same_seed(tmp_path: Path) -> None:
         Reached("pgd", OURS, 0.1, 1, 0.588, math.inf),
     ]
     assert speed_ups(reached, "pgd", "constant") == [2.0, 0.0]
+
+
+def test_the_claim_compares_epochs_under_the_same_attack() -> None:
+    study, results = compared()
+    (comparison,) = compare(study, results)
+    assert (comparison.arm, comparison.reference) == (f"pgd {OURS}", "pgd constant")
+    assert comparison.differences == [3.0, -math.inf]
+    arms = product(ATTACKS, SCHEDULES)
+    pairs = AccelAT().comparisons()
+    assert {(own.split()[0], other.split()[0]) for own, other in pairs} == {("fgsm", "fgsm"), ("pgd", "pgd")}
+    assert len(pairs) == 8
+    assert list(AccelAT().arms) == arms
 
 
 def test_speed_up_where_nobody_arrives_is_one() -> None:
@@ -262,9 +257,9 @@ def test_one_high_value_reaches_nothing() -> None:
     assert epochs_to(0.6, [0.7, 0.7]) == math.inf
 
 
-def test_tables_tell_what_their_columns_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study, results = compared(tmp_path)
-    print_tables(results, study)
+def test_tables_tell_what_their_columns_mean(capsys: pytest.CaptureFixture[str]) -> None:
+    study, results = compared()
+    print_table(study, results)
     printed = capsys.readouterr().out
     assert "pgd      constant            0.1    6 (6-6)           90.0 ± 0.0   50.0 ± 0.0   1.0" in printed
     assert f"pgd      {OURS}   0.1    never (3-never)   90.0 ± 0.0   60.0 ± 0.0   1.0   2.0" in printed
@@ -274,8 +269,8 @@ def test_tables_tell_what_their_columns_mean(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_without_a_constant_rate_the_first_schedule_sets_the_target() -> None:
-    assert Study(schedules=("linear", OURS)).reference == "linear"
-    assert Study(schedules=(OURS, "constant")).reference == "constant"
+    assert AccelAT(arms=product(["pgd"], ("linear", OURS))).base_schedule == "linear"
+    assert AccelAT(arms=product(["pgd"], (OURS, "constant"))).base_schedule == "constant"
 
 
 # The plain project.
@@ -324,28 +319,12 @@ def test_digits_say_how_they_are_standardised() -> None:
     assert (seen.min().item(), seen.max().item()) == pytest.approx((0.0, 1.0), abs=1e-6)
 
 
-# The command line, the demo and the YAML.
+# CIFAR-10, and the YAML.
 
 
-def test_command_line() -> None:
-    assert parse([]) == Study()
-    options = [
-        "--attacks",
-        "fgsm",
-        "--schedules",
-        "linear",
-        OURS,
-        "--rates",
-        "0.2",
-        "0.4",
-        "--seeds",
-        "3",
-        "--epochs",
-        "9",
-    ]
-    study = parse([*options, "--epsilon", "0.2", "--wandb", "--accelerator", "cpu"])
-    assert study == Study(["fgsm"], ["linear", OURS], [0.2, 0.4], 3, 9, 0.2, wandb="offline", accelerator="cpu")
-    assert (Study().radius, study.radius, parse(["--cifar10", "x"]).radius) == (0.15, 0.2, 8 / 255)
+def test_epsilon_follows_the_data() -> None:
+    claims = (Adversarial(), Adversarial(epsilon=0.2), Adversarial(data=Path("x")))
+    assert [claim.radius for claim in claims] == [0.15, 0.2, 8 / 255]
     assert set(COLOURS) == set(SCHEDULES)
 
 
@@ -357,31 +336,11 @@ def test_cifar10_from_a_folder(tmp_path: Path) -> None:
         pixels = torch.randint(256, (20, 3072), generator=generator, dtype=torch.uint8)
         (folder / name).write_bytes(pickle.dumps({b"data": pixels.numpy(), b"labels": [*range(10)] * 2}))
     output = tmp_path / "out"
-    options = f"--cifar10 {tmp_path} --epochs 1 --width 1 --rates 0.1 --accelerator cpu --limit 40 --attacks fgsm"
-    adversarial.main([*options.split(), "--schedules", "one-cycle", "--output", str(output)])
+    claim = short(output, ["fgsm one-cycle"], data=tmp_path, epochs=1, width=1, limit=40)
+    claim.check()
+    write(claim, train_all(claim, 1))
     assert (output / "digits.png").read_bytes().startswith(PNG)
-    with (output / "results.csv").open(newline="") as file:
-        assert [(row["attack"], row["schedule"]) for row in csv.DictReader(file)] == [("fgsm", "one-cycle")]
-
-
-def test_part_of_the_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Study] = []
-
-    def run_short(study: Study) -> list[Result]:
-        asked.append(study)
-        return run_study(replace(study, seeds=1))
-
-    monkeypatch.setattr(adversarial, "run_study", run_short)
-    demo.attack_inputs(tmp_path, epochs=1)
-    assert asked[0].seeds == 3
-    printed = capsys.readouterr().out
-    rows = [line.split() for line in printed.splitlines() if " ± " in line or "seed" not in line]
-    assert [row[0] for row in rows if row and row[0] in ATTACKS] == ["plain", "fgsm", "pgd"]
-    assert max(map(len, printed.splitlines())) <= 82
-    for name in ("robustness.png", "digits.png", "rates.png", "results.csv"):
-        assert f"adversarial/{name} " in demo.PLACES
-        assert (tmp_path / name).is_file()
-    assert not (tmp_path / "comparison.png").exists(), "one schedule is not compared"
+    assert not (output / "comparison.png").exists(), "one schedule is not compared"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse

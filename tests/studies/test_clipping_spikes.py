@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from studies import clipping_spikes
-from studies.clipping_spikes import RULES, Result, Study, find_spikes, parse, print_table, run_study
+from studies.claims.clipping_spikes import RULES, Result, Spikes, find_spikes
+from studies.figures.clipping_spikes import print_table, read_steps
+from studies.report import write
+from studies.runner import train_all
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -57,83 +59,62 @@ def test_small_noise_on_a_very_smooth_loss_is_no_spike() -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Result]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Spikes, list[Result]]:
     """Train every variant for a moment."""
-    study = Study(steps=8, output=tmp_path_factory.mktemp("study"), accelerator="cpu")
-    return study, run_study(study)
+    study = Spikes(steps=8, seeds=1, output=tmp_path_factory.mktemp("study"))
+    results = train_all(study, 1)
+    write(study, results)
+    return study, results
 
 
-def test_every_variant_has_a_result_and_its_steps(study: tuple[Study, list[Result]]) -> None:
+def test_every_variant_has_a_result_and_its_steps(study: tuple[Spikes, list[Result]]) -> None:
     asked, results = study
-    assert [result.variant for result in results] == list(RULES)
+    assert [result.arm for result in results] == list(RULES)
     for result in results:
         assert result.validation_loss > 0
-        with (asked.folder(result.variant, 0) / "steps.csv").open(newline="") as file:
+        with (asked.folder(result) / "steps.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == 8
         assert all((row["norm"] != row["norm_used"]) == (row["clipped"] == "True") for row in rows)
-    shares = {result.variant: result.clipped_share for result in results}
+    shares = {result.arm: result.clipped_share for result in results}
     assert shares["none"] == 0.0
     assert shares["autoclip"] > 0.0
 
 
-def test_lightnings_own_clipping_is_the_first_to_differ(study: tuple[Study, list[Result]]) -> None:
-    asked, _ = study
-    norms = {variant: clipping_spikes.read_steps(asked.folder(variant, 0)) for variant in ("none", "trainer")}
+def test_lightnings_own_clipping_is_the_first_to_differ(study: tuple[Spikes, list[Result]]) -> None:
+    asked, results = study
+    norms = {result.arm: read_steps(asked.folder(result)) for result in results[:2]}
     assert norms["none"]["norm"][0] == norms["trainer"]["norm"][0]
     assert norms["trainer"]["norm_used"].max() <= 1.0 + 1e-4
 
 
-def test_figure_and_numbers_are_written(study: tuple[Study, list[Result]]) -> None:
+def test_figure_and_numbers_are_written(study: tuple[Spikes, list[Result]]) -> None:
     asked, _ = study
     assert (asked.output / "comparison.png").read_bytes().startswith(PNG)
     with (asked.output / "results.csv").open(newline="") as file:
-        assert [row["variant"] for row in csv.DictReader(file)] == list(RULES)
+        assert [row["arm"] for row in csv.DictReader(file)] == list(RULES)
 
 
-def test_the_same_seed_gives_the_same_numbers(study: tuple[Study, list[Result]], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_numbers(study: tuple[Spikes, list[Result]], tmp_path: Path) -> None:
     _, results = study
-    again = run_study(Study(variants=["zclip"], steps=8, output=tmp_path, accelerator="cpu"))
-    assert again == [result for result in results if result.variant == "zclip"]
+    again = train_all(Spikes(arms=["zclip"], steps=8, output=tmp_path), 1)
+    assert again == [result for result in results if result.arm == "zclip"]
 
 
 def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    results = [Result("spam", seed, 1.0 + seed, seed, 10, 0.25) for seed in (0, 1)]
-    print_table(results, 400)
+    results = [Result("spam", seed, 0.04, 1.0 + seed, seed, 10, 0.25) for seed in (0, 1)]
+    print_table(Spikes(steps=400), results)
     printed = capsys.readouterr().out
     assert "spam      1.500 ± 0.707     0.5 ± 0.7   10 ± 0       25 %" in printed
     assert "4 robust deviations" in printed
     assert max(map(len, printed.splitlines())) <= 80
 
 
-# The command line.
-
-
-def test_command_line() -> None:
-    assert parse([]) == Study()
-    options = ["--variants", "none", "zclip", "--seeds", "3", "--steps", "20", "--lr", "0.01"]
-    study = parse([*options, "--wandb", "--accelerator", "cpu"])
-    expected = Study(variants=["none", "zclip"], seeds=3, steps=20, lr=0.01, wandb="offline", accelerator="cpu")
-    assert study == expected
-
-
-def test_a_text_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_text_of_ones_own(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("all work and no play makes a dull book\n" * 100)
-    options = f"--text {text} --variants none --steps 2 --accelerator cpu --output {tmp_path / 'out'}"
-    clipping_spikes.main(options.split())
-    assert str(tmp_path / "out") in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "words"), [(None, "cannot read"), ("too short", "must have at least 1000 characters; got 9")]
-)
-def test_a_text_that_cannot_be_learnt_is_refused(
-    content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = tmp_path / "book.txt"
-    if content is not None:
-        text.write_text(content)
-    with pytest.raises(SystemExit):
-        parse(["--text", str(text)])
-    assert words in capsys.readouterr().err
+    claim = Spikes(data=text, arms=["none"], steps=2, output=tmp_path / "out")
+    claim.check()
+    (result,) = train_all(claim, 1)
+    assert result.validation_loss > 0
+    assert not (tmp_path / "out" / "sums.txt").exists()

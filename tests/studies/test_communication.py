@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from lightning_grad.strategies import DGCStrategy
-from studies import communication, demo
-from studies.common import Follow, read_curve
-from studies.communication import STRATEGIES, Recorder, Result, Study, parse, print_table, run_study
+from studies.claims.communication import STRATEGIES, Communication, Recorder, Result
+from studies.common import Follow, Ticker, read_curve
+from studies.figures import communication
+from studies.figures.communication import print_table
+from studies.report import write
+from studies.runner import train_all
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,23 +38,26 @@ ENTRIES = BIASES + sum(LAYERS)
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, list[Result]]:
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Communication, list[Result]]:
     """Train in each way for two epochs, on two ranks."""
     ways = ["dense", "fp16", "powersgd-4", "dgc-99.9"]
-    study = Study(ways, epochs=2, output=tmp_path_factory.mktemp("study"), start_method="fork")
-    return study, run_study(study)
+    folder, rates = tmp_path_factory.mktemp("study"), (0.05,)
+    study = Communication(arms=ways, epochs=2, seeds=1, rates=rates, output=folder, start_method="fork")
+    results = train_all(study, 1)
+    write(study, results)
+    return study, results
 
 
-def test_every_way_has_a_result_and_learns(study: tuple[Study, list[Result]]) -> None:
+def test_every_way_has_a_result_and_learns(study: tuple[Communication, list[Result]]) -> None:
     asked, results = study
-    assert [result.gradients for result in results] == list(asked.gradients)
+    assert [result.arm for result in results] == list(asked.arms)
     for result in results:
         assert 0.6 < result.test_accuracy <= 1
-        accuracies = read_curve(asked.folder(result.gradients, 0) / "metrics.csv", "val_acc")
+        accuracies = read_curve(asked.folder(result) / "metrics.csv", "val_acc")
         assert accuracies[2 * STEPS] == pytest.approx(result.validation_accuracy)
 
 
-def test_bytes_are_those_of_the_messages(study: tuple[Study, list[Result]]) -> None:
+def test_bytes_are_those_of_the_messages(study: tuple[Communication, list[Result]]) -> None:
     _, (dense, half, low_rank, sparse) = study
     assert dense.step_kilobytes == 4 * ENTRIES / 1e3
     assert half.step_kilobytes == 2 * ENTRIES / 1e3
@@ -64,35 +70,35 @@ def test_bytes_are_those_of_the_messages(study: tuple[Study, list[Result]]) -> N
     assert sparse.megabytes == pytest.approx(STEPS * sum(sent) / 1e6)
 
 
-def test_ratio_is_of_the_whole_training(study: tuple[Study, list[Result]]) -> None:
+def test_ratio_is_of_the_whole_training(study: tuple[Communication, list[Result]]) -> None:
     _, results = study
     for result in results:
         assert result.ratio * result.megabytes == pytest.approx(2 * STEPS * 4 * ENTRIES / 1e6)
     assert [result.ratio for result in results[:2]] == [1, 2]
 
 
-def test_only_compressed_gradients_leave_something_unsent(study: tuple[Study, list[Result]]) -> None:
+def test_only_compressed_gradients_leave_something_unsent(study: tuple[Communication, list[Result]]) -> None:
     assert [result.residual > 0 for result in study[1]] == [False, False, True, True]
 
 
-def test_half_precision_rounds_and_does_no_more(study: tuple[Study, list[Result]]) -> None:
-    asked, _ = study
-    dense, half = (read_curve(asked.folder(way, 0) / "metrics.csv", "val_loss") for way in ("dense", "fp16"))
+def test_half_precision_rounds_and_does_no_more(study: tuple[Communication, list[Result]]) -> None:
+    asked, results = study
+    dense, half = (read_curve(asked.folder(result) / "metrics.csv", "val_loss") for result in results[:2])
     assert half != dense
     assert list(half.values()) == pytest.approx(list(dense.values()), abs=0.02)
 
 
-def test_figure_and_numbers_are_written(study: tuple[Study, list[Result]]) -> None:
+def test_figure_and_numbers_are_written(study: tuple[Communication, list[Result]]) -> None:
     asked, results = study
-    for image in ("comparison.png", "dgc-99.9_seed0/dgc_strategy.png"):
+    for image in ("comparison.png", "dgc-99.9_0.05_seed0/dgc_strategy.png"):
         assert (asked.output / image).read_bytes().startswith(PNG)
     with (asked.output / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["gradients"] for row in rows] == list(asked.gradients)
+    assert [row["arm"] for row in rows] == list(asked.arms)
     assert [float(row["megabytes"]) for row in rows] == [result.megabytes for result in results]
 
 
-def test_figure_shows_what_was_written(study: tuple[Study, list[Result]]) -> None:
+def test_figure_shows_what_was_written(study: tuple[Communication, list[Result]]) -> None:
     asked, results = study
     by_epoch, by_bytes, at_end = communication.draw_comparison(asked, results).axes
     assert [len(axis.lines) for axis in (by_epoch, by_bytes)] == [4, 8]  # with a mark at the end of each
@@ -101,31 +107,16 @@ def test_figure_shows_what_was_written(study: tuple[Study, list[Result]]) -> Non
     dots = [line.get_xdata()[0] for line in at_end.lines[1::2]]
     assert dots == pytest.approx([100 * result.test_accuracy for result in results])
     names = [text.get_text().splitlines()[0] for text in at_end.get_yticklabels()]
-    assert names == list(asked.gradients)
+    assert names == list(asked.arms)
     assert [
         f"{result.ratio:,.0f} x less" in text.get_text()
         for text, result in zip(at_end.get_yticklabels(), results, strict=True)
     ] == [False, True, True, True]
 
 
-def test_the_same_seed_gives_the_same_numbers(study: tuple[Study, list[Result]], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_numbers(study: tuple[Communication, list[Result]], tmp_path: Path) -> None:
     asked, results = study
-    assert run_study(replace(asked, gradients=["dgc-99.9"], output=tmp_path)) == results[-1:]
-
-
-def test_resuming_keeps_what_is_finished(study: tuple[Study, list[Result]], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, results = study
-    trained: list[str] = []
-    monkeypatch.setattr(communication, "train", lambda _, way, seed: trained.append(way) or results[0])
-    assert run_study(replace(asked, resume=True)) == results
-    assert trained == []
-    for other in ({"resume": True, "lr": 0.1}, {"resume": True, "ranks": 4}, {"resume": False}):
-        trained.clear()
-        path = asked.folder("dense", 0) / "result.json"
-        before = path.read_text()
-        communication.result_of(replace(asked, **other), "dense", 0)
-        path.write_text(before)
-        assert trained == ["dense"]
+    assert train_all(replace(asked, arms=["dgc-99.9"], output=tmp_path), 1) == results[-1:]
 
 
 # Ways to send gradients, and ranks.
@@ -133,55 +124,41 @@ def test_resuming_keeps_what_is_finished(study: tuple[Study, list[Result]], monk
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("way", list(STRATEGIES))
-def test_each_way_can_be_given_to_a_rank(way: str, start: communication.StartMethod) -> None:
+def test_each_way_can_be_given_to_a_rank(way: str, start: str) -> None:
     strategy = pickle.loads(pickle.dumps(STRATEGIES[way](start)))
     assert strategy._start_method == start
     assert any(communication.names(word, way) for word in communication.MEANINGS)
 
 
 def test_what_follows_a_training_can_be_given_to_a_rank(tmp_path: Path) -> None:
-    recorder, follow = pickle.loads(pickle.dumps([Recorder(tmp_path), Follow(communication.show_line, "dense", 0)]))
+    ticker = Ticker("dense seed 0", "1 of 2")
+    recorder, follow = pickle.loads(pickle.dumps([Recorder(tmp_path), Follow(ticker)]))
     assert recorder.folder == tmp_path
-    assert follow.show is communication.show_line
+    assert follow.show == ticker
 
 
 def test_ranks_are_forked_where_that_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "platform", "linux")
-    assert Study().start == "fork"
-    assert Study(start_method="spawn").start == "spawn"
+    assert Communication().start == "fork"
+    assert Communication(start_method="spawn").start == "spawn"
     for platform in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", platform)
-        assert Study().start == "spawn"
+        assert Communication().start == "spawn"
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert Study().start == "spawn"
+    assert Communication().start == "spawn"
 
 
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_line_tells_of_each_training(
-    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    communication.show_line("dense", 3, 0.5, 0.4)
-    half = capsys.readouterr().out
-    assert half.split() == (["dense", "seed", "3", "validation", "40.0", "%", "50%"] if terminal else [])
-    communication.show_line("dense", 3, 1.0, 0.9)
-    end = capsys.readouterr().out
-    assert end.split() == ["dense", "seed", "3", "validation", "90.0", "%"]
-    assert end.endswith("\n")
-    assert len(end) >= len(half)  # it covers what stood there
-
-
-# The table and the command line.
+# The table and the YAML.
 
 
 def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    results = [Result("dense", seed, 0.9, 0.98, 340.0, 200.0, 1.0, 0.0) for seed in (0, 1)]
+    results = [Result("dense", seed, None, 0.9, 0.98, 340.0, 200.0, 1.0, 0.0) for seed in (0, 1)]
     results += [
-        Result("dgc-99-unmasked", seed, 0.9, 0.96 + 0.02 * seed, 8.9, 10.0, 20.0, 3.0 + seed) for seed in (0, 1)
+        Result("dgc-99-unmasked", seed, None, 0.9, 0.96 + 0.02 * seed, 8.9, 10.0, 20.0, 3.0 + seed) for seed in (0, 1)
     ]
-    print_table(results, Study(["dense", "dgc-99-unmasked"], seeds=2))
+    print_table(Communication(arms=["dense", "dgc-99-unmasked"], seeds=2), results)
     printed = capsys.readouterr().out
     rows = [line.split() for line in printed.splitlines()]
     assert ["dense", "98.0", "±", "0.0", "%", "340.0", "200.0", "1", "x", "-"] in rows
@@ -190,39 +167,6 @@ def test_table_tells_what_its_columns_mean(capsys: pytest.CaptureFixture[str]) -
     assert "the largest 1 %" in printed
     assert "PowerSGD" not in printed
     assert max(map(len, printed.splitlines())) <= 80
-
-
-def test_command_line() -> None:
-    assert parse([]) == Study()
-    options = ["--gradients", "dense", "dgc-99", "--seeds", "3", "--epochs", "4", "--lr", "0.01", "--ranks", "4"]
-    study = parse([*options, "--resume", "--wandb", "--start-method", "spawn"])
-    expected = Study(["dense", "dgc-99"], 3, 4, 0.01, 4, resume=True, wandb="offline", start_method="spawn")
-    assert study == expected
-    with pytest.raises(SystemExit):
-        parse(["--gradients", "magic"])
-
-
-def test_study_by_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    communication.main(["--gradients", "dgc-99", "--epochs", "1", "--start-method", "fork", "--output", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert "dgc-99" in printed
-    assert str(tmp_path) in printed
-    assert (tmp_path / "comparison.png").exists()
-
-
-# The demo and the YAML.
-
-
-def test_demo_compares_three_ways(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Study] = []
-    ways = ("dense", "powersgd-4", "dgc-99.9")
-    results = [Result(way, 0, 0.9, 0.98, 340.0, 200.0, 1.0, 0.0) for way in ways]
-    monkeypatch.setattr(communication, "run_study", lambda study: asked.append(study) or results)
-    demo.compress_gradients(tmp_path, 24)
-    assert asked == [Study(ways, seeds=3, epochs=24, output=tmp_path)]
-    assert "powersgd-4" in capsys.readouterr().out
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse

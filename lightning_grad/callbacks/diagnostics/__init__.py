@@ -1,5 +1,6 @@
 """Callbacks that watch a run and change nothing."""
 
 from lightning_grad.callbacks.diagnostics.gradient_monitor import GradientMonitor
+from lightning_grad.callbacks.diagnostics.training_doctor import TrainingDoctor
 
-__all__ = ["GradientMonitor"]
+__all__ = ["GradientMonitor", "TrainingDoctor"]

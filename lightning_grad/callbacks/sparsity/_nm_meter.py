@@ -91,14 +91,18 @@ class SparsityMeter:
         return {**_mean("gradient_variance_pruned", pruned), **_mean("gradient_variance_kept", kept)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the masks of the last log step, packed."""
-        return {name: pack_bits(mask) for name, mask in self._logged_masks.items()}
+        """Return the masks of the last log step, packed, and the gradients that the next step is compared with."""
+        masks = {name: pack_bits(mask) for name, mask in self._logged_masks.items()}
+        return {"logged_masks": masks, "previous_gradients": dict(self._previous)}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Sequence[SparseWeight]) -> None:
-        """Continue with the masks of a saved log step."""
+        """Continue with the masks and gradients of a saved step."""
+        masks, gradients = state.get("logged_masks", {}), state.get("previous_gradients", {})
         for weight in weights:
-            if weight.name in state:
-                self._logged_masks[weight.name] = unpack_bits(state[weight.name], weight.parameter)
+            if weight.name in masks:
+                self._logged_masks[weight.name] = unpack_bits(masks[weight.name], weight.parameter)
+            if weight.name in gradients:
+                self._previous[weight.name] = gradients[weight.name].to(weight.parameter.device)
 
 
 def _mean(name: str, parts: Sequence[tuple[Tensor, float]]) -> dict[str, Tensor]:

@@ -130,8 +130,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
     = 0; also in every validation, to tell checkpoints apart). At the end: a figure, a table with the divergence of
     the masks from the last masks of their phase, and histograms of the weights.
 
-    **State.** Progress, the record, the selected weights, masks that are older than their weights, and the dense
-    values that a checkpoint's sparse weights lack; resuming is bit-exact. Every setting may change on resume.
+    **State.** Progress, the record, the selected weights, masks that are older than their weights, the dense values
+    that a checkpoint's sparse weights lack, and, if the next step is a log step, gradients for their variance; resuming
+    is bit-exact. Every setting may change on resume.
 
     **Cost.** One mask per optimizer step and one product for each use of a weight; see docs/benchmarks.md.
 
@@ -319,7 +320,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         if "record" in state:
             self._record.load_state_dict(state["record"])
         super().resume()
-        self._meter.load_state_dict(state.get("logged_masks", {}), list(filter(self.is_as_before, self.weights)))
+        self._meter.load_state_dict(state, list(filter(self.is_as_before, self.weights)))
 
     # One training step.
 
@@ -489,7 +490,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        seen = {"record": self._record.state_dict(), "logged_masks": self._meter.state_dict()}
+        seen = {"record": self._record.state_dict(), **self._meter.state_dict()}
         frozen = self.recipe == "step" and self._progress >= self.dense_fraction
         restarted = self._monitors.is_done or bool(self.restored.get("restarted"))
         own = {"progress": self._progress, **seen, "frozen": frozen, "restarted": restarted}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.contract.entries import conditioner
+from tests.contract.entries import Technique, conditioner
 
 ENTRIES = [
     conditioner(
@@ -15,4 +15,5 @@ ENTRIES = [
             ({"max_layers": -1}, "max_layers must be at least 0"),
         ),
     ),
+    Technique("TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)),
 ]

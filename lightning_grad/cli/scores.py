@@ -1,7 +1,8 @@
-"""Score files on the command line: ``python -m lightning_grad.data compare a.npz b.npz``."""
+"""``lightning-grad scores``: show, compare and average files of sample scores."""
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from lightning_grad.data.comparison import compare_scores
 from lightning_grad.data.score_files import SampleScores, average_scores, load_scores, save_scores
@@ -63,14 +64,13 @@ def _share(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_grad.data",
-        description="Inspect files of sample scores (.npz files of save_scores, or .csv tables).",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def add_command(commands: Any) -> None:
+    """Add the command to a parser."""
+    what = "files of sample scores (.npz files of save_scores, or .csv tables)"
+    parser = commands.add_parser("scores", help=f"show, compare and average {what}", description=f"Inspect {what}.")
+    actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    compare = commands.add_parser("compare", help="show how well two scores agree")
+    compare = actions.add_parser("compare", help="show how well two scores agree")
     compare.add_argument("a", help="score file")
     compare.add_argument("b", help="score file of the same data set")
     at = "shares of hardest samples to compare (default: 0.1 0.2 0.5)"
@@ -78,31 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--force", action="store_true", help="compare even if the data sets seem to differ")
     compare.set_defaults(run=_compare)
 
-    average = commands.add_parser("average", help="average one score over several runs")
+    average = actions.add_parser("average", help="average one score over several runs")
     average.add_argument("files", nargs="+", metavar="FILE", help="score file")
     average.add_argument("--output", required=True, metavar="FILE", help="file to write, .npz")
     average.set_defaults(run=_average)
 
-    show = commands.add_parser("show", help="show the contents of a score file")
+    show = actions.add_parser("show", help="show the contents of a score file")
     show.add_argument("file", metavar="FILE", help="score file")
     show.set_defaults(run=_show)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command.
-
-    Raises:
-        SystemExit: With a one-line error message if a file is missing, damaged or unsuitable.
-    """
-    parsed = _parser().parse_args(arguments)
-    try:
-        parsed.run(parsed)
-    except FileNotFoundError as error:
-        raise SystemExit(f"error: there is no file {error.filename}") from None
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
-
-
-if __name__ == "__main__":
-    main()

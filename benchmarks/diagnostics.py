@@ -1,0 +1,170 @@
+"""The cost of TrainingDoctor: ratios to a fit without it, while it watches and after it has stopped.
+
+All fits train with the same two callbacks. A fit with the doctor, one without it and one without it "again", which shows the
+noise, take turns step by step. The two batches of a fit whose events are recorded have a line of their own.
+
+With one thread the script measures processor time, which excludes the time that other processes get.
+
+::
+
+    python benchmarks/diagnostics.py --quick
+    python benchmarks/diagnostics.py --out diagnostics.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks.clipping import in_turns
+from benchmarks.common import (
+    Clock,
+    Row,
+    StepTimer,
+    convnet,
+    machine,
+    quiet_trainer,
+    show,
+    silence,
+    speed_options,
+    timed_fit,
+    transformer,
+    write_tables,
+)
+from lightning_grad.callbacks import GradientMonitor, NormClipping, TrainingDoctor
+
+WATCH_BUDGET, AFTER_BUDGET = 1.02, 1.01
+SKIPPED, RECORDED = 1, 2  # batches before the first that the doctor times
+FOREVER = 10**9  # batches
+SMALLEST = "the smallest step"
+STEPS = {SMALLEST: 300, "a residual convnet": 30, "a transformer": 12}
+Fit = Callable[[], list[Callback]]
+
+
+class Smallest(LightningModule):
+    """One linear layer, so the step costs little more than Lightning itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Return the loss on ``batch``."""
+        loss: Tensor = self.layer(batch).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
+    SMALLEST: lambda: (Smallest(), torch.randn(4, 8)),
+    "a residual convnet": convnet,
+    "a transformer": transformer,
+}
+
+
+def others() -> list[Callback]:
+    """Return the callbacks of all fits."""
+    return [NormClipping(max_norm=1.0), GradientMonitor(figure=False)]
+
+
+def watching() -> list[Callback]:
+    """Return them with a doctor that times every batch."""
+    return [TrainingDoctor(batches=FOREVER, host_syncs=False, figure=False), *others()]
+
+
+def stopped() -> list[Callback]:
+    """Return them with a doctor that stops after the first batch that it times."""
+    return [TrainingDoctor(batches=1, figure=False), *others()]
+
+
+def step_rows(name: str, variant: str, doctored: Fit, budget: float, rounds: int, clock: Clock) -> list[Row]:
+    """Time steps with and without the doctor in turn; the batches before the first that the doctor times do not count."""
+    found: list[list[list[float]]] = []
+    for _ in range(rounds):
+        seed_everything(0, verbose=False)
+        fits = [partial(_steps, name, callbacks, clock) for callbacks in (others, doctored, others)]
+        found.append([times[SKIPPED + RECORDED :] for times in in_turns(fits)])
+    plain, watched, again = (median(time for times in each for time in times) for each in zip(*found, strict=True))
+    # The smallest step has no budget: a step of a real training takes far longer.
+    limit = None if name == SMALLEST else budget
+    return [
+        Row(f"without, next to {variant}", 1000 * plain, 1.0, None),
+        Row(f"TrainingDoctor, {variant}", 1000 * watched, watched / plain, limit),
+        Row("without, again", 1000 * again, again / plain, None),
+    ]
+
+
+def _steps(name: str, callbacks: Fit, clock: Clock, pause: Callable[[], None]) -> list[float]:
+    return timed_fit(*MODELS[name](), STEPS[name], callbacks(), clock, pause)
+
+
+class _EveryStep(StepTimer):
+    """Returns also the first steps."""
+
+    @property
+    @override
+    def periods(self) -> list[float]:
+        return [end - start for start, end in zip(self._starts, self._ends[1:], strict=False)]
+
+
+def recording_row(name: str, plain: float, rounds: int, clock: Clock) -> Row:
+    """Time the batches whose events are recorded.
+
+    Args:
+        name: The model.
+        plain: Milliseconds of a step without the doctor.
+        rounds: Number of fits; the median over their recorded batches counts.
+        clock: The clock.
+    """
+    found: list[float] = []
+    for _ in range(rounds):
+        timer = _EveryStep(clock)
+        module, batch = MODELS[name]()
+        trainer = quiet_trainer(clock.device, max_epochs=1, callbacks=[timer, *stopped()])
+        trainer.fit(module, DataLoader(cast(Any, [batch] * (SKIPPED + RECORDED + 2)), batch_size=None))
+        found += timer.periods[SKIPPED : SKIPPED + RECORDED]
+    milliseconds = 1000 * median(found)
+    return Row("TrainingDoctor, a recorded batch", milliseconds, milliseconds / plain, None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    assert __doc__ is not None
+    options = speed_options(__doc__, arguments, quick="one round of the smallest step: a rough answer in seconds")
+    silence()
+    torch.set_num_threads(options.threads)
+    clock = Clock(options.device)
+    print(f"{machine(options.device)}; {options.rounds} rounds")
+    tables: dict[str, list[Row]] = {}
+    for name in list(MODELS)[: 1 if options.quick else None]:
+        rows = tables[name] = []
+        for variant, callbacks, budget in (
+            ("watching", watching, WATCH_BUDGET),
+            ("after it has stopped", stopped, AFTER_BUDGET),
+        ):
+            rows += step_rows(name, variant, callbacks, budget, max(1, options.rounds // 3), clock)
+        rows.append(recording_row(name, rows[0].milliseconds, options.rounds, clock))
+        show(f"Step of {name}", "the step without it", rows)
+    over = [f"{row.name} ({table})" for table, rows in tables.items() for row in rows if row.is_over]
+    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
+    write_tables(options, tables)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""One short fit of the user's project, with a technique or without one."""
+
+import io
+import logging
+import math
+import os
+import signal
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_grad.cli.catalog import is_strategy
+from lightning_grad.cli.check.outcome import Outcome, outcome_of
+from lightning_grad.cli.check.short_trainer import callbacks_of, short_trainer
+from lightning_grad.cli.check.sources import Run, ShortProject
+from lightning_grad.cli.check.watch import Watch
+from lightning_grad.core.compatibility import STRATEGIES, TITLES
+from lightning_grad.data.random_streams import random_streams_kept
+
+
+class InterruptedTrialError(Exception):
+    """Ctrl-C was pressed. Lightning turns it into SystemExit."""
+
+
+def try_out(
+    project: ShortProject, technique: type[Any] | None, batches: int, accelerator: str = "auto", **arguments: Any
+) -> Outcome:
+    """Fit the project once, with a technique at its trial setting, and return what came of it.
+
+    Args:
+        project: Builds the module and its data.
+        technique: Class of a callback or strategy; ``None`` for a fit without one.
+        batches: Batches for each epoch.
+        accelerator: Accelerator, unless the config asks for the CPU.
+        **arguments: Further arguments of the Trainer.
+
+    Raises:
+        InterruptedTrialError: After Ctrl-C.
+    """
+    watch = Watch()
+    with undisturbed() as said, tempfile.TemporaryDirectory() as folder:
+        try:
+            run = project.make(batches, arguments.get("devices", 1))
+            known = None if technique is None else _known_before(run, technique)
+            if known is not None:
+                return known
+            trainer = short_trainer(run, technique, watch, folder, {"accelerator": accelerator, **arguments})
+            trainer.fit(run.module, **run.data)
+        except (KeyboardInterrupt, SystemExit):
+            raise InterruptedTrialError from None
+        except Exception as error:
+            return outcome_of(error, technique)
+    words = [] if technique is None else [text for text in said if text.startswith(technique.__name__)]
+    measured = (watch.seconds, watch.batches, dict(watch.calls), watch.chosen, watch.device, watch.peak)
+    return Outcome("runs", words, *measured, _is_finite(run.module))
+
+
+def _known_before(run: Run, technique: type[Any]) -> Outcome | None:
+    """Return the outcome of a technique that the config already uses, or that refuses the strategy of the config."""
+    if any(type(callback) is technique for callback in callbacks_of(run)):
+        return Outcome("in use", [f"The config already uses {technique.__name__}."])
+    strategy = run.arguments.get("strategy")
+    kind = StrategyRegistry[strategy]["strategy"] if strategy in StrategyRegistry else type(strategy)
+    field_of = next((STRATEGIES[cls.__name__] for cls in kind.__mro__ if cls.__name__ in STRATEGIES), None)
+    if field_of is None or is_strategy(technique):
+        return None
+    answer = technique(**technique.trial).works_with().answers[field_of]
+    words = f"{TITLES[field_of]} ({kind.__name__})"
+    return Outcome("refused", [str(answer.error(technique.__name__, words))]) if answer.is_no else None
+
+
+@contextmanager
+def undisturbed() -> Iterator[list[str]]:
+    """Mute prints, logs and warnings, and restore random states and the handler of Ctrl-C; yield the warnings."""
+    said: list[str] = []
+    handler, level, seed = (
+        signal.getsignal(signal.SIGINT),
+        logging.root.manager.disable,
+        os.environ.get("PL_GLOBAL_SEED"),
+    )
+    with random_streams_kept(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, *_, **__: said.append(str(message))
+        logging.disable(logging.ERROR)
+        try:
+            yield said
+        finally:
+            logging.disable(level)
+            if handler is not None:
+                signal.signal(signal.SIGINT, handler)  # Lightning ignores it after Ctrl-C
+            if seed is None:
+                os.environ.pop("PL_GLOBAL_SEED", None)
+            else:
+                os.environ["PL_GLOBAL_SEED"] = seed
+
+
+def _is_finite(module: torch.nn.Module) -> bool:
+    return all(math.isfinite(value.detach().float().sum().item()) for value in module.parameters())

@@ -1,0 +1,1 @@
+"""Tables and figures of single families, for the documentation and the demo."""

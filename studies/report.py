@@ -1,0 +1,137 @@
+"""The report of a claim: its verdict, the numbers behind it, and where they come from."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import textwrap
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from studies.claim import Claim
+from studies.common import print_rows, write_results
+from studies.plan import Plan, minutes
+from studies.results import Line
+from studies.verdict import LEVEL, Comparison, compare, judge, standard_error
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def print_estimate(plans: Sequence[Plan], texts: bool = False) -> None:
+    """Print what is to do for each claim, and how long all take together."""
+    for plan in plans:
+        print(plan)
+        if texts:
+            print(f"    {plan.claim.text}")
+    if len(plans) > 1:
+        print(f"together: {sum(plan.missing for plan in plans)} trainings, {minutes(sum(plan.left for plan in plans))}")
+
+
+def print_report(plan: Plan) -> None:
+    """Print what is known about a claim."""
+    claim, lines = plan.claim, plan.reported
+    comparisons = compare(claim, [line.result(claim) for line in lines])
+    print(f"\n{claim.name}: {judge(comparisons)}\n{textwrap.indent(textwrap.fill(claim.text, 88), '    ')}")
+    if not lines:
+        return
+    print()
+    print_rows(("arm", "rate", f"{claim.metric} {claim.unit}".rstrip(), "seeds"), arm_rows(claim, lines))
+    print()
+    header = ("arm", "against", claim.compared[0], f"{100 * LEVEL:g} % interval", "seeds", "verdict")
+    print_rows(header, [comparison_row(claim, each) for each in comparisons])
+    print(f"\nnumbers: mean ± standard error; differences paired by seed; comparisons: {len(comparisons)}")
+    if claim.margin:
+        print(f"a difference counts if it is above {number(claim, claim.margin)}")
+    if edges := [arm for arm, rate in plan.rates.items() if is_edge(claim, rate)]:
+        print(f"best rate at the end of the grid, so a better one may be outside: {', '.join(edges)}")
+    print_origins(plan)
+
+
+def arm_rows(claim: Claim[Any], lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """Return a row for each arm that has results."""
+    rows: list[tuple[str, ...]] = []
+    for arm in claim.arms:
+        own = [line for line in lines if line.arm == arm]
+        values = [claim.scale * float(line.metrics[claim.metric]) for line in own]
+        if own:
+            rate = "-" if own[0].rate is None else f"{own[0].rate:g}"
+            rows.append((arm, rate, mean_and_error(values), str(len(own))))
+    return rows
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """Format a mean and its standard error; diverged trainings are counted instead.
+
+    Example:
+        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0, math.nan])
+        ('2.00 ± 1.00', '1 of 2 diverged')
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < len(values):
+        return f"{len(values) - len(finite)} of {len(values)} diverged"
+    return f"{statistics.mean(values):.2f} ± {standard_error(values):.2f}"
+
+
+def comparison_row(claim: Claim[Any], comparison: Comparison) -> tuple[str, ...]:
+    """Return the row of a comparison."""
+    count, names = len(comparison.differences), (comparison.arm, comparison.reference)
+    low, high = (number(claim, end) for end in comparison.interval)
+    between = f"{low} to {high}" if count > 1 else "-"
+    return (*names, number(claim, comparison.mean) if count else "-", between, str(count), comparison.word)
+
+
+def number(claim: Claim[Any], difference: float) -> str:
+    """Format a difference in the unit of the claim."""
+    return f"{claim.compared[1] * difference:+.2f}"
+
+
+def is_edge(claim: Claim[Any], rate: float | None) -> bool:
+    """Return True if the chosen rate is the smallest or the largest of the grid."""
+    return len(claim.rates) > 2 and rate in (min(claim.rates), max(claim.rates))
+
+
+def print_origins(plan: Plan) -> None:
+    """Print where the results come from, and warn if they are not all from the same code, versions and hardware."""
+    groups: dict[tuple[str, str], list[Line]] = {}
+    for line in plan.reported:
+        groups.setdefault(line.origin.same, []).append(line)
+    for own in groups.values():
+        print(textwrap.fill(f"{len(own)} results of {own[-1].origin}", 100, subsequent_indent="    "))
+    if len(groups) > 1:
+        print(
+            "Note: these results are of different code, versions or hardware; --fresh trains again what is not current."
+        )
+    elif groups and plan.origin.code not in {code for code, _ in groups}:
+        print(f"Note: the code has changed since (now {plan.origin.code}); --fresh trains again with it.")
+
+
+def show_family(plan: Plan) -> None:
+    """Print the tables of the family, and write its figures and ``results.csv``."""
+    lines = plan.reported
+    complete = [seed for seed in plan.seeds if sum(line.seed == seed for line in lines) == len(plan.claim.arms)]
+    if not complete:
+        print(f"{plan.claim.name}: no seed has all arms yet, so there are no tables and figures.")
+        return
+    claim = replace(plan.claim, seeds=len(complete))
+    results = [line.result(claim) for line in lines if line.seed in complete]
+    write(claim, results)
+
+
+def write(claim: Claim[Any], results: Sequence[Any]) -> None:
+    """Write ``results.csv`` and the figures of a claim, and print its table."""
+    claim.output.mkdir(parents=True, exist_ok=True)
+    write_results(results, claim.output / "results.csv")
+    family: Any = import_module(f"studies.figures.{type(claim).__module__.rpartition('.')[2]}")
+    print()
+    family.print_table(claim, results)
+    try:
+        drawn: dict[str, Figure] = family.draw(claim, results)
+    except FileNotFoundError as error:
+        print(f"\nCannot draw figures without the logs of the trainings: there is no {error.filename}.")
+        print("The logs stay on the machine that trained. Train again with --results and a new folder.")
+        return
+    for name, figure in drawn.items():
+        figure.savefig(claim.output / f"{name}.png", dpi=140)
