@@ -572,6 +572,11 @@ class MovesFrozenWeights(pl.Callback):
                 parameter.mul_(0.99)
 
 
+class Thaws(pl.Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.requires_grad_(True)
+
+
 class NeedsNoCompiler(pl.Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if any(child._compiled_call_impl is not None for child in pl_module.modules()):
@@ -866,6 +871,7 @@ BROKEN = [
     Broken(NeedsAdam, ("g6_optimizer_without_second_moment",), "exp_avg_sq"),
     Broken(NeedsAllGradients, ("g6_frozen_parameters",), "NoneType", at=NeedsAllGradients.on_before_optimizer_step),
     Broken(MovesFrozenWeights, ("g6_frozen_parameters",), "frozen body.weight"),
+    Broken(Thaws, ("g6_frozen_parameters",), "frozen body.weight"),
     Broken(NeedsNoCompiler, ("g6_compiled_submodules",), "A module is compiled."),
     Broken(StepsOtherwiseIfCompiled, ("g6_compiled_submodules",), "differs from the run without a compiler"),
     Broken(NeedsOneNamespace, ("g6_pytorch_lightning",), "not a Trainer"),

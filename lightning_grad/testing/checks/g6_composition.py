@@ -92,10 +92,11 @@ def g6_frozen_parameters(subject: Subject) -> str:
     words = works_or_refuses(subject, change=_freeze_half_the_children)
     if words:
         return words
-    run = subject.situated(dict, _freeze_half_the_children)
-    for name, parameter in run.module.named_parameters():
-        if not parameter.requires_grad and run.start is not None:
-            assert_identical(run.start[name], run.weights[name], f"frozen {name}")
+    change = _freeze_half_the_children
+    run, plain = subject.situated(dict, change), premise(subject, dict, change)
+    for name, parameter in plain.module.named_parameters():  # the callback may have thawed its own
+        if not parameter.requires_grad:
+            assert_identical(plain.weights[name], run.weights[name], f"frozen {name}")
     return ""
 
 
