@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
 from lightning_grad.testing.checks.trained import state_varies
-from lightning_grad.testing.lines import line_of_function
+from lightning_grad.testing.lines import line_of_class, line_of_function
 from lightning_grad.testing.runs import Run
 from lightning_grad.testing.states import assert_identical
 from lightning_grad.testing.subject import NotApplicableError, Subject
@@ -104,12 +104,13 @@ def g3_fit_after_an_exception_equals_the_first(subject: Subject) -> None:
 
 
 def _assert_equal(subject: Subject, first: Run, again: Run, which: str) -> None:
+    """Raise unless two fits ended with the same weights, and with the same state of the callback."""
     assert_identical(first.weights, again.weights, f"weights of the {which}")
     try:
         assert_identical(first.left["callbacks"], again.left["callbacks"], f"state after the {which}: callbacks")
-    except AssertionError:
+    except AssertionError as error:
         if not state_varies(subject):
-            raise
+            raise GuaranteeError(str(error), line_of_class(subject.kind, "state_dict")) from error
 
 
 @check("quick")
