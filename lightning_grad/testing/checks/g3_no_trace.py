@@ -61,14 +61,14 @@ def assert_nothing_is_left(run: Run, plain: Run) -> None:
     try:
         assert_identical(plain.traces, run.traces, "left behind in ")
     except AssertionError as error:
-        raise GuaranteeError(*_of_whom(run.module, str(error))) from error
+        raise GuaranteeError(*_with_owner(run.module, str(error))) from error
     for name, child in plain.module.named_children():
         if _pickles(child) and not _pickles(run.module.get_submodule(name)):
             raise GuaranteeError(f"{name} of the module does not pickle after the fit.")
 
 
-def _of_whom(module: nn.Module, words: str) -> tuple[str, str]:
-    """Add the place of the first hook or method on the module that is no library's."""
+def _with_owner(module: nn.Module, words: str) -> tuple[str, str]:
+    """Add the first hook or method on the module that no library defines, and return its place too."""
     for where, function in hooks_and_methods(module):
         line = line_of_function(function)
         if line:
@@ -138,7 +138,7 @@ def _pickled(callback: Any) -> Any:
 
 
 def _culprit(callback: Any) -> str:
-    """Name the attributes that do not pickle."""
+    """Return the names of the attributes that do not pickle, as words for the end of a message."""
     names = []
     for name, value in vars(callback).items():
         try:
