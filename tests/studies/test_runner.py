@@ -108,6 +108,8 @@ def test_claims_share_the_budget_by_what_they_need(
     given = []
     studies = [study(tmp_path, 5, name=name, budget=budget) for name, budget in (("x", 1.0), ("y", 3.0))]
     monkeypatch.setattr("studies.runner.time.monotonic", lambda: 100.0)
+    for each in studies:
+        each.clock = time.monotonic
     monkeypatch.setattr("studies.runner.Study.run", lambda self, end: given.append((self.claim.name, end)))
     assert run_claims(studies, budget=8.0) == []
     # The first one used nothing of its share. What is left at the end is for all.
@@ -125,7 +127,8 @@ def test_a_budget_that_is_shorter_than_every_share_still_trains(tmp_path: Path, 
         each.store.append(each.claim, replace(line("a", 0, seconds=20), claim=each.claim.name))
     run_claims(asked, budget=0.6)
     assert [len(each.plan().reported) for each in asked] == [4, 4, 4]
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert printed.count("\nx:\n") == 1, "its name stands only above what it trains"
 
 
 def test_a_claim_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
