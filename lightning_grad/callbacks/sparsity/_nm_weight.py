@@ -114,7 +114,7 @@ class SparseWeight(ViewedWeight):
 
 
 def take_masks(weights: Sequence[SparseWeight]) -> None:
-    """Take the masks that weights lack: one joined call for all weights of a pattern."""
+    """Take the masks that weights lack, with joined calls for all weights of a pattern."""
     due: dict[tuple[int, int, float], list[SparseWeight]] = {}
     for weight in weights:
         pattern = weight.phase.pattern

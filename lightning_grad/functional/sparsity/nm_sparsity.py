@@ -20,8 +20,9 @@ from lightning_grad.functional.sparsity._group_top import top_of_groups
 Axis = Literal["input", "output"] | int
 Gradient = Literal["masked", "ste"]
 
-_SMALL, _SMALL_ON_GPU = 1 << 16, 1 << 22  # entries up to which joining costs less than the calls that it saves
-_MOST_JOINED = 1 << 24  # entries joined at once, which limits the memory
+# Entries of a weight up to which joining is faster than a call of its own, and entries joined at once. With more, new
+# memory costs more than the calls on a CPU; on a GPU, this limits the memory.
+_ON_CPU, _ON_GPU = (1 << 15, 1 << 18), (1 << 22, 1 << 24)
 
 
 @dataclass(frozen=True)
@@ -161,9 +162,9 @@ def _mask_of_groups(grouped: Tensor, n: int) -> Tensor:
 
 
 def nm_masks(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[Axis], outside: float = 0.0) -> list[Tensor]:
-    """Return the masks of many weights, as :func:`nm_mask` does, with one joined call for all small ones.
+    """Return the masks of many weights, as :func:`nm_mask` does, with joined calls for the small ones.
 
-    A joined call needs as many operations for a thousand weights as for one. The masks that it returns share memory.
+    A joined call needs as many operations for hundreds of weights as for one. The masks that it returns share memory.
 
     Args:
         weights: Weights, each as in :func:`nm_mask`.
@@ -176,10 +177,10 @@ def nm_masks(weights: Sequence[Tensor], n: int, m: int, axes: Sequence[Axis], ou
     joined: dict[tuple[torch.dtype, torch.device, int], list[int]] = {}
     entries = 0
     for i, weight in enumerate(weights):
-        size = weight.numel()
-        if type(weight) in (Tensor, nn.Parameter) and size <= (_SMALL if weight.is_cpu else _SMALL_ON_GPU):
+        (small, most), size = _ON_CPU if weight.is_cpu else _ON_GPU, weight.numel()
+        if type(weight) in (Tensor, nn.Parameter) and size <= small:
             entries += size
-            joined.setdefault((weight.dtype, weight.device, entries // _MOST_JOINED), []).append(i)
+            joined.setdefault((weight.dtype, weight.device, entries // most), []).append(i)
         else:
             masks[i] = _at_least(outside, nm_mask(weight, n, m, axes[i]))
     for of in joined.values():
@@ -201,7 +202,8 @@ def _joined_masks(
         _check_fit(pattern, shape, dim)
         stack = torch.stack([weights[i] for i in of])
         stacks.append(stack.reshape(-1, pattern.m, shape[dim + 1 :].numel()).movedim(1, 2))
-    mask = nm_mask(torch.cat([stack.reshape(-1) for stack in stacks]).view(-1, pattern.m), pattern.n, pattern.m)
+    rows = [stack.reshape(-1, pattern.m) for stack in stacks]
+    mask = nm_mask(rows[0] if len(rows) == 1 else torch.cat(rows), pattern.n, pattern.m)
     parts = torch.split(_at_least(outside, mask).view(-1), [stack.numel() for stack in stacks])
     masks: dict[int, Tensor] = {}
     for (shape, _), of, stack, part in zip(kinds, kinds.values(), stacks, parts, strict=True):
