@@ -24,8 +24,9 @@ from statistics import mean, median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule, seed_everything
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -169,6 +170,39 @@ def transformer_variants() -> list[Variant]:
     return [Variant(), *found, Variant(log_every=1), Variant("2:4", "mdgf-exponential", "masked", log_every=1)]
 
 
+class ManyLayers(LightningModule):
+    """400 residual linear layers of width 32, with AdamW: the cost of each weight, whatever its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(400))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss on ``batch``."""
+        x, y = batch
+        for layer in self.layers:
+            x = x + 0.01 * layer(x).relu()
+        return F.mse_loss(x, y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Build the optimizer."""
+        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+
+
+def many_layers() -> tuple[LightningModule, Any]:
+    """Build the network of many layers and a batch for it."""
+    return ManyLayers(), (torch.randn(16, 32), torch.randn(16, 32))
+
+
+def many_layers_variants() -> list[Variant]:
+    """Return the dense baseline, its repetition, and the methods of 2:4."""
+    return [
+        Variant(),
+        Variant(log_every=10**6 + 1),
+        *(Variant("2:4", recipe, gradient) for recipe, gradient in METHODS),
+    ]
+
+
 def convnet_variants() -> list[Variant]:
     """Return the dense baseline and two variants of 2:4."""
     return [Variant(), Variant("2:4"), Variant("2:4", mask_every_n_steps=10)]
@@ -188,7 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("Step of a transformer, 4 layers of width 256, 4 x 256 tokens, AdamW", "dense", steps)
     convolutions = step_rows(convnet, convnet_variants(), 2 * rounds, clock)
     show("Step of a residual convnet, width 32, 32 images of 3x32x32, AdamW", "dense", convolutions)
-    write_tables(options, {"masks": masks, "transformer": steps, "convnet": convolutions})
+    layers = step_rows(many_layers, many_layers_variants(), 2 * rounds, clock)
+    show("Step of 400 linear layers of 32x32, batch of 16, AdamW", "dense", layers)
+    write_tables(options, {"masks": masks, "transformer": steps, "convnet": convolutions, "many layers": layers})
 
 
 if __name__ == "__main__":
