@@ -39,6 +39,10 @@ def manual() -> Any:
     return Manual(), *loaders()
 
 
+def whole_batches() -> Any:
+    return Tiny(), DataLoader(numbers(), BATCH, shuffle=True, drop_last=True), loaders()[1]
+
+
 class GAN(pl.LightningModule):
     """Two networks that train against each other, by hand."""
 

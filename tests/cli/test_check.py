@@ -84,6 +84,11 @@ def test_awkward_projects_get_a_verdict(project: str, check: Check) -> None:
             assert entry["acts_on"] is None
 
 
+def test_a_pass_is_told_from_steps_if_a_pruned_half_epoch_would_have_no_batch(check: Check) -> None:
+    found = check(f"{HERE}:whole_batches", "DataPruning")
+    assert found["DataPruning"]["between_epochs"] == "1 x training data"
+
+
 def test_a_network_of_hugging_face(check: Check) -> None:
     pytest.importorskip("transformers")
     found = check(f"{HERE}:hugging_face", "LossReweighting", "NMSparsity")

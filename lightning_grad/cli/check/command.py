@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
         return _say_unusable(f"{arguments.target} does not load:\n\n{outcome_of(error, None).words[0]}")
     if bare.status != "runs":
         return _say_unusable(f"{arguments.target} does not train without any technique:\n\n{bare.words[0]}")
-    return _report(arguments, Rounds(project, chosen, arguments.batches, arguments.memory), bare)
+    return _report(arguments, Rounds(project, chosen, bare.batches // EPOCHS, arguments.memory), bare)
 
 
 def _device_of(rows: Sequence[Row]) -> str:
