@@ -23,7 +23,6 @@ from lightning_grad.cli.check.watch import Watch
 from lightning_grad.core.compatibility import STRATEGIES, TITLES
 from lightning_grad.data.random_streams import random_streams_kept
 
-
 _INTERRUPTS = (KeyboardInterrupt, SIGTERMException)
 
 
