@@ -276,6 +276,10 @@ def test_an_interrupt_before_the_first_technique_is_said(quick: Path, capsys: py
     assert "Interrupted before a technique was tried." in capsys.readouterr().err
 
 
+def test_sigterm_is_an_interrupt_too(quick: Path) -> None:
+    assert run_command(f"{HERE}:terminated", "--only", "ZClip") == 130
+
+
 def test_a_module_may_change_the_folder_use_the_folder_of_its_logs_and_stop_early(check: Check, quick: Path) -> None:
     found = check(f"{HERE}:restless", "ZClip", "AdversarialEvaluation")
     assert [entry["status"] for entry in found.values()] == ["runs", "runs"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_grad.cli.catalog import is_strategy
 from lightning_grad.cli.check.outcome import Outcome, outcome_of
@@ -22,9 +23,11 @@ from lightning_grad.cli.check.watch import Watch
 from lightning_grad.core.compatibility import STRATEGIES, TITLES
 from lightning_grad.data.random_streams import random_streams_kept
 
+_INTERRUPTS = (KeyboardInterrupt, SIGTERMException)
+
 
 class InterruptedTrialError(Exception):
-    """Ctrl-C was pressed. Lightning turns it into SystemExit."""
+    """Ctrl-C was pressed, which Lightning turns into SystemExit, or SIGTERM came."""
 
 
 def try_out(
@@ -55,7 +58,7 @@ def try_out(
         except TargetError:
             raise
         except (Exception, SystemExit, KeyboardInterrupt) as error:
-            if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            if any(isinstance(each, _INTERRUPTS) for each in (error, error.__context__)):
                 raise InterruptedTrialError from None
             return outcome_of(error, technique)
     words = [] if technique is None else [text for text in said if text.startswith(technique.__name__)]
