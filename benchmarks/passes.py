@@ -45,6 +45,7 @@ HIDDEN = 8192  # x WIDTH: 131,072 entries in one weight
 PLAIN, TRIAL, NEUTRAL = "plain", "trial", "neutral"
 _COUNTED = tuple(str(Path(str(module.__file__)).parent) for module in (lightning_grad, torch))
 _MEMORY_ONLY = ("empty", "new_empty")
+_OVERWRITING = ("normal_", "zero_", "fill_", "copy_", "_foreach_zero_", "_foreach_copy_")  # the old content is not read
 _SLACK = 1.1  # of Python calls, which a harmless change of the code may move
 
 
@@ -72,12 +73,15 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not func.is_view and not func._schema.name.removeprefix("aten::").startswith(_MEMORY_ONLY):
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and not name.startswith(_MEMORY_ONLY):
+            arguments = func._schema.arguments
+            given = dict(zip([a.name for a in arguments], args, strict=False)) | (kwargs or {})
+            changed = [a.name for a in arguments if a.alias_info and a.alias_info.is_write]
+            unread = changed if name in _OVERWRITING else [a.name for a in arguments if a.is_out]
             self.calls += 1
-            given = dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {})
-            changed = [given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-            self.read += _bytes_of([given[a.name] for a in func._schema.arguments if a.name in given and not a.is_out])
-            self.written += _bytes_of(changed or result)
+            self.read += _bytes_of([value for key, value in given.items() if key not in unread])
+            self.written += _bytes_of([given.get(key) for key in changed] or result)
         return result
 
 
