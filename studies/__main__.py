@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from studies.claim import Claim
+from studies.claim import Claim, freeze, plain
 from studies.claims import CLAIMS
 from studies.plan import CHOICE_SEED
 from studies.report import print_estimate, print_report, show_family
@@ -92,6 +92,8 @@ def choose(options: Namespace) -> list[Study]:
         raise ValueError("--device cuda: torch finds no GPU here. Use --device cpu.")
     if options.budget is not None and not options.budget > 0:
         raise ValueError(f"--budget must be above 0 minutes; got {options.budget:g}.")
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1; got {options.threads}.")
     torch.set_num_threads(options.threads)
     seeds, studies = None if options.seeds is None else seeds_of(options.seeds), []
     for name in names_of(options.only):
@@ -109,10 +111,23 @@ def choose(options: Namespace) -> list[Study]:
 
 def build(name: str, options: Namespace, seeds: Sequence[int] | None) -> Study:
     """Return the study of one claim."""
-    given = {"device": options.device, "data": options.data, "wandb": options.wandb, "output": options.output / name}
+    given = {"device": options.device, "data": options.data, "wandb": options.wandb}
     claim = change(replace(CLAIMS[name], **given), options.set)
     claim.check()
+    claim = replace(claim, output=options.output / folder_of(claim))
     return Study(claim, seeds or range(claim.seeds), Store(options.results), options.fresh)
+
+
+def folder_of(claim: Claim[Any]) -> str:
+    """Return the name of the folder of logs and figures; with other settings, a claim has another one.
+
+    Example:
+        >>> folder_of(replace(CLAIMS["clipping"], steps=60, device="cuda"))
+        'clipping_steps=60_cuda'
+    """
+    usual, own = CLAIMS[claim.name].settings, claim.settings
+    changed = [f"{key}={plain(value)}" for key, value in own.items() if freeze({"": value}) != freeze({"": usual[key]})]
+    return "_".join([claim.name, *changed, *([claim.device] if claim.device != "cpu" else [])])
 
 
 def names_of(only: Sequence[str] | None) -> list[str]:

@@ -89,6 +89,8 @@ class Claim(Generic[R]):
     result: ClassVar[type[Any]]
     reads: ClassVar[str] = ""  # what --data may be
     devices: ClassVar[Sequence[str]] = ("cpu", "cuda")
+    choices: ClassVar[Mapping[str, Sequence[str]]] = {}  # values of settings that are words
+    least: ClassVar[Mapping[str, int]] = {}  # smallest values of integer settings, by default 1
     name: str
     text: str
     arms: Sequence[str]
@@ -117,6 +119,17 @@ class Claim(Generic[R]):
             raise ValueError(f"--data must be {self.reads}; {self.data} does not exist.")
         if self.device not in self.devices:
             raise ValueError(f"{self.name} runs on {', '.join(self.devices)} only.")
+        for name in ("arms", "rates"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ; got {', '.join(map(str, values))}.")
+        if not all(rate > 0 for rate in self.rates):
+            raise ValueError(f"rates must be above 0; got {', '.join(map(str, self.rates))}.")
+        for name, value in self.settings.items():
+            if type(value) is int and value < self.least.get(name, 1):
+                raise ValueError(f"{name} must be at least {self.least.get(name, 1)}; got {value}.")
+            if name in self.choices and value not in self.choices[name]:
+                raise ValueError(f"{name} must be {' or '.join(self.choices[name])}; got {value!r}.")
 
     @property
     def known(self) -> list[str]:
@@ -178,12 +191,16 @@ class Claim(Generic[R]):
 
 
 def better_by(own: float, other: float, higher: bool = True) -> float:
-    """Return by how much a value is better than another; nan is worse than any number.
+    """Return by how much a value is better than another; nan is worse than any number, and two of them say nothing.
 
     Example:
         >>> better_by(3.0, 2.0), better_by(3.0, 2.0, higher=False), better_by(math.nan, 2.0)
         (1.0, -1.0, -inf)
+        >>> better_by(math.nan, math.nan)
+        nan
     """
+    if math.isnan(own) and math.isnan(other):
+        return math.nan
     worst = -math.inf
     mine, theirs = (worst if math.isnan(value) else value if higher else -value for value in (own, other))
     return 0.0 if mine == theirs else mine - theirs

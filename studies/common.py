@@ -7,13 +7,15 @@ import logging
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -127,11 +129,19 @@ class GradientRecorder(Callback):
 
     def write(self, path: Path) -> None:
         """Write a row for each step."""
-        columns = {"loss": self.losses, "norm": self.norms, "norm_used": self.norms_used, "clipped": self.clipped}
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["step", *columns])
-            writer.writerows([step, *row] for step, row in enumerate(zip(*columns.values(), strict=True), start=1))
+        columns: dict[str, list[Any]] = {
+            "loss": self.losses,
+            "norm": self.norms,
+            "norm_used": self.norms_used,
+            "clipped": self.clipped,
+        }
+        write_columns(path, "step", columns)
+
+
+def linear_network(width: int) -> nn.Sequential:
+    """Return three linear layers for the digits."""
+    layers = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 def gradient_norm(module: LightningModule) -> float:
@@ -176,10 +186,29 @@ def finish_loggers(trainer: Trainer) -> None:
 def write_results(results: Sequence[DataclassInstance], path: Path) -> None:
     """Write results to a CSV file, one per row, without their lists."""
     rows = [{key: value for key, value in asdict(each).items() if not isinstance(value, list)} for each in results]
+    write_table(path, list(rows[0]), [list(row.values()) for row in rows])
+
+
+def write_columns(path: Path, number: str, columns: Mapping[str, Iterable[Any]], first: int = 1) -> None:
+    """Write columns to a CSV file, after a column that numbers the rows."""
+    rows = enumerate(zip(*columns.values(), strict=True), first)
+    write_table(path, [number, *columns], [[place, *row] for place, row in rows])
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(file).writerows([header, *rows])
+
+
+def read_table(path: Path) -> dict[str, np.ndarray]:
+    """Read the columns of a CSV file of numbers; True is 1, and False is 0."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    truth = {"True": 1.0, "False": 0.0}
+    return {
+        key: np.array([truth[row[key]] if row[key] in truth else float(row[key]) for row in rows]) for key in rows[0]
+    }
 
 
 def read_curve(metrics: Path, key: str) -> dict[int, float]:

@@ -34,7 +34,7 @@ def print_report(plan: Plan) -> None:
     """Print what is known about a claim."""
     claim, lines = plan.claim, plan.reported
     comparisons = compare(claim, [line.result(claim) for line in lines])
-    print(f"\n{claim.name}: {judge(comparisons)}\n{textwrap.indent(textwrap.fill(claim.text, 88), '    ')}")
+    print(f"\n{claim.name}: {judge(comparisons)}\n{textwrap.indent(wrapped(claim.text, 88), '    ')}")
     if not lines:
         return
     print()
@@ -43,11 +43,20 @@ def print_report(plan: Plan) -> None:
     header = ("arm", "against", claim.compared[0], f"{100 * LEVEL:g} % interval", "seeds", "verdict")
     print_rows(header, [comparison_row(claim, each) for each in comparisons])
     print(f"\nnumbers: mean ± standard error; differences paired by seed; comparisons: {len(comparisons)}")
+    if len(comparisons) > 1:
+        print("intervals: for each comparison alone, not corrected for their number")
+    if any(math.isinf(value) for each in comparisons for value in each.differences):
+        print("with an infinite difference: smallest to largest difference in place of the interval")
     if claim.margin:
         print(f"a difference counts if it is above {number(claim, claim.margin)}")
     if edges := [arm for arm, rate in plan.rates.items() if is_edge(claim, rate)]:
         print(f"best rate at the end of the grid, so a better one may be outside: {', '.join(edges)}")
     print_origins(plan)
+
+
+def wrapped(text: str, width: int, indent: str = "") -> str:
+    """Wrap a text between words, with an indent from the second line on."""
+    return textwrap.fill(text, width, break_on_hyphens=False, subsequent_indent=indent)
 
 
 def arm_rows(claim: Claim[Any], lines: Sequence[Line]) -> list[tuple[str, ...]]:
@@ -63,16 +72,17 @@ def arm_rows(claim: Claim[Any], lines: Sequence[Line]) -> list[tuple[str, ...]]:
 
 
 def mean_and_error(values: Sequence[float]) -> str:
-    """Format a mean and its standard error; diverged trainings are counted instead.
+    """Format a mean and its standard error, if there are several values; diverged trainings are counted instead.
 
     Example:
-        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0, math.nan])
-        ('2.00 ± 1.00', '1 of 2 diverged')
+        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0]), mean_and_error([1.0, math.nan])
+        ('2.00 ± 1.00', '1.00', '1 of 2 diverged')
     """
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < len(values):
         return f"{len(values) - len(finite)} of {len(values)} diverged"
-    return f"{statistics.mean(values):.2f} ± {standard_error(values):.2f}"
+    error = f" ± {standard_error(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
 
 
 def comparison_row(claim: Claim[Any], comparison: Comparison) -> tuple[str, ...]:
@@ -99,7 +109,7 @@ def print_origins(plan: Plan) -> None:
     for line in plan.reported:
         groups.setdefault(line.origin.same, []).append(line)
     for own in groups.values():
-        print(textwrap.fill(f"{len(own)} results of {own[-1].origin}", 100, subsequent_indent="    "))
+        print(wrapped(f"{len(own)} results of {own[-1].origin}", 100, "    "))
     if len(groups) > 1:
         print(
             "Note: these results are of different code, versions or hardware; --fresh trains again what is not current."

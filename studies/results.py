@@ -21,7 +21,7 @@ from typing import IO, Any
 import torch
 
 from lightning_grad import __version__
-from studies import ROOT
+from studies import ROOT, common
 from studies.claim import Claim, Result, Run, freeze, plain, restored
 
 try:
@@ -73,7 +73,7 @@ def origin_of(claim: Claim[Any]) -> Origin:
     hardware = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
     packages = {name: version(name) for name in ("torch", "lightning")}
     versions = {"python": platform.python_version(), **packages, "lightning-grad": __version__}
-    return Origin(claim.device, hardware, versions, digest(inspect.getfile(type(claim))), *commit())
+    return Origin(claim.device, hardware, versions, digest(*sources(claim)), *commit())
 
 
 @cache
@@ -84,11 +84,17 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def sources(claim: Claim[Any]) -> list[str]:
+    """Return the files of a claim: those of its class and of the classes from which it derives, and what they share."""
+    classes = [each for each in type(claim).__mro__ if each.__module__.partition(".")[0] in ("studies", "tests")]
+    return [*dict.fromkeys(map(inspect.getfile, classes)), inspect.getfile(common)]
+
+
 @cache
-def digest(claim: str) -> str:
-    """Return a short digest of the code on which the results of a claim depend."""
+def digest(*files: str) -> str:
+    """Return a short digest of the code on which results depend."""
     paths = [path for name in TRAINED for path in sorted((ROOT / name).rglob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in [*paths, Path(claim)])).hexdigest()[:12]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in [*paths, *map(Path, files)])).hexdigest()[:12]
 
 
 @cache

@@ -56,7 +56,7 @@ class Study:
         while (plan := self.plan()).missing:
             for run in plan.ready:
                 # Stop, do not look for a shorter training: the fast arms would get ahead of the slow ones.
-                if self.clock() + plan.seconds(run) > deadline:
+                if not self.fits(run, plan, deadline):
                     return plan.missing
                 if self.attempt(run, plan):
                     break
@@ -68,6 +68,15 @@ class Study:
                 if self.clock() > deadline:
                     return plan.missing
         return 0
+
+    def fits(self, run: Run, plan: Plan, deadline: float) -> bool:
+        """Return True if a training probably ends before the deadline."""
+        return self.clock() + plan.seconds(run) <= deadline
+
+    def starts(self, deadline: float) -> bool:
+        """Return True if something is missing, and the next training fits or another process has it."""
+        plan = self.plan()
+        return bool(plan.missing) and all(self.fits(run, plan, deadline) for run in plan.ready[:1])
 
     def attempt(self, run: Run, plan: Plan) -> bool:
         """Run one training and store its result. Return False if another process has it."""
@@ -116,7 +125,7 @@ def run_claims(studies: Sequence[Study], budget: float | None) -> list[str]:
     failed: list[str] = []
     for study, deadline in turns(studies, math.inf if budget is None else time.monotonic() + 60 * budget):
         name = study.claim.name
-        if name in failed or not study.plan().missing:
+        if name in failed or not study.starts(deadline):
             continue
         print(f"\n{name}:", flush=True)
         try:

@@ -70,13 +70,13 @@ def quantile(seeds: int) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean, 0 for a single value.
+    """Return the standard error of a mean of at least two values.
 
     Example:
         >>> standard_error([1.0, 3.0])
         1.0
     """
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.stdev(values) / math.sqrt(len(values))
 
 
 def compare(claim: Claim[Any], results: Sequence[Result]) -> list[Comparison]:
@@ -93,11 +93,12 @@ def compare(claim: Claim[Any], results: Sequence[Result]) -> list[Comparison]:
 
 
 def difference(claim: Claim[Any], results: Mapping[str, Any], arm: str, reference: str) -> float | None:
-    """Return the difference of one seed, or None if an arm is not there yet."""
+    """Return the difference of one seed, or None if an arm is not there yet or both diverged."""
     try:
-        return claim.difference(results, arm, reference)
+        value = claim.difference(results, arm, reference)
     except KeyError:
         return None
+    return None if math.isnan(value) else value
 
 
 def judge(comparisons: Sequence[Comparison]) -> str:

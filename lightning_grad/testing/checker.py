@@ -142,7 +142,7 @@ def _expected(reasons: Any) -> dict[str, tuple[str, str]]:
     known = [*CHECKS, *dict.fromkeys(check.guarantee for check in CHECKS.values())]
     for name in reasons:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = difflib.get_close_matches(str(name).lower(), known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else f" Guarantees are {', '.join(known[len(CHECKS) :])}."
             raise ValueError(f"expected_failed names {name!r}, which is no check.{hint}")
     return {

@@ -51,6 +51,18 @@ def hidden() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def recorded_warnings() -> Iterator[list[str]]:
+    """Collect the text of each warning of the block."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield texts
+        finally:
+            texts += [str(warning.message) for warning in caught]
+
+
+@contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Restore the handler of Ctrl-C after the block: Lightning ignores SIGINT once Ctrl-C has ended a fit."""
     handler = signal.getsignal(signal.SIGINT)

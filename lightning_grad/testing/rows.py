@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 Status = Literal["ok", "failed", "not applicable", "expected failure"]
 REFUSES = "refuses before the first batch: "
@@ -66,7 +66,7 @@ class Rows(list[Row]):
 
     def summary(self) -> str:
         """Return the number of rows of each status, in words."""
-        counts = {status: sum(row.status == status for row in self) for status in Status.__args__}  # type: ignore[attr-defined]
+        counts = {status: sum(row.status == status for row in self) for status in get_args(Status)}
         return ", ".join(f"{count} {status}" for status, count in counts.items() if count) or "no check"
 
     def __str__(self) -> str:

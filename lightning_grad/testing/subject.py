@@ -1,6 +1,6 @@
 """A callback under test on one project, and its runs, each of which is made once and read by several checks.
 
-Checks read runs and change nothing in them.
+Checks read runs. They change nothing in them, except that checks of G3 fit the callbacks of two again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 import os
 import shutil
 import tempfile
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -20,11 +19,12 @@ from typing import Any, TypeVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from lightning_grad.testing.environment import recorded_warnings
 from lightning_grad.testing.project import Built, Project
 from lightning_grad.testing.projects import REFERENCE
 from lightning_grad.testing.runs import Broken, Run, Watched
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn
-from lightning_grad.testing.watching import Begun, Saver, SaverOnException, Watch
+from lightning_grad.testing.watching import Begun, Saver, Watch, saver_on_exception, savers_on_exception
 
 Arguments = Callable[[], dict[str, Any]]
 """A function that returns arguments of the Trainer."""
@@ -150,14 +150,14 @@ class Subject:
         built = self.project.make()
         change(built.module)
         start = copy.deepcopy(built.module.state_dict())
-        with _recorded_warnings() as warned, self._run_folder() as folder:
+        with recorded_warnings() as warned, self._run_folder() as folder:
             given = {"default_root_dir": folder, **arguments}
             trainer, module = self.project.fit_built(built, [*callbacks, *others], **given)
         return self._left(kind, trainer, module, callbacks, warned, start)
 
     def validate(self, built: Built, callbacks: Sequence[Any], ckpt: Path | None = None) -> None:
         """Validate a module, with the weights of a checkpoint if its path is given."""
-        with _recorded_warnings() as warned:
+        with recorded_warnings() as warned:
             self.project.validate(built, list(callbacks), ckpt)
         self.warned += warned
 
@@ -209,8 +209,8 @@ class Subject:
         """Fit and break off; see :meth:`broken`."""
         stop = StopIn("on_fit_start", 0) if how == "in on_fit_start" else StopAt(self.middle(), _ENDS[how])
         built = self.project.make()
-        with _recorded_warnings() as warned, _folder() as folder:
-            savers = _savers_on_exception(folder) if how == "exception" else []
+        with recorded_warnings() as warned, _folder() as folder:
+            savers = savers_on_exception(folder) if how == "exception" else []
             with _stopped_by(stop):
                 self.project.fit_built(built, [*callbacks, stop, *savers], default_root_dir=folder)
             broken: Broken = self._left(Broken, stop.trainer, built.module, callbacks, warned)
@@ -237,7 +237,7 @@ class Subject:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _state_of(self, callback: Any) -> Any:
-        """Return the state, or the words of the error: then saving fails too, which checks of their own say."""
+        """Return the state, or the words of its error; other checks report that saving fails."""
         try:
             return copy.deepcopy(callback.state_dict())
         except Exception as error:
@@ -292,7 +292,7 @@ class Subject:
         path: Any = None
         with _folder() as folder:
             for step in steps:
-                stop, saver = StopAfter(step), _saver_on_exception(folder, str(step))
+                stop, saver = StopAfter(step), saver_on_exception(folder, str(step))
                 with _stopped_by(stop):
                     self.run(others=[stop, saver], ckpt=path)
                 saver.raise_error()
@@ -300,7 +300,7 @@ class Subject:
             return self.run(ckpt=path)  # type: ignore[no-any-return]
 
     def middle(self) -> int:
-        """Return an even step within an epoch, behind the half of the run."""
+        """Return an even step within an epoch, past the middle of the run."""
         steps = int(self.bare().left["steps"])
         return 2 * ((steps // 2 + max(steps // 12, 1) + 1) // 2)
 
@@ -316,15 +316,6 @@ def _remove_with(owner: object, folder: Path) -> None:
     weakref.finalize(owner, remove)
 
 
-def _saver_on_exception(folder: Path, filename: str, **rest: Any) -> Saver:
-    return Saver(folder, filename=filename, save_on_exception=True, every_n_epochs=10_000, **rest)
-
-
-def _savers_on_exception(folder: Path) -> list[Any]:
-    weights = _saver_on_exception(folder, "weights", save_weights_only=True)
-    return [SaverOnException(str(folder), "on_exception"), _saver_on_exception(folder, "full"), weights]
-
-
 @contextmanager
 def _stopped_by(stop: StopIn) -> Iterator[None]:
     """Go on after the block if ``stop`` ended it, and raise any other error."""
@@ -335,18 +326,6 @@ def _stopped_by(stop: StopIn) -> Iterator[None]:
             raise
     if stop.trainer is None:
         raise NotApplicableError(f"It ends the run before step {stop.step}.")
-
-
-@contextmanager
-def _recorded_warnings() -> Iterator[list[str]]:
-    """Collect the text of each warning of the block."""
-    texts: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield texts
-        finally:
-            texts += [str(warning.message) for warning in caught]
 
 
 @contextmanager

@@ -55,6 +55,17 @@ class SaverOnException(OnExceptionCheckpoint):
             super().on_exception(*arguments)
 
 
+def saver_on_exception(folder: Path, filename: str, **rest: Any) -> Saver:
+    """Return a callback that saves only when the fit ends with an exception."""
+    return Saver(folder, filename=filename, save_on_exception=True, every_n_epochs=10_000, **rest)
+
+
+def savers_on_exception(folder: Path) -> list[Any]:
+    """Return one callback for each way in which Lightning saves when the fit ends with an exception."""
+    weights = saver_on_exception(folder, "weights", save_weights_only=True)
+    return [SaverOnException(str(folder), "on_exception"), saver_on_exception(folder, "full"), weights]
+
+
 class Begun(pl.Callback):
     """Counts the training batches that have begun; to come first in the list."""
 
@@ -140,9 +151,9 @@ class Watch(Outputs):
 
 @contextlib.contextmanager
 def without_links(callback: Any) -> Iterator[Any]:
-    """Take off ``log`` and ``log_dict`` in the block, which Lightning leaves on a callback and which hold the module.
+    """Remove ``log`` and ``log_dict`` during the block: Lightning sets them on a callback, and they hold the module.
 
-    A copy without them would not do: a bound method in the callback holds the original.
+    Removing them from a copy is not enough, because a bound method in the callback holds the original.
     """
     attributes = getattr(callback, "__dict__", {})
     taken = {name: attributes.pop(name) for name in ("log", "log_dict") if name in attributes}

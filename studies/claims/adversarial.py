@@ -12,30 +12,24 @@ over the whole training: compare with fewer epochs before you conclude that one 
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from plain_project import CIFAR10, Digits, ImageClassifier, ResidualConvNet
 from plain_project.cifar10 import MEAN, STD
-from torch import nn
 from typing_extensions import override
 
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 from studies import claim as base
 from studies.claim import Claim, Run, better_by
-from studies.common import Follow, finish_loggers
-
-if TYPE_CHECKING:
-    pass
+from studies.common import Follow, finish_loggers, linear_network, write_columns, write_table
 
 IN_THE_DEMO = """\
 Attacked inputs (half a minute). A small network learns handwritten digits: on
@@ -179,12 +173,12 @@ class Adversarial(Claim[Result]):
         module = build_module(self, schedule, run.rate)
         trainer.fit(module, data)
         finish_loggers(trainer)
-        recorder.write(folder)
+        write_columns(folder / "epochs.csv", "epoch", recorder.columns)
         if schedule == self.schedules[-1]:  # for the figures that compare attacks
             torch.save(module.state_dict(), folder / "weights.pt")
         cuts, curve = int(trainer.callback_metrics.get("lr/cuts", 0)), recorder.columns[judged(attack)]
         accuracies = self.evaluate(run, module, data, space)
-        write_strengths(accuracies, folder)
+        write_table(folder / "strengths.csv", ("epsilon", "accuracy"), list(accuracies.items()))
         tested = accuracies[0.0], accuracies[self.radius]
         final = statistics.mean(curve[-LAST:])
         return Result(run.arm, run.seed, run.rate, final, *tested, cuts, recorder.cpu_seconds, curve)
@@ -231,20 +225,12 @@ class AccelAT(Adversarial):
         return better_by(own, other, higher=False)
 
 
-def write_strengths(accuracies: Mapping[float, float], folder: Path) -> None:
-    """Write ``strengths.csv``: a row for each epsilon."""
-    with (folder / "strengths.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("epsilon", "accuracy"), *accuracies.items()])
-
-
 def build_module(claim: Adversarial, schedule: str, rate: float | None) -> LightningModule:
     """Return a new module: three linear layers for the digits, a network like ResNet-18 for CIFAR-10."""
     own = "constant" if schedule == OURS else schedule
     settings: dict[str, Any] = {"optimizer": "sgd", "lr": rate or 0.1, "weight_decay": 5e-4, "schedule": own}
     if claim.data is None:
-        width = claim.width or 128
-        layers = (nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10))
-        return ImageClassifier(nn.Sequential(nn.Flatten(), *layers), **settings)
+        return ImageClassifier(linear_network(claim.width or 128), **settings)
     return ResidualConvNet(3, claim.width or 64, (2, 2, 2, 2), **settings)
 
 
@@ -290,19 +276,6 @@ class Recorder(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for key in (CLEAN, ROBUST):
             self.columns[key].append(float(trainer.callback_metrics[key]))
-
-    def write(self, folder: Path) -> None:
-        """Write a row for each epoch."""
-        with (folder / "epochs.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["epoch", *self.columns])
-            writer.writerows([number, *row] for number, row in enumerate(zip(*self.columns.values(), strict=True), 1))
-
-
-def read_column(folder: Path, key: str, table: str = "epochs") -> np.ndarray:
-    """Read one column of a table of a training."""
-    with (folder / f"{table}.csv").open(newline="") as file:
-        return np.array([float(row[key]) for row in csv.DictReader(file)])
 
 
 def epochs_to(target: float, accuracies: Sequence[float] | np.ndarray) -> float:

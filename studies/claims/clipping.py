@@ -10,11 +10,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from plain_project import Digits, ImageClassifier
-from torch import nn
 from typing_extensions import override
 
 from lightning_grad.callbacks import (
@@ -30,10 +29,7 @@ from lightning_grad.callbacks import (
 )
 from studies import claim as base
 from studies.claim import Claim, Run
-from studies.common import Follow, GradientRecorder, finish_loggers
-
-if TYPE_CHECKING:
-    pass
+from studies.common import Follow, GradientRecorder, finish_loggers, linear_network
 
 IN_THE_DEMO = """\
 Clipped gradients (half a minute). A small network learns handwritten digits.
@@ -112,6 +108,8 @@ class BadBatch(Claim[Result]):
     """
 
     result = Result
+    choices: ClassVar = {"optimizer": ("sgd", "adamw")}
+    least: ClassVar = {"steps": 4}  # a batch, a validation and the bad batch in the middle
     name: str = "clipping"
     text: str = "With one bad batch in the training, a limit on the gradient norm saves the accuracy."
     arms: Sequence[str] = tuple(name for name in RULES if name != NEEDS_ADAM)
@@ -157,11 +155,9 @@ class BadBatch(Claim[Result]):
 
 def build_module(optimizer: str, rate: float | None = None) -> LightningModule:
     """Return a new module of the plain project."""
-    layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, CLASSES))
     rate = rate or {"sgd": 0.05, "adamw": 3e-3}[optimizer]
     chosen: Any = optimizer
-    net = nn.Sequential(nn.Flatten(), *layers)
-    return ImageClassifier(net, optimizer=chosen, lr=rate, schedule="constant")
+    return ImageClassifier(linear_network(WIDTH), optimizer=chosen, lr=rate, schedule="constant")
 
 
 class BadBatchAt(Callback):

@@ -17,7 +17,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule
@@ -28,9 +27,6 @@ from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, Momentu
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, GradientRecorder, finish_loggers
-
-if TYPE_CHECKING:
-    pass
 
 LINE = len("27 + 58 =  85\n")
 WARMUP = 0.1

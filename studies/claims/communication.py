@@ -11,19 +11,16 @@ no time; ``benchmarks/slow_link.py`` measures time, on links of a given speed.
 
 from __future__ import annotations
 
-import csv
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from plain_project import Digits, ImageClassifier
-from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -31,10 +28,7 @@ from typing_extensions import override
 from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, PowerSGDStrategy
 from studies import claim as base
 from studies.claim import Claim, Run
-from studies.common import Follow, finish_loggers, hush
-
-if TYPE_CHECKING:
-    pass
+from studies.common import Follow, finish_loggers, hush, linear_network, read_table, write_table
 
 IN_THE_DEMO = """\
 Compressed gradients (half a minute). Two processes train one network, each on
@@ -142,7 +136,7 @@ class Communication(Claim[Result]):
 
 def measure(run: Run, folder: Path, test_accuracy: float) -> Result:
     """Return the result of a training from the files of rank 0."""
-    columns = read_epochs(folder)
+    columns = read_table(folder / "epochs.csv")
     accuracy, sent, megabytes, dense, residual = (float(columns[key][-1]) for key in Recorder.columns[1:])
     return Result(
         run.arm, run.seed, run.rate, accuracy, test_accuracy, sent / 1e3, megabytes, dense / megabytes, residual
@@ -151,8 +145,7 @@ def measure(run: Run, folder: Path, test_accuracy: float) -> Result:
 
 def build_module(rate: float | None) -> LightningModule:
     """Return a new module of the plain project."""
-    layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
-    return ImageClassifier(nn.Sequential(nn.Flatten(), *layers), optimizer="sgd", lr=rate or 0.05, weight_decay=5e-4)
+    return ImageClassifier(linear_network(WIDTH), optimizer="sgd", lr=rate or 0.05, weight_decay=5e-4)
 
 
 class Recorder(Callback):
@@ -182,13 +175,9 @@ class Recorder(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not trainer.is_global_zero:
-            return
-        with (self.folder / "epochs.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(self.columns)
-            writer.writerows(self._rows)
-        finish_loggers(trainer)
+        if trainer.is_global_zero:
+            write_table(self.folder / "epochs.csv", self.columns, self._rows)
+            finish_loggers(trainer)
 
 
 def communicated(trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
@@ -203,13 +192,6 @@ def communicated(trainer: Trainer, module: LightningModule) -> tuple[float, floa
 def gradient_bytes(module: LightningModule) -> int:
     """Return the bytes of all gradients of a module."""
     return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-
-
-def read_epochs(folder: Path) -> dict[str, np.ndarray]:
-    """Read the columns of ``epochs.csv``."""
-    with (folder / "epochs.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]}
 
 
 CLAIMS = (Communication(),)

@@ -11,13 +11,12 @@ and ``rs2-equal`` is RS2 with as many samples as the scored arms.
 
 from __future__ import annotations
 
-import csv
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,10 +28,7 @@ from typing_extensions import override
 from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset
 from studies import claim as base
 from studies.claim import Claim, Run
-from studies.common import Follow, finish_loggers
-
-if TYPE_CHECKING:
-    pass
+from studies.common import Follow, finish_loggers, write_columns
 
 CLASSES = 10
 OFFSET = 0.1  # share of the hardest samples that "offset" and "ccs" drop, because of wrong labels
@@ -54,6 +50,7 @@ class Labelled(Claim[Any]):
     """
 
     reads = "a folder with CIFAR-10"
+    choices: ClassVar = {"equal_by": ("epochs", "steps")}
     flip: float = 0.0
     epochs: int = 40
     score_epoch: int = 4
@@ -203,7 +200,9 @@ class Pruning(Labelled):
         validation = trainer.callback_metrics["val_acc"].item()
         accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
         finish_loggers(trainer)
-        recorder.write(self.folder(run))
+        steps: dict[str, list[Any]] = {"samples": recorder.samples, "lr": recorder.rates}
+        write_columns(self.folder(run) / "steps.csv", "step", steps, first=0)
+        write_columns(self.folder(run) / "classes.csv", "class", {"samples": recorder.classes}, first=0)
         return Result(run.arm, run.seed, run.rate, validation, accuracy, sum(recorder.samples), seconds)
 
 
@@ -279,19 +278,6 @@ class Recorder(Callback):
         self.samples.append(len(labels))
         self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
         self.classes += np.bincount(labels.cpu(), minlength=CLASSES)
-
-    def write(self, folder: Path) -> None:
-        """Write a table of steps and a table of classes."""
-        write_rows(folder / "steps.csv", ("step", "samples", "lr"), zip(self.samples, self.rates, strict=True))
-        write_rows(folder / "classes.csv", ("class", "samples"), ((count,) for count in self.classes))
-
-
-def write_rows(path: Path, header: Sequence[str], rows: Any) -> None:
-    """Write numbered rows."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([number, *row] for number, row in enumerate(rows))
 
 
 CLAIMS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,9 +16,6 @@ from studies import claim as base
 from studies.claim import Run
 from studies.claims.data_pruning import Labelled, build_data, scored
 from studies.common import finish_loggers
-
-if TYPE_CHECKING:
-    pass
 
 IN_THE_DEMO = """\
 Data pruning (a few seconds). A tenth of the labels of the training digits are wrong.
@@ -57,6 +54,7 @@ class LabelErrors(Labelled):
     """
 
     result = Result
+    least: ClassVar = {"num_shown": 0}
     name: str = "label-errors"
     text: str = (
         "Most wrong labels are among the hardest samples by EL2N, once as many are inspected as there are wrong ones."

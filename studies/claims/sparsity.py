@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,6 @@ from lightning_grad.utilities import sparsity_report
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers
-
-if TYPE_CHECKING:
-    pass
 
 IN_THE_DEMO = """\
 Sparse weights (a minute). A small vision transformer learns handwritten digits:
@@ -75,6 +72,7 @@ class Sparsity(Claim[Result]):
 
     result = Result
     reads = "a folder with CIFAR-10"
+    choices: ClassVar = {"model": ("VisionTransformer", "ResidualConvNet")}
     name: str = "sparsity"
     text: str = "Recipes that decay the pruned weights (MDGF, SDGF) end with a higher accuracy than SR-STE at 1:8."
     arms: Sequence[Any] = ("dense", "sr-ste", "mdgf-exponential", "sdgf-stepwise")

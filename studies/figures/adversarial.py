@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from lightning_grad.callbacks import AccuracyGradientLR
@@ -33,13 +36,8 @@ from studies.claims.adversarial import (
     epochs_to,
     judged,
     pixels,
-    read_column,
 )
-from studies.common import mean_and_spread, print_rows, tidy, write_results
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from studies.common import mean_and_spread, print_rows, read_table, tidy, write_results, write_table
 
 # Comparison.
 
@@ -181,8 +179,6 @@ NAMES = {"plain": "plain training", "fgsm": "trained on FGSM", "pgd": f"trained 
 
 def draw_robustness(claim: Adversarial, chosen: Chosen) -> Figure:
     """Draw the test accuracy by the strength of the attack for each training, and the cost of the training."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     robust, cost = figure.subplots(1, 2, width_ratios=[1.7, 1])
     for attack in claim.attacks:
@@ -205,8 +201,8 @@ def draw_robustness(claim: Adversarial, chosen: Chosen) -> Figure:
 def draw_strengths(axis: Axes, claim: Adversarial, results: Sequence[Result]) -> None:
     """Draw the accuracy of one kind of training by the strength of the attack."""
     folders = [claim.folder(each) for each in results]
-    epsilons = read_column(folders[0], "epsilon", "strengths")
-    accuracies = 100 * np.array([read_column(folder, "accuracy", "strengths") for folder in folders])
+    tables = [read_table(folder / "strengths.csv") for folder in folders]
+    epsilons, accuracies = tables[0]["epsilon"], 100 * np.array([table["accuracy"] for table in tables])
     attack, mean = results[0].attack, accuracies.mean(0)
     colour, place = ATTACK_COLOURS[attack], int(np.flatnonzero(epsilons == claim.radius)[0])
     axis.fill_between(epsilons, accuracies.min(0), accuracies.max(0), color=colour, alpha=0.15, linewidth=0)
@@ -232,8 +228,6 @@ def draw_costs(axis: Axes, claim: Adversarial, chosen: Chosen) -> None:
 
 def draw_comparison(claim: Adversarial, chosen: Chosen) -> Figure:
     """Draw both accuracies over epochs, and the epochs to the target, a column for each attack."""
-    from matplotlib.figure import Figure
-
     count = len(claim.attacks)
     figure = Figure(figsize=(max(6.0, 0.8 + 3.9 * count), 7.2), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, sharey="row", height_ratios=[1.5, 1])
@@ -274,9 +268,13 @@ def draw_accuracies(axis: Axes, claim: Adversarial, chosen: Chosen, attack: str)
 
 def mean_curve(claim: Adversarial, results: Sequence[Result], key: str) -> np.ndarray:
     """Return the mean over seeds of a column."""
-    folders = [claim.folder(result) for result in results]
-    mean: np.ndarray = np.mean([read_column(folder, key) for folder in folders], axis=0)
+    mean: np.ndarray = np.mean([read_epochs(claim, result)[key] for result in results], axis=0)
     return mean
+
+
+def read_epochs(claim: Adversarial, result: Result) -> dict[str, np.ndarray]:
+    """Return what a training recorded in each epoch."""
+    return read_table(claim.folder(result) / "epochs.csv")
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -309,16 +307,13 @@ def draw_epochs(axis: Axes, claim: Adversarial, reached: Sequence[Reached]) -> N
 
 def draw_rates(claim: Adversarial, chosen: Chosen) -> Figure:
     """Draw the accuracy with the last schedule, and the learning rates below it, with lines at the cuts."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     count, last = len(claim.attacks), claim.schedules[-1]
     window, threshold = AccuracyGradientLR().window, 100 * AccuracyGradientLR().threshold
     figure = Figure(figsize=(max(6.0, 1.4 + 3.6 * count), 5.6), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False, sharey="row", sharex=True, height_ratios=[1, 1.2])
     for (upper, lower), attack in zip(axes.T, claim.attacks, strict=True):
         first = chosen[attack, last][0]
-        accuracies = 100 * read_column(claim.folder(first), judged(attack))
+        accuracies = 100 * read_epochs(claim, first)[judged(attack)]
         means = [accuracies[max(0, end - window) : end].mean() for end in range(1, len(accuracies) + 1)]
         upper.plot(range(1, len(accuracies) + 1), accuracies, "o", color="0.6", markersize=3, label="one validation")
         upper.plot(range(1, len(accuracies) + 1), means, color=COLOURS[last], label=f"mean of {window}")
@@ -326,7 +321,7 @@ def draw_rates(claim: Adversarial, chosen: Chosen) -> Figure:
         upper.set_title(f"{NAMES[attack]}: accuracy{under}", fontsize=10, loc="left")
         for schedule in claim.schedules:
             result = chosen[attack, schedule][0]
-            rates = read_column(claim.folder(result), "lr")
+            rates = read_epochs(claim, result)["lr"]
             draw_rate(lower, rates, schedule)
             for cut in np.flatnonzero(np.diff(rates) < 0) + 1 if schedule == OURS else ():
                 for axis in (upper, lower):
@@ -357,8 +352,6 @@ def draw_rate(axis: Axes, rates: np.ndarray, schedule: str) -> None:
 
 def scale_rates(axis: Axes) -> None:
     """Start the axis of learning rates at zero, or make it logarithmic if they differ by a factor above ten."""
-    from matplotlib.patches import StepPatch
-
     rates = np.concatenate([line.get_data()[0] for line in axis.patches if isinstance(line, StepPatch)])
     if rates.max() > 10 * rates.min():
         axis.set_yscale("log")
@@ -370,8 +363,6 @@ def scale_rates(axis: Axes) -> None:
 
 def name_rates(axis: Axes, claim: Adversarial) -> None:
     """Write the name of each schedule at the end of its rate."""
-    from matplotlib.patches import StepPatch
-
     ends = [float(line.get_data()[0][-1]) for line in axis.patches if isinstance(line, StepPatch)]
     for schedule, place in zip(claim.schedules, spread(np.log10(ends).tolist(), 0.16), strict=True):
         style: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 9}
@@ -380,8 +371,6 @@ def name_rates(axis: Axes, claim: Adversarial) -> None:
 
 def draw_digits(claim: Adversarial, chosen: Chosen, columns: int = 10) -> Figure:
     """Draw test images, and their changes and predictions for each training; write ``digits.csv``."""
-    from matplotlib.figure import Figure
-
     images, labels, space = first_of_each_class(claim, columns)
     rows, answered = 1 + 2 * len(claim.attacks), []
     figure = Figure(figsize=(1.9 + 0.86 * len(labels), 0.8 + 0.98 * rows), layout="constrained")
@@ -402,8 +391,7 @@ def draw_digits(claim: Adversarial, chosen: Chosen, columns: int = 10) -> Figure
         right = sum(new == label for label, _, new in answers)
         draw_changes(axes[2 * place + 1], f"{name}:\nchange", attacked - images, claim.radius, space)
         draw_row(axes[2 * place + 2], f"changed image:\n{right} of {len(answers)} right", attacked, captions, space)
-    with (claim.output / "digits.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("attack", "label", "before", "after"), *answered])
+    write_table(claim.output / "digits.csv", ("attack", "label", "before", "after"), answered)
     return figure
 
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from studies.claims.clipping import BEFORE, HALF, RULES, BadBatch, Result
-from studies.common import mean_and_spread, print_rows, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from studies.common import mean_and_spread, print_rows, read_table, tidy
 
 # Tables.
 
@@ -78,8 +74,6 @@ def draw(claim: BadBatch, results: Sequence[Result]) -> dict[str, Figure]:
 
 def draw_comparison(claim: BadBatch, results: Sequence[Result]) -> Figure:
     """Draw the training loss of every step, a panel for each rule, in the color of the outcome."""
-    from matplotlib.figure import Figure
-
     columns = min(5, len(claim.arms))
     rows = -(-len(claim.arms) // columns)
     figure = Figure(figsize=(2.4 * columns + 0.5, 2.4 * rows + 0.6), layout="constrained")
@@ -108,7 +102,7 @@ def draw_rule(axis: Axes, claim: BadBatch, own: Sequence[Result]) -> float:
     """Draw the losses and the outcome of one rule, and return the largest loss of the bad batch."""
     call, top = RULES[own[0].arm].text, 0.0
     for result in own:
-        losses = read_losses(claim.folder(result))
+        losses = read_table(claim.folder(result) / "steps.csv")["loss"]
         top = max(top, losses[claim.bad_step])
         axis.plot(np.arange(1, len(losses) + 1), losses, color=OUTCOMES[result.outcome], linewidth=1)
     axis.axvline(claim.bad_step + 1, color="0.5", linewidth=0.8, linestyle=":", zorder=0)
@@ -122,9 +116,3 @@ def draw_rule(axis: Axes, claim: BadBatch, own: Sequence[Result]) -> float:
     axis.margins(y=0)
     tidy(axis)
     return top
-
-
-def read_losses(folder: Path) -> np.ndarray:
-    """Return the loss of every step from ``steps.csv``."""
-    with (folder / "steps.csv").open(newline="") as file:
-        return np.array([float(row["loss"]) for row in csv.DictReader(file)])

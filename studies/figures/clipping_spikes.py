@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lightning_grad.callbacks import ZClip
 from studies.claims.clipping_spikes import EVALUATIONS, LAST_EVALUATIONS, RULES, Result, Spikes, find_spikes
-from studies.common import mean_and_spread, print_rows, read_curve
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from studies.common import mean_and_spread, print_rows, read_curve, read_table
 
 # Tables.
 
@@ -64,8 +60,6 @@ def draw(claim: Spikes, results: Sequence[Result]) -> dict[str, Figure]:
 
 def draw_comparison(claim: Spikes, results: Sequence[Result]) -> Figure:
     """Draw the loss of all arms, and below it the gradient norms of those with an adaptive threshold."""
-    from matplotlib.figure import Figure
-
     shown = [arm for arm in claim.arms if arm in WITH_THRESHOLD]
     figure = Figure(figsize=(8.8, 6.4 if shown else 3.8), layout="constrained")
     panels = [["loss"] * len(shown), shown] if shown else [["loss"]]
@@ -94,7 +88,7 @@ def draw_losses(axis: Axes, claim: Spikes, results: Sequence[Result]) -> None:
     floor, top = np.inf, -np.inf
     for place, arm in enumerate(claim.arms):
         own = [result for result in results if result.arm == arm]
-        curves = np.array([read_steps(claim.folder(result))["loss"] for result in own])
+        curves = np.array([read_table(claim.folder(result) / "steps.csv")["loss"] for result in own])
         steps, smoothed, colour = np.arange(1, curves.shape[1] + 1), smooth(curves.mean(0)), COLOURS[arm]
         axis.plot(steps, curves[0], color=colour, linewidth=0.7, alpha=0.35)
         axis.plot(steps, smoothed, color=colour, linewidth=2, label=arm)
@@ -114,7 +108,7 @@ def draw_losses(axis: Axes, claim: Spikes, results: Sequence[Result]) -> None:
 
 def draw_norms(axis: Axes, arm: str, folder: Path) -> None:
     """Draw the norms before clipping, the threshold and the clipped steps of the first seed."""
-    recorded, colour = read_steps(folder), COLOURS[arm]
+    recorded, colour = read_table(folder / "steps.csv"), COLOURS[arm]
     steps, clipped = np.arange(1, len(recorded["norm"]) + 1), recorded["clipped"] > 0
     threshold = read_threshold(folder / "metrics.csv", arm)
     axis.plot(steps, recorded["norm"], color="0.7", linewidth=0.8, label="norm")
@@ -125,17 +119,6 @@ def draw_norms(axis: Axes, arm: str, folder: Path) -> None:
     share = f"{100 * clipped.mean():.0f} % of steps clipped"
     axis.set_title(f"Gradient norm with {WITH_THRESHOLD[arm]}: {share}", fontsize=10, loc="left")
     axis.legend(frameon=False, fontsize=9, ncols=3, loc="upper right", handlelength=1.4, columnspacing=1.2)
-
-
-def read_steps(folder: Path) -> dict[str, np.ndarray]:
-    """Read the columns of ``steps.csv``."""
-    with (folder / "steps.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    numbers = {"True": 1.0, "False": 0.0}
-    return {
-        key: np.array([numbers[row[key]] if row[key] in numbers else float(row[key]) for row in rows])
-        for key in rows[0]
-    }
 
 
 def read_threshold(metrics: Path, arm: str) -> dict[int, float]:

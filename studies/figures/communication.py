@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from studies.claims.communication import REFERENCE, STRATEGIES, Communication, Result, read_epochs
-from studies.common import mean_and_spread, print_rows, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from studies.claims.communication import REFERENCE, STRATEGIES, Communication, Result
+from studies.common import mean_and_spread, print_rows, read_table, tidy
 
 MEANINGS = {
     "dense": "every entry of the gradient, as in DDP",
@@ -82,9 +81,6 @@ def draw(claim: Communication, results: Sequence[Result]) -> dict[str, Figure]:
 
 def draw_comparison(claim: Communication, results: Sequence[Result]) -> Figure:
     """Draw validation accuracy by epoch and by megabytes sent, and test accuracy at the end."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
     figure = Figure(figsize=(12.5, 2.6 + 0.3 * max(6, len(claim.arms))), layout="constrained")
     by_epoch, by_bytes, at_end = figure.subplots(1, 3)
     for gradients in claim.arms:
@@ -110,7 +106,7 @@ def draw_comparison(claim: Communication, results: Sequence[Result]) -> Figure:
 
 def draw_curves(by_epoch: Axes, by_bytes: Axes, claim: Communication, own: Sequence[Result]) -> None:
     """Draw the validation accuracy of one way to send gradients, averaged over seeds, with a mark at the end."""
-    columns, gradients = [read_epochs(claim.folder(result)) for result in own], own[0].arm
+    columns, gradients = [read_table(claim.folder(result) / "epochs.csv") for result in own], own[0].arm
     accuracies, sent = (np.mean([column[key] for column in columns], axis=0) for key in ("val_acc", "megabytes"))
     look: dict[str, Any] = {"color": COLOURS[gradients], "linewidth": 3.0 if gradients == REFERENCE else 1.6}
     by_epoch.plot(columns[0]["epoch"], 100 * accuracies, **look)

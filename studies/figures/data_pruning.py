@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from studies.claims.data_pruning import Pruning, Result, split
 from studies.common import mean_and_spread, print_rows, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Tables.
 
@@ -88,8 +86,6 @@ def draw(claim: Pruning, results: Sequence[Result]) -> dict[str, Figure]:
 
 def draw_comparison(claim: Pruning, results: Sequence[Result]) -> Figure:
     """Draw the test accuracy of each variant, a row for each dropped share."""
-    from matplotlib.figure import Figure
-
     height = 0.32 * len(claim.variants) + 0.7
     figure = Figure(figsize=(7, 0.9 + height * len(claim.prunes)), layout="constrained")
     axes = figure.subplots(len(claim.prunes), 1, squeeze=False, sharex=True, sharey=True)

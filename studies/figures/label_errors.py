@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from plain_project.cifar10 import Images
 
 from studies.claim import Run
 from studies.claims.data_pruning import build_data
 from studies.claims.label_errors import LabelErrors, Result, read_scores
-from studies.common import mean_and_spread, print_rows, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from studies.common import mean_and_spread, print_rows, tidy, write_table
 
 WRONG = "#D55E00"
 
@@ -47,15 +44,8 @@ def draw(claim: LabelErrors, results: Sequence[Result]) -> dict[str, Figure]:
 
 def draw_label_errors(claim: LabelErrors, results: Sequence[Result]) -> Figure:
     """Draw the hardest and easiest samples, wrong labels framed, and the found ones; write ``label_errors.csv``."""
-    from matplotlib.figure import Figure
-
-    with (claim.output / "label_errors.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("seed", "order", "looked_at", "found"))
-        for result in results:
-            pairs = zip(result.looked_at, result.found, strict=True)
-            writer.writerows((result.seed, result.arm, *pair) for pair in pairs)
-
+    rows = [(each.seed, each.arm, *pair) for each in results for pair in zip(each.looked_at, each.found, strict=True)]
+    write_table(claim.output / "label_errors.csv", ("seed", "order", "looked_at", "found"), rows)
     figure = Figure(figsize=(11, 5), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=[1.45, 1])
     draw_samples(halves[0], claim)

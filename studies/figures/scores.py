@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import seed_everything
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_grad.data import compare_scores
 from studies.claim import Run
 from studies.claims.data_pruning import CLASSES, OFFSET, Pruning, Result, build_data
 from studies.claims.label_errors import LabelErrors, read_scores, score
-from studies.common import tidy
+from studies.common import read_table, tidy
 from studies.figures.data_pruning import COLOURS
 from studies.figures.label_errors import WRONG, inputs
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 RIGHT = "#0072B2"
 
@@ -48,8 +45,6 @@ def score_seed(scorer: LabelErrors, name: str, epochs: Sequence[int], **settings
 
 def draw_scores(claim: Pruning, scorer: LabelErrors, results: Sequence[Result]) -> Figure:
     """Draw pairs of scores, the kept share of each class, and the learning rate in shorter epochs."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(11, 6.6), layout="constrained")
     axes = figure.subplots(2, 3)
     data, k = build_data(scorer, 0), scorer.score_epoch
@@ -88,7 +83,7 @@ def draw_classes(axis: Axes, claim: Pruning, results: Sequence[Result]) -> None:
     total = sum(class_counts(claim, seed) for seed in sorted({result.seed for result in results}))
     for place, variant in enumerate(shown):
         folders = [claim.folder(r) for r in results if (r.variant, r.prune) == (variant, prune)]
-        kept = sum(read_column(folder / "classes.csv", "samples") for folder in folders)
+        kept = sum(read_table(folder / "classes.csv")["samples"] for folder in folders)
         width = 0.8 / len(shown)
         places = np.arange(CLASSES) + width * (place - (len(shown) - 1) / 2)
         axis.bar(places, kept / np.maximum(total, 1), width, color=COLOURS[variant], label=variant)
@@ -111,16 +106,10 @@ def draw_rates(axis: Axes, claim: Pruning, results: Sequence[Result]) -> None:
     """Draw the learning rate of each step for the first seed."""
     for result in results:
         if result.seed == results[0].seed and result.variant in ("full", "hard"):
-            rates = read_column(claim.folder(result) / "steps.csv", "lr")
+            rates = read_table(claim.folder(result) / "steps.csv")["lr"]
             dashes = "-" if result.prune in (0.0, claim.prunes[0]) else "--"
             axis.plot(rates, dashes, color=COLOURS[result.variant], label=result.arm)
     axis.set_title("Learning rate: the cosine ends at zero", fontsize=10, loc="left")
     axis.set_xlabel("optimizer step", fontsize=9)
     if axis.lines:
         axis.legend(fontsize=8, frameon=False)
-
-
-def read_column(path: Path, key: str) -> np.ndarray:
-    """Read one column of a table of numbers."""
-    with path.open(newline="") as file:
-        return np.array([float(row[key]) for row in csv.DictReader(file)])

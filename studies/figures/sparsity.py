@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lightning_grad.functional import RECIPES
 from studies.claims.sparsity import Result, Sparsity
 from studies.common import mean_and_spread, print_rows, read_curve, tidy
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Tables.
 
@@ -60,8 +58,6 @@ def draw(claim: Sparsity, results: Sequence[Result]) -> dict[str, Figure]:
 
 def draw_comparison(claim: Sparsity, results: Sequence[Result]) -> Figure:
     """Draw the validation accuracy, the share of nonzero weights, and the share of mask changes."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9.6, 4.8), layout="constrained")
     panels = [["accuracy", "density"], ["accuracy", "flips"]]
     axes: dict[str, Axes] = figure.subplot_mosaic(panels, width_ratios=[1.25, 1], sharex=True)

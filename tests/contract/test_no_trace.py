@@ -1,6 +1,8 @@
-"""G3: after a fit nothing of several techniques together is left; copies in mid-fit leave the run behind."""
+"""G3: after a fit nothing of several techniques together is left; copies have the settings, and leave the run behind."""
 
+import copy
 import io
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
@@ -11,7 +13,14 @@ from lightning_grad.callbacks import NMSparsity
 from lightning_grad.testing import PicklerOfNoRun, fit, make_classifier
 from lightning_grad.testing.checks.g3_no_trace import assert_nothing_is_left
 from tests.contract.recorded import PLAIN, bare, broken, run
-from tests.contract.settings import build_together
+from tests.contract.settings import BROAD, build_together
+
+
+@pytest.mark.parametrize("technique", BROAD, ids=str)
+def test_copies_have_the_settings_of_the_original(technique: Any) -> None:
+    for callback in (technique.build(), *bare(technique).callbacks):
+        for twin in (pickle.loads(pickle.dumps(callback)), copy.deepcopy(callback)):
+            assert twin.settings == callback.settings
 
 
 @pytest.mark.parametrize("how", ["success", "exception", "interrupt", "in on_fit_start"])

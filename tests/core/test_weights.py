@@ -68,6 +68,8 @@ class Outside(Technique):
 NOISE = Outside("WeightNoise", arguments={"include": LAYERS}, neutral={"include": LAYERS, "std": 0.0}, kind=WeightNoise)
 ROUND = Outside("Rounding", arguments={"include": LAYERS}, neutral="It always rounds.", kind=Rounding)
 BOTH = pytest.mark.parametrize("technique", [NOISE, ROUND], ids=str)
+OF_THE_FIRST = guarantees.OF_THE_FIRST - {guarantees.FROZEN}
+ALONE = [check for check in CHECKS.values() if guarantees.is_held_to(NOISE, check) or check.name in OF_THE_FIRST]
 
 
 def sparse(recipe: str = "mdgf-exponential", **arguments: Any) -> NMSparsity:
@@ -78,7 +80,7 @@ def sparse(recipe: str = "mdgf-exponential", **arguments: Any) -> NMSparsity:
 
 
 @BOTH
-@pytest.mark.parametrize("check", [c for c in CHECKS.values() if guarantees.is_held_to(NOISE, c)], ids=str)
+@pytest.mark.parametrize("check", ALONE, ids=str)
 def test_guarantee(technique: Technique, check: Check) -> None:
     guarantees.test_guarantee(technique, check)
 
@@ -86,6 +88,7 @@ def test_guarantee(technique: Technique, check: Check) -> None:
 @BOTH
 def test_it_acts(technique: Technique) -> None:
     guarantees.test_technique_is_not_neutral_otherwise(technique)
+    guarantees.test_frozen_weights_that_are_not_named_stay_what_they_are(technique)
     checkpoints.test_callback_state_is_made_of_plain_types(technique)
     resume.test_an_on_exception_checkpoint_holds_what_save_on_exception_does(technique)
 
@@ -96,7 +99,8 @@ def test_resume_beside_weight_averaging(technique: Technique, ema_first: bool, t
     resume.test_resume_beside_weight_averaging(technique, ema_first, tmp_path)
 
 
-def test_shards_are_refused() -> None:
+def test_two_ranks_agree_and_shards_are_refused() -> None:
+    guarantees.test_guarantee(NOISE, CHECKS["g6_two_ranks"])
     composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch(NOISE, "FSDPStrategy")
 
 

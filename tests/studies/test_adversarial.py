@@ -30,8 +30,8 @@ from studies.claims.adversarial import (
     build_module,
     epochs_to,
     pixels,
-    read_column,
 )
+from studies.common import read_table
 from studies.figures.adversarial import (
     COLOURS,
     RIGHT,
@@ -106,7 +106,7 @@ def test_training_on_attacks_makes_robust(study: tuple[Adversarial, list[Result]
 def test_result_is_judged_by_what_its_training_is_for(study: tuple[Adversarial, list[Result]]) -> None:
     asked, results = study
     for result in results:
-        values = {key: read_column(asked.folder(result), key) for key in (CLEAN, ROBUST)}
+        values = {key: read_table(asked.folder(result) / "epochs.csv")[key] for key in (CLEAN, ROBUST)}
         assert values[CLEAN].mean() > values[ROBUST].mean()
         judged = values[CLEAN if result.attack == "plain" else ROBUST]
         assert result.validation == pytest.approx(judged.mean())
@@ -134,7 +134,7 @@ def test_robustness_is_drawn_as_it_was_written(study: tuple[Adversarial, list[Re
     for attack, line in zip(asked.attacks, axis.lines, strict=False):
         (own,) = [result for result in results if (result.attack, result.schedule) == (attack, OURS)]
         folder = asked.folder(own)
-        written = {key: read_column(folder, key, "strengths") for key in ("epsilon", "accuracy")}
+        written = {key: read_table(folder / "strengths.csv")[key] for key in ("epsilon", "accuracy")}
         assert line.get_xdata().tolist() == pytest.approx(written["epsilon"].tolist())
         assert line.get_ydata().tolist() == pytest.approx((100 * written["accuracy"]).tolist())
         assert written["epsilon"].tolist() == [0.0, *(strength * asked.radius for strength in STRENGTHS)]
@@ -180,7 +180,7 @@ def test_without_epsilon_all_attacks_are_plain_training(tmp_path: Path) -> None:
 def test_cuts_are_counted_and_marked(tmp_path: Path) -> None:
     study = short(tmp_path, [f"plain {OURS}"], rates=(0.3,), epochs=14)
     (result,) = train_all(study, 1)
-    rates = read_column(study.folder(result), "lr")
+    rates = read_table(study.folder(result) / "epochs.csv")["lr"]
     places = (np.flatnonzero(np.diff(rates)) + 1).tolist()
     np.testing.assert_allclose(rates[places], 0.3 * 0.8 ** np.arange(1, len(places) + 1))
     assert places

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from studies.claims.clipping import NEEDS_ADAM, RULES, BadBatch, BadBatchAt, Result, count_lost
+from studies.common import read_table
 from studies.figures import clipping
 from studies.figures.clipping import outcome_of, print_table
 from studies.report import write
@@ -66,7 +67,7 @@ def test_the_figure_shows_every_step_of_every_rule(study: tuple[BadBatch, list[R
     panels = clipping.draw_comparison(asked, results).axes
     assert [axis.get_title("left").strip() for axis in panels] == [RULES[name].text for name in asked.arms]
     for axis, result in zip(panels, results, strict=True):
-        losses = clipping.read_losses(asked.folder(result))
+        losses = read_table(asked.folder(result) / "steps.csv")["loss"]
         assert axis.lines[0].get_ydata() == pytest.approx(losses)
         assert result.outcome in axis.texts[0].get_text()
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from studies.claims.clipping_spikes import RULES, Result, Spikes, find_spikes
-from studies.figures.clipping_spikes import print_table, read_steps
+from studies.common import read_table
+from studies.figures.clipping_spikes import print_table
 from studies.report import write
 from studies.runner import train_all
 
@@ -83,7 +84,7 @@ def test_every_variant_has_a_result_and_its_steps(study: tuple[Spikes, list[Resu
 
 def test_lightnings_own_clipping_is_the_first_to_differ(study: tuple[Spikes, list[Result]]) -> None:
     asked, results = study
-    norms = {result.arm: read_steps(asked.folder(result)) for result in results[:2]}
+    norms = {result.arm: read_table(asked.folder(result) / "steps.csv") for result in results[:2]}
     assert norms["none"]["norm"][0] == norms["trainer"]["norm"][0]
     assert norms["trainer"]["norm_used"].max() <= 1.0 + 1e-4
 

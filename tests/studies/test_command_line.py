@@ -34,6 +34,13 @@ pytestmark = [
         ("--only sparsity --set rates=x", "rates must be numbers with commas; got 'x'."),
         ("--only clipping --set arms=none,nrom", "clipping has no arm 'nrom'. There are none, norm"),
         ("--only clipping --set arms=spike", "clipping has no arm 'spike'"),
+        ("--only clipping --set arms=none,none", "arms must differ; got none, none."),
+        ("--only clipping --set steps=1", "steps must be at least 4; got 1."),
+        ("--only clipping --set optimizer=lion", "optimizer must be sgd or adamw; got 'lion'."),
+        ("--only sparsity --set rates=0.1,-1", "rates must be above 0; got 0.1, -1.0."),
+        ("--only sparsity --set epochs=0", "epochs must be at least 1; got 0."),
+        ("--only data-pruning --set equal_by=time", "equal_by must be epochs or steps; got 'time'."),
+        ("--threads 0", "--threads must be at least 1; got 0."),
         ("--only clipping --data .", "clipping takes no --data"),
         ("--only sparsity --data missing", "--data must be a folder with CIFAR-10; missing does not exist."),
     ],
@@ -95,7 +102,8 @@ def test_settings_of_the_command_line() -> None:
         "adamw",
         ("none", "spike"),
     )
-    assert (study.seeds, claim.wandb, claim.output) == ([0, 7, 8, 9], "offline", Path("runs/studies/clipping"))
+    output = Path("runs/studies/clipping_optimizer=adamw_factor=nan_steps=60")
+    assert (study.seeds, claim.wandb, claim.output) == ([0, 7, 8, 9], "offline", output)
     (study,) = choose(build_parser().parse_args(["--only", "data-pruning", "--set", "rates=0.1", "width=2"]))
     assert (study.claim.rates, study.claim.width, list(study.seeds)) == ((0.1,), 2, [0, 1, 2, 3, 4])
 
@@ -129,8 +137,9 @@ def test_a_claim_from_the_start_to_its_figures(
         *[(arm, 1000) for _ in range(2) for arm in ("none", "norm")],
         *[(arm, seed) for seed in (0, 1) for arm in ("none", "norm")],
     ]
-    assert (folder / "clipping" / "comparison.png").read_bytes().startswith(PNG)
-    assert (folder / "clipping" / "results.csv").is_file()
+    output = folder / "clipping_steps=40"  # not that of the claim with its own settings, whose logs would be lost
+    assert (output / "comparison.png").read_bytes().startswith(PNG)
+    assert (output / "results.csv").is_file()
     monkeypatch.setattr("studies.claims.clipping.BadBatch.train", None)  # nothing may be trained again
     assert main(options) == 0
     printed = capsys.readouterr().out
@@ -147,7 +156,7 @@ def test_figures_are_refused_without_logs(run: tuple[Path, list[str]], capsys: p
     printed = capsys.readouterr().out
     assert "Cannot draw figures without the logs of the trainings" in printed
     assert "NormClipping(1.0)" in printed
-    assert not (run[0] / "elsewhere" / "clipping" / "comparison.png").exists()
+    assert not list((run[0] / "elsewhere").rglob("*.png"))
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(1)])  # Lightning turns the first into the second

@@ -14,10 +14,10 @@ from lightning_grad.data import load_scores
 from studies.claim import Run
 from studies.claims.data_pruning import ARMS, RULES, Pruning, Result, build_data, epochs_of, equal, label
 from studies.claims.label_errors import LabelErrors, count_found
+from studies.common import read_table
 from studies.figures import label_errors
 from studies.figures.data_pruning import draw_comparison, print_table
 from studies.figures.label_errors import draw_found
-from studies.figures.scores import read_column
 from studies.report import write
 from studies.runner import train_all
 
@@ -91,7 +91,7 @@ def test_runs_are_the_same_until_they_prune(study: tuple[Pruning, list[Result]])
 
 
 def test_schedules_end_at_zero_however_short_the_epochs(study: tuple[Pruning, list[Result]]) -> None:
-    full, hard = (read_column(folder_of(study, arm) / "steps.csv", "lr") for arm in ("full", "hard 80%"))
+    full, hard = (read_table(folder_of(study, arm) / "steps.csv")["lr"] for arm in ("full", "hard 80%"))
     assert (len(full), len(hard)) == (44, 27)
     np.testing.assert_array_equal(hard[:22], full[:22])
     assert all(each[-1] < 0.05 * each.max() for each in (full, hard))
@@ -99,7 +99,7 @@ def test_schedules_end_at_zero_however_short_the_epochs(study: tuple[Pruning, li
 
 def test_classes_of_the_last_epoch_are_kept(study: tuple[Pruning, list[Result]]) -> None:
     for arm, expected in (("full", 1400), ("hard 50%", 700), ("ccs 80%", 280)):
-        assert read_column(folder_of(study, arm) / "classes.csv", "samples").sum() == expected
+        assert read_table(folder_of(study, arm) / "classes.csv")["samples"].sum() == expected
 
 
 @pytest.mark.parametrize("name", ["comparison", "histogram", "scores"])

@@ -15,6 +15,7 @@ import pytest
 
 from studies import results
 from studies.claim import Run
+from studies.claims import CLAIMS
 from studies.plan import CHOICE_SEED, Plan
 from studies.results import Line, Origin, Store, origin_of
 from studies.runner import run_claims
@@ -107,6 +108,8 @@ def test_claims_share_the_budget_by_what_they_need(
     given = []
     studies = [study(tmp_path, 5, name=name, budget=budget) for name, budget in (("x", 1.0), ("y", 3.0))]
     monkeypatch.setattr("studies.runner.time.monotonic", lambda: 100.0)
+    for each in studies:
+        each.clock = time.monotonic
     monkeypatch.setattr("studies.runner.Study.run", lambda self, end: given.append((self.claim.name, end)))
     assert run_claims(studies, budget=8.0) == []
     # The first one used nothing of its share. What is left at the end is for all.
@@ -124,7 +127,8 @@ def test_a_budget_that_is_shorter_than_every_share_still_trains(tmp_path: Path, 
         each.store.append(each.claim, replace(line("a", 0, seconds=20), claim=each.claim.name))
     run_claims(asked, budget=0.6)
     assert [len(each.plan().reported) for each in asked] == [4, 4, 4]
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert printed.count("\nx:\n") == 1, "its name stands only above what it trains"
 
 
 def test_a_claim_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,6 +266,11 @@ def test_changed_code_changes_the_digest(tmp_path: Path) -> None:
         digests.append(results.digest(str(claim)))
     results.digest.cache_clear()
     assert digests[0] != digests[1]
+
+
+def test_code_of_a_claim_includes_that_of_its_base_and_what_all_share() -> None:
+    files = [Path(each).name for each in results.sources(CLAIMS["label-errors"])]
+    assert files == ["label_errors.py", "data_pruning.py", "claim.py", "common.py"]
 
 
 def test_fresh_trains_what_other_code_has_trained(tmp_path: Path) -> None:

@@ -53,6 +53,13 @@ def test_differences_are_paired_by_seed() -> None:
     assert (lower.differences, lower.word) == ([-1.0] * 5, CONTRADICTED)
 
 
+def test_two_diverged_trainings_say_nothing() -> None:
+    """No difference would confirm that an arm is no worse than the other."""
+    results = [Result(arm, seed, None, math.nan, []) for seed in range(5) for arm in "ab"]
+    (comparison,) = compare(Toy(margin=-0.01), results)
+    assert (comparison.differences, comparison.word) == ([], "undecided (0 of 5 seeds)")
+
+
 def test_a_claim_of_several_comparisons() -> None:
     holds, fails = Comparison("b", "a", [1.0] * 5), Comparison("c", "a", [-1.0] * 5)
     open_ones = [Comparison("d", "a", [1.0] * seeds) for seeds in (3, 2)]
@@ -104,7 +111,9 @@ def test_diverged_trainings_are_counted(tmp_path: Path, capsys: pytest.CaptureFi
             value = math.nan if (arm, seed) == ("a", 1) else 0.5
             asked.store.append(asked.claim, replace(line(arm, seed), metrics={"accuracy": value, "curve": []}))
     print_report(asked.plan())
-    assert "1 of 2 diverged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 of 2 diverged" in printed
+    assert "smallest to largest difference" in printed
 
 
 def test_figures_need_a_seed_with_all_arms_and_logs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

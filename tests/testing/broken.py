@@ -273,6 +273,20 @@ class CounterStaysAfterAnException(Careful):
             self.ended, self.steps = False, 0
 
 
+class CountsAllFits(pl.Callback):
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.batches += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches": self.batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.batches = state_dict["batches"]
+
+
 class HoldsALambda(pl.Callback):
     def __init__(self, power: int = 2) -> None:
         self.of = lambda value: value**power
@@ -558,6 +572,11 @@ class MovesFrozenWeights(pl.Callback):
                 parameter.mul_(0.99)
 
 
+class Thaws(pl.Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.requires_grad_(True)
+
+
 class NeedsNoCompiler(pl.Callback):
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         if any(child._compiled_call_impl is not None for child in pl_module.modules()):
@@ -811,6 +830,7 @@ BROKEN = [
     Broken(CounterStays, AGAIN, "weights of the"),
     Broken(CounterStaysAfterSuccess, AGAIN[:1], "weights of the second fit"),
     Broken(CounterStaysAfterAnException, AGAIN[1:], "weights of the fit after an exception"),
+    Broken(CountsAllFits, AGAIN, "state after the second fit: callbacks/0/batches"),
     Broken(HoldsALambda, ("g3_pickles_and_copies",), "attribute of"),
     Broken(KeyChangesInCopies, ("g3_pickles_and_copies",), "changes state_key"),
     Broken(HoldsTheModule, ("g3_copy_in_a_fit_holds_no_run",), "holds an object of type Small"),
@@ -851,6 +871,7 @@ BROKEN = [
     Broken(NeedsAdam, ("g6_optimizer_without_second_moment",), "exp_avg_sq"),
     Broken(NeedsAllGradients, ("g6_frozen_parameters",), "NoneType", at=NeedsAllGradients.on_before_optimizer_step),
     Broken(MovesFrozenWeights, ("g6_frozen_parameters",), "frozen body.weight"),
+    Broken(Thaws, ("g6_frozen_parameters",), "frozen body.weight"),
     Broken(NeedsNoCompiler, ("g6_compiled_submodules",), "A module is compiled."),
     Broken(StepsOtherwiseIfCompiled, ("g6_compiled_submodules",), "differs from the run without a compiler"),
     Broken(NeedsOneNamespace, ("g6_pytorch_lightning",), "not a Trainer"),

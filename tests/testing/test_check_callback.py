@@ -101,6 +101,7 @@ def test_arguments_that_make_no_sense_raise_at_once() -> None:
             ValueError,
             "Did you mean 'g5_resumes_within_an_epoch'?",
         ),
+        ({"expected_failed": {"G2": ""}}, ValueError, "Did you mean 'g2'?"),
         ({"expected_failed": {"hooks": ""}}, ValueError, "is no check. Guarantees are g1, g2, g3, g4, g5, g6, g7, g8"),
         ({"modules": small}, TypeError, "modules must be a list .* got small"),
         ({"modules": []}, ValueError, "modules is empty"),

@@ -17,7 +17,10 @@ Row = Mapping[str, Any]
 
 _TINY = 0.001  # a callback with a smaller share has no line of its own in the text
 _LITTLE = 0.001  # seconds
-_CPU_NOTE = "Host syncs are calls that would wait for a GPU."
+_SYNC_NOTE = "Host syncs are calls that would wait for a GPU."
+_NO_SYNCS_NOTE = (
+    "Host syncs and memory were not counted: host_syncs is False, or another profiler of torch was running."
+)
 _GPU_NOTE = "Host time is the time of Python. What the GPU still computes counts where Python waits for it."
 _SYNCING_PARTS = (STEP, HOOKS, REST)  # others read tensors that are on the host anyway
 
@@ -54,7 +57,13 @@ def text_of(rows: Sequence[Row], batches: int, device: str) -> str:
     lines = [*(list(_cells(row))[: len(header)] for row in shown), [*total, *[""] * (len(header) - len(total))]]
     notes = [f"Below {100 * _TINY:.1f} % each: {listed(tiny, most=8)}."] if tiny else []
     title = f"host time of a batch, mean of {batches}"
-    return "\n".join([title, format_table(lines, header), *notes, _CPU_NOTE if device == "cpu" else _GPU_NOTE])
+    if all(row["host_syncs"] is None for row in rows):
+        notes.append(_NO_SYNCS_NOTE)
+    elif device == "cpu":
+        notes.append(_SYNC_NOTE)
+    if device != "cpu":
+        notes.append(_GPU_NOTE)
+    return "\n".join([title, format_table(lines, header), *notes])
 
 
 def _cells(row: Row) -> Iterator[str]:

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
-from lightning_grad.testing.lines import line_of_function
+from lightning_grad.testing.checks.trained import state_varies
+from lightning_grad.testing.lines import line_of_class, line_of_function
 from lightning_grad.testing.runs import Run
 from lightning_grad.testing.states import assert_identical
 from lightning_grad.testing.subject import NotApplicableError, Subject
@@ -60,14 +61,14 @@ def assert_nothing_is_left(run: Run, plain: Run) -> None:
     try:
         assert_identical(plain.traces, run.traces, "left behind in ")
     except AssertionError as error:
-        raise GuaranteeError(*_of_whom(run.module, str(error))) from error
+        raise GuaranteeError(*_with_owner(run.module, str(error))) from error
     for name, child in plain.module.named_children():
         if _pickles(child) and not _pickles(run.module.get_submodule(name)):
             raise GuaranteeError(f"{name} of the module does not pickle after the fit.")
 
 
-def _of_whom(module: nn.Module, words: str) -> tuple[str, str]:
-    """Add the place of the first hook or method on the module that is no library's."""
+def _with_owner(module: nn.Module, words: str) -> tuple[str, str]:
+    """Add the first hook or method on the module that no library defines, and return its place too."""
     for where, function in hooks_and_methods(module):
         line = line_of_function(function)
         if line:
@@ -85,21 +86,31 @@ def _pickles(part: Any) -> bool:
 
 @check("quick")
 def g3_second_fit_equals_the_first(subject: Subject) -> None:
-    """After a fit and a validation, another fit of the same callback gives bitwise the weights of its first."""
+    """After a fit and a validation, another fit of the same callback ends with bitwise the weights and state of its first."""
     first = subject.bare()
     path = None
     with contextlib.suppress(Exception):  # a check of its own says so if saving fails
         path = max(subject.watched().saved("epochs").values())
     if first.trainer.num_val_batches:
         subject.validate(subject.project.make(), first.callbacks, path)
-    assert_identical(first.weights, subject.run(first.callbacks).weights, "weights of the second fit")
+    _assert_equal(subject, first, subject.run(first.callbacks), "second fit")
 
 
 @check("full")
 def g3_fit_after_an_exception_equals_the_first(subject: Subject) -> None:
-    """After a fit that an exception ended, another fit of the same callback gives bitwise the weights of its first."""
+    """After a fit that an exception ended, another fit of the same callback ends like one of a new callback."""
     again = subject.run(subject.broken("exception").callbacks)
-    assert_identical(subject.bare().weights, again.weights, "weights of the fit after an exception")
+    _assert_equal(subject, subject.bare(), again, "fit after an exception")
+
+
+def _assert_equal(subject: Subject, first: Run, again: Run, which: str) -> None:
+    """Raise unless two fits ended with the same weights, and with the same state of the callback."""
+    assert_identical(first.weights, again.weights, f"weights of the {which}")
+    try:
+        assert_identical(first.left["callbacks"], again.left["callbacks"], f"state after the {which}: callbacks")
+    except AssertionError as error:
+        if not state_varies(subject):
+            raise GuaranteeError(str(error), line_of_class(subject.kind, "state_dict")) from error
 
 
 @check("quick")
@@ -127,7 +138,7 @@ def _pickled(callback: Any) -> Any:
 
 
 def _culprit(callback: Any) -> str:
-    """Name the attributes that do not pickle."""
+    """Return the names of the attributes that do not pickle, as words for the end of a message."""
     names = []
     for name, value in vars(callback).items():
         try:

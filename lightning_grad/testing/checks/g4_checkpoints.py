@@ -43,7 +43,7 @@ def g4_checkpoint_loads_by_default(subject: Subject) -> None:
 
 
 def _refused_part(path: Path) -> str:
-    """Say which part of a checkpoint ``weights_only=True`` refuses; empty if none does alone."""
+    """Return words that name the part that ``weights_only=True`` refuses; empty if it refuses no single part."""
     part, where = torch.load(path, weights_only=False), ""
     while isinstance(part, dict):
         refused = [key for key, value in part.items() if not _loads_by_default(value)]
@@ -147,18 +147,21 @@ def assert_as_validated(subject: Subject, paths: dict[int, Path], validated: dic
 
     Raises:
         NotApplicableError: If nothing was validated.
+        GuaranteeError: If there is no checkpoint.
     """
     if not any(validated.values()):
         raise NotApplicableError("The module has no validation, or its children return no tensors there.")
+    if not paths:
+        raise GuaranteeError("Lightning saved no checkpoint.")
     built, outputs = subject.project.make(), Outputs()
     for step, path in paths.items():
         built.module.load_state_dict(_weights(path), strict=True)
         subject.validate(built, [outputs])
         where = f"what the plain module computes with {path.name}"
-        assert_identical(_in_order(validated[step], outputs.of[0]), outputs.of[0], where)
+        assert_identical(_without_additions(validated[step], outputs.of[0]), outputs.of[0], where)
 
 
-def _in_order(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+def _without_additions(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
     """Drop what a callback computed in addition: if all wanted outputs are there in their order, return only these."""
     left = iter(outputs)
     found = all(any(torch.equal(output, each) for output in left) for each in wanted)

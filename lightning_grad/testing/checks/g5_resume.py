@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
-from lightning_grad.testing.checks.trained import assert_no_number_drawn
+from lightning_grad.testing.checks.trained import assert_no_number_drawn, state_varies
 from lightning_grad.testing.lines import line_of_class
 from lightning_grad.testing.runs import Run
 from lightning_grad.testing.states import assert_identical
@@ -13,72 +13,64 @@ from lightning_grad.testing.subject import NotApplicableError, Subject
 
 
 @check("quick")
-def g5_saving_changes_nothing(subject: Subject) -> None:
+def g5_saving_changes_nothing(subject: Subject) -> str:
     """A run that is saved at every second step ends bitwise like one that is not."""
     bare, watched = subject.bare(), subject.watched()
     assert_no_number_drawn(bare, watched)
-    _assert_same(subject, bare, watched, "")
+    return _compare(subject, bare, watched, "")
 
 
 @check("quick")
-def g5_resumes_within_an_epoch(subject: Subject) -> None:
+def g5_resumes_within_an_epoch(subject: Subject) -> str:
     """A run that resumes from a checkpoint within an epoch ends bitwise like the uninterrupted run."""
-    _assert_resumes(subject, "steps", slice(1, -1, 3))
+    return _resume(subject, "steps", slice(1, -1, 3))
 
 
 @check("quick")
-def g5_resumes_at_an_epochs_end(subject: Subject) -> None:
+def g5_resumes_at_an_epochs_end(subject: Subject) -> str:
     """The same from the checkpoint of each epoch but the last."""
-    _assert_resumes(subject, "epochs", slice(None, -1))
+    return _resume(subject, "epochs", slice(None, -1))
 
 
 @check("full")
-def g5_resumes_with_accumulation(subject: Subject) -> None:
+def g5_resumes_with_accumulation(subject: Subject) -> str:
     """The same within an epoch, with gradients accumulated over two batches."""
-    _assert_resumes(subject, "steps", slice(1, -1, 3), accumulate=2)
+    return _resume(subject, "steps", slice(1, -1, 3), accumulate=2)
 
 
 @check("full")
-def g5_resumes_after_exceptions(subject: Subject) -> None:
+def g5_resumes_after_exceptions(subject: Subject) -> str:
     """A run that two exceptions end, and that resumes from what each saved, ends bitwise like the uninterrupted run."""
     steps = max(subject.middle() // 4, 1), subject.middle()
     whole, plain = subject.bare(), subject.plain
     if _differ(plain.bare(), plain.continued(steps)):
         raise NotApplicableError(_INEXACT)
-    _assert_same(subject, whole, subject.continued(steps), f"after exceptions at steps {steps[0]} and {steps[1]}: ")
+    return _compare(subject, whole, subject.continued(steps), f"after exceptions at steps {steps[0]} and {steps[1]}: ")
 
 
 _INEXACT = "Without the callback, too, the resumed run differs: of dropout, a shuffled loader, or one without a state."
 
 
-def _assert_resumes(subject: Subject, kind: str, chosen: slice, accumulate: int = 1) -> None:
+def _resume(subject: Subject, kind: str, chosen: slice, accumulate: int = 1) -> str:
     """Raise unless the run resumes bitwise from checkpoints where the run without a callback does."""
     whole, plain = subject.watched(accumulate), subject.plain
-    tried = False
+    words = None
     for index, path in list(enumerate(whole.saved(kind).values()))[chosen]:
-        if not _resumes_without(plain, kind, index, accumulate):
+        if not resumes_without(plain, kind, index, accumulate):
             continue
-        tried = True
         resumed = subject.run(ckpt=path, accumulate_grad_batches=accumulate)
-        _assert_same(subject, whole, resumed, f"resumed at {path.stem}: ")
-    if not tried:
+        words = _compare(subject, whole, resumed, f"resumed at {path.stem}: ")
+    if words is None:
         raise NotApplicableError(_INEXACT)
+    return words
 
 
-def _resumes_without(plain: Subject, kind: str, index: int, accumulate: int) -> bool:
+def resumes_without(plain: Subject, kind: str, index: int, accumulate: int) -> bool:
+    """Return whether the run without a callback resumes bitwise from the checkpoint with this index."""
     try:
         return not _differ(plain.watched(accumulate), plain.resumed(kind, index, accumulate))
     except IndexError:  # it is a run of another length
         return False
-
-
-def _state_varies(subject: Subject) -> bool:
-    """Return whether the state differs between two runs without an interruption, like a time that was measured."""
-    try:
-        assert_identical(subject.bare().left["callbacks"], subject.run().left["callbacks"])
-    except AssertionError:
-        return True
-    return False
 
 
 def _differ(whole: Run, resumed: Run, *ignored: str) -> bool:
@@ -89,13 +81,15 @@ def _differ(whole: Run, resumed: Run, *ignored: str) -> bool:
     return False
 
 
-def _assert_same(subject: Subject, whole: Run, resumed: Run, where: str) -> None:
+def _compare(subject: Subject, whole: Run, resumed: Run, where: str) -> str:
+    """Raise unless two runs ended the same; return what was not compared, or nothing."""
     try:
         assert_identical(_comparable(whole), _comparable(resumed), where)
     except AssertionError as error:
-        if not _differ(whole, resumed, "callbacks") and _state_varies(subject):
-            return
+        if not _differ(whole, resumed, "callbacks") and state_varies(subject):
+            return "Its state was not compared, because it differs between two equal runs."
         raise GuaranteeError(str(error), line_of_class(subject.kind, "state_dict", "load_state_dict")) from error
+    return ""
 
 
 def _comparable(run: Run, *ignored: str) -> dict[str, Any]:

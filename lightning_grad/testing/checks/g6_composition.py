@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,57 +18,71 @@ from lightning_grad.testing.lines import line_of_error
 from lightning_grad.testing.ranks import on_ranks
 from lightning_grad.testing.rows import REFUSES
 from lightning_grad.testing.states import assert_identical
-from lightning_grad.testing.subject import NotApplicableError, RefusedError, Subject
+from lightning_grad.testing.subject import Arguments, NotApplicableError, RefusedError, Subject
 
 _LIMIT = 40.0  # seconds for both ranks; they take one or two
+_INITIAL_SCALE = 2.0**40  # of a loss, whose gradients then overflow
+
+# Arguments of the Trainer; each is one object, because runs are kept by it.
+_ACCUMULATION: Arguments = partial(dict, accumulate_grad_batches=3, max_epochs=2)
+_BF16_MIXED: Arguments = partial(dict, precision="bf16-mixed", max_epochs=2)
+_BF16_TRUE: Arguments = partial(dict, precision="bf16-true", max_epochs=2)
+_CLIPPING: Arguments = partial(dict, gradient_clip_val=0.5, max_epochs=2)
+_SHORT: Arguments = partial(dict, max_steps=10, max_epochs=-1, val_check_interval=2)
+_NO_VALIDATION: Arguments = partial(dict, limit_val_batches=0, max_epochs=2)
+_FAST_DEV_RUN: Arguments = partial(dict, fast_dev_run=True)
+_DDP: Arguments = partial(dict, strategy="ddp", devices=2, max_epochs=2)
 
 
 @check("quick", feature="accumulation")
 def g6_accumulation(subject: Subject) -> str:
     """``Trainer(accumulate_grad_batches=3)``."""
-    return works_or_refuses(subject, _accumulation)
+    return works_or_refuses(subject, _ACCUMULATION)
 
 
 @check("quick", feature="bf16")
 def g6_bf16_mixed(subject: Subject) -> str:
     """``Trainer(precision="bf16-mixed")``."""
-    return works_or_refuses(subject, _bf16_mixed)
+    return works_or_refuses(subject, _BF16_MIXED)
 
 
 @check("full", feature="bf16")
 def g6_bf16_true(subject: Subject) -> str:
     """``Trainer(precision="bf16-true")``."""
-    return works_or_refuses(subject, _bf16_true)
+    return works_or_refuses(subject, _BF16_TRUE)
 
 
 @check("full", feature="fp16")
 def g6_fp16_with_overflow(subject: Subject) -> str:
     """An fp16 GradScaler whose first steps overflow."""
-    return works_or_refuses(subject, _fp16)
+    words = works_or_refuses(subject, _fp16)
+    if premise(subject, _fp16).trainer.precision_plugin.scaler.get_scale() == _INITIAL_SCALE:
+        raise NotApplicableError("No gradient of the module overflows.")
+    return words
 
 
 @check("full", feature="gradient_clip_val")
 def g6_gradient_clip_val(subject: Subject) -> str:
     """``Trainer(gradient_clip_val=0.5)``."""
-    return works_or_refuses(subject, _clipping)
+    return works_or_refuses(subject, _CLIPPING)
 
 
 @check("full")
 def g6_max_steps_and_val_check_interval(subject: Subject) -> str:
     """A run that validates at every second batch, and ends in mid-epoch by ``max_steps``."""
-    return works_or_refuses(subject, _short)
+    return works_or_refuses(subject, _SHORT)
 
 
 @check("full")
 def g6_no_validation(subject: Subject) -> str:
     """``Trainer(limit_val_batches=0)``, so that no metric of a validation is logged."""
-    return works_or_refuses(subject, _no_validation)
+    return works_or_refuses(subject, _NO_VALIDATION)
 
 
 @check("full")
 def g6_fast_dev_run(subject: Subject) -> str:
     """``Trainer(fast_dev_run=True)``."""
-    return works_or_refuses(subject, _fast_dev_run)
+    return works_or_refuses(subject, _FAST_DEV_RUN)
 
 
 @check("quick", feature="manual_optimization")
@@ -84,14 +99,15 @@ def g6_optimizer_without_second_moment(subject: Subject) -> str:
 
 @check("full")
 def g6_frozen_parameters(subject: Subject) -> str:
-    """Parameters that the module has frozen stay what they are."""
-    words = works_or_refuses(subject, change=_freeze_first_child)
+    """Parameters that the module has frozen, half of its children, stay what they are."""
+    words = works_or_refuses(subject, change=_freeze_half_the_children)
     if words:
         return words
-    run = subject.situated(dict, _freeze_first_child)
-    for name, parameter in run.module.named_parameters():
-        if not parameter.requires_grad and run.start is not None:
-            assert_identical(run.start[name], run.weights[name], f"frozen {name}")
+    change = _freeze_half_the_children
+    run, plain = subject.situated(dict, change), premise(subject, dict, change)
+    for name, parameter in plain.module.named_parameters():  # the callback may have thawed its own
+        if not parameter.requires_grad:
+            assert_identical(plain.weights[name], run.weights[name], f"frozen {name}")
     return ""
 
 
@@ -154,8 +170,8 @@ class Failed(NamedTuple):
 def train_on_this_rank(subject: Subject) -> Mapping[str, Tensor] | str | Failed:
     """Train under DDP on each of two ranks; return the parameters of this one, or the words of a refusal or an error."""
     try:
-        plain = premise(subject, _ddp)
-        run = subject.situated(_ddp)
+        plain = premise(subject, _DDP)
+        run = subject.situated(_DDP)
         assert_trained(run, plain)
     except RefusedError as refusal:
         return f"{REFUSES}{refusal}"
@@ -167,52 +183,21 @@ def train_on_this_rank(subject: Subject) -> Mapping[str, Tensor] | str | Failed:
     return {name: value.detach() for name, value in run.module.named_parameters()}
 
 
-def _accumulation() -> dict[str, Any]:
-    return {"accumulate_grad_batches": 3, "max_epochs": 2}
-
-
-def _bf16_mixed() -> dict[str, Any]:
-    return {"precision": "bf16-mixed", "max_epochs": 2}
-
-
-def _bf16_true() -> dict[str, Any]:
-    return {"precision": "bf16-true", "max_epochs": 2}
-
-
 def _fp16() -> dict[str, Any]:
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=1000)
+    scaler = torch.amp.GradScaler("cpu", init_scale=_INITIAL_SCALE, growth_interval=1000)
     return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "max_epochs": 2}
-
-
-def _clipping() -> dict[str, Any]:
-    return {"gradient_clip_val": 0.5, "max_epochs": 2}
-
-
-def _short() -> dict[str, Any]:
-    return {"max_steps": 10, "max_epochs": -1, "val_check_interval": 2}
-
-
-def _no_validation() -> dict[str, Any]:
-    return {"limit_val_batches": 0, "max_epochs": 2}
-
-
-def _fast_dev_run() -> dict[str, Any]:
-    return {"fast_dev_run": True}
 
 
 def _pytorch_lightning() -> dict[str, Any]:
     return {"trainer_class": importlib.import_module("pytorch_lightning").Trainer}
 
 
-def _ddp() -> dict[str, Any]:
-    return {"strategy": "ddp", "devices": 2, "max_epochs": 2}
-
-
-def _freeze_first_child(module: Any) -> None:
+def _freeze_half_the_children(module: Any) -> None:
     children = [child for child in module.children() if any(True for _ in child.parameters())]
     if len(children) < 2:
         raise NotApplicableError("The module has no two children with parameters.")
-    children[0].requires_grad_(False)
+    for child in children[: len(children) // 2]:
+        child.requires_grad_(False)
 
 
 def _compile_children(module: Any) -> None:

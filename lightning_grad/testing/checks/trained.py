@@ -7,6 +7,7 @@ import torch
 from lightning_grad.testing.checks.registry import GuaranteeError
 from lightning_grad.testing.rows import REFUSES
 from lightning_grad.testing.runs import Run
+from lightning_grad.testing.states import assert_identical
 from lightning_grad.testing.subject import Arguments, Change, NotApplicableError, RefusedError, Subject, unchanged
 
 
@@ -44,6 +45,15 @@ def assert_no_number_drawn(without: Run, run: Run) -> None:
         raise GuaranteeError(
             "It draws numbers from torch's global random generator, which changes those of the module."
         )
+
+
+def state_varies(subject: Subject) -> bool:
+    """Return whether the state of the callback differs between two equal runs, like a time that was measured."""
+    try:
+        assert_identical(subject.bare().left["callbacks"], subject.run().left["callbacks"])
+    except AssertionError:
+        return True
+    return False
 
 
 def works_or_refuses(
