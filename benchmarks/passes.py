@@ -15,6 +15,7 @@ and in torch.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import warnings
@@ -90,18 +91,18 @@ def _bytes_of(nested: Any) -> int:
 
 
 class Counter(pl.Callback):
-    """Count operators in the second batch of the second epoch, and Python calls in that of the third.
+    """Count operators in the second batch of the second epoch, and Python calls in that of the next two.
 
     It must be the first callback, so that the step includes all others.
     """
 
     def __init__(self) -> None:
-        self._operators, self._python, self._counting = _Operators(), 0, ExitStack()
+        self._operators, self._python, self._counting = _Operators(), [0, 0], ExitStack()
 
     @property
     def counts(self) -> Counts:
-        """The numbers of the step."""
-        return Counts(self._operators.calls, self._operators.read, self._operators.written, self._python)
+        """The numbers of the step; of Python calls the smaller one, because finalizers of earlier runs may add some."""
+        return Counts(self._operators.calls, self._operators.read, self._operators.written, min(self._python))
 
     @override
     def on_train_batch_start(
@@ -110,14 +111,20 @@ class Counter(pl.Callback):
         self._counting.close()
         if batch_idx == 1 and trainer.current_epoch == 1:
             self._counting.enter_context(self._operators)
-        elif batch_idx == 1 and trainer.current_epoch == 2:
+        elif batch_idx == 1 and trainer.current_epoch > 1:
+            self._epoch = trainer.current_epoch - 2
+            if gc.isenabled():
+                gc.disable()
+                self._counting.callback(gc.enable)
             self._counting.callback(sys.setprofile, sys.getprofile())
             sys.setprofile(self._see)
 
     def _see(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
         # Comprehensions are calls in some versions of Python only.
-        self._python += event == "call" and code.co_filename.startswith(_COUNTED) and code.co_name[0] != "<"
+        self._python[self._epoch] += (
+            event == "call" and code.co_filename.startswith(_COUNTED) and code.co_name[0] != "<"
+        )
 
 
 def count(found: Sequence[Any]) -> Counts:
@@ -127,7 +134,7 @@ def count(found: Sequence[Any]) -> Counts:
     module.head = nn.Linear(HIDDEN, CLASSES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        fit([counter, *found], module, max_epochs=3, limit_val_batches=1, log_every_n_steps=10**6)
+        fit([counter, *found], module, max_epochs=4, limit_val_batches=1, log_every_n_steps=10**6)
     return counter.counts
 
 
