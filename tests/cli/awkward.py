@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,6 +37,10 @@ def plain() -> Any:
 
 def manual() -> Any:
     return Manual(), *loaders()
+
+
+def whole_batches() -> Any:
+    return Tiny(), DataLoader(numbers(), BATCH, shuffle=True, drop_last=True), loaders()[1]
 
 
 class GAN(pl.LightningModule):
@@ -237,6 +244,21 @@ def datamodule() -> Any:
     return Asking(), Prepared()
 
 
+class Restless(Tiny):
+    """Changes the current folder, writes next to its logs, and stops early."""
+
+    def on_fit_start(self) -> None:
+        Path(self.trainer.log_dir, "notes.txt").write_text(self.logger.log_dir)
+        os.chdir(self.trainer.log_dir)
+
+    def on_validation_end(self) -> None:
+        self.trainer.should_stop = True
+
+
+def restless() -> Any:
+    return Restless(), *loaders()
+
+
 def other_namespace() -> Any:
     import pytorch_lightning
 
@@ -256,6 +278,19 @@ class Counting(pl.Callback):
 
 
 # Projects that cannot be tried.
+
+
+def loaders_of(path: str) -> Any:
+    return Tiny(), *loaders()
+
+
+class Leaving(Tiny):
+    def on_fit_start(self) -> None:
+        sys.exit(3)
+
+
+def leaving() -> Any:
+    return Leaving(), *loaders()
 
 
 def not_a_module() -> Any:

@@ -84,6 +84,11 @@ def test_awkward_projects_get_a_verdict(project: str, check: Check) -> None:
             assert entry["acts_on"] is None
 
 
+def test_a_pass_is_told_from_steps_if_a_pruned_half_epoch_would_have_no_batch(check: Check) -> None:
+    found = check(f"{HERE}:whole_batches", "DataPruning")
+    assert found["DataPruning"]["between_epochs"] == "1 x training data"
+
+
 def test_a_network_of_hugging_face(check: Check) -> None:
     pytest.importorskip("transformers")
     found = check(f"{HERE}:hugging_face", "LossReweighting", "NMSparsity")
@@ -174,8 +179,17 @@ def make(source: Any) -> Any:
         ("nowhere:make", r"there is no module 'nowhere' \(searched from "),
         (f"{HERE}:nothing", f"module '{HERE}' has no function 'nothing'"),
         ("project", "'project' names no project. Give the YAML file of a LightningCLI, or package.module:function"),
-        (f"{HERE}:not_a_module", rf"{HERE}:not_a_module returned \(Linear, DataLoader\)\. Return a LightningModule"),
+        (
+            f"{HERE}:not_a_module",
+            rf"error: {HERE}:not_a_module returned \(Linear, DataLoader\)\. Return a LightningModule",
+        ),
         (f"{HERE}:unbuildable", "does not train without any technique:.*in __init__.*ZeroDivisionError: no layers"),
+        ("raises.yaml", "does not train without any technique:.*in __init__.*ZeroDivisionError: no layers"),
+        (f"{HERE}:Tiny", "MisconfigurationException: `train_dataloader` must be implemented"),
+        (f"{HERE}:loaders_of", rf"error: {HERE}:loaders_of needs path\. Name a function that needs no arguments\."),
+        ("tests/cli/awkward.py:plain", rf"Write a module as in an import: {HERE}:plain\."),
+        (":plain", "':plain' names no project"),
+        (f"{HERE}:leaving", "does not train without any technique:.*in on_fit_start.*SystemExit: 3"),
         (f"{HERE}:broken", "does not train without any technique:.*in training_step.*KeyError: 'the label is missing'"),
     ],
 )
@@ -183,13 +197,16 @@ def test_what_cannot_be_tried_is_said_first(
     target: str, words: str, quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (quick / "wrong.yaml").write_text(CONFIG.replace("size: 4", "siz: 4"))
+    (quick / "raises.yaml").write_text(CONFIG.replace("awkward.Asking", "awkward.Unbuildable"))
     awkward.Broken.built = 0
     assert run_command(target) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith("error: ")
+    assert re.match("(.*: your own code runs.*\n)?error: ", printed.err)
     assert re.search(words, printed.err, re.DOTALL), printed.err
-    assert "lightning/pytorch" not in printed.err, "the traceback begins in the user's code"
+    assert not re.search("lightning/pytorch|lightning_grad/|importlib|jsonargparse/", printed.err), (
+        "begins in the user's code"
+    )
     assert awkward.Broken.built <= 1, "nothing else is tried"
 
 
@@ -253,6 +270,20 @@ def test_an_interrupt_prints_what_is_known(quick: Path, capsys: pytest.CaptureFi
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_an_interrupt_before_the_first_technique_is_said(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    awkward.Interrupted.fits = 3
+    assert run_command(f"{HERE}:interrupted", "--only", "ZClip") == 130
+    assert "Interrupted before a technique was tried." in capsys.readouterr().err
+
+
+def test_a_module_may_change_the_folder_use_the_folder_of_its_logs_and_stop_early(check: Check, quick: Path) -> None:
+    found = check(f"{HERE}:restless", "ZClip", "AdversarialEvaluation")
+    assert [entry["status"] for entry in found.values()] == ["runs", "runs"]
+    assert found["AdversarialEvaluation"]["between_epochs"] == "3 x validation"
+    assert Path.cwd() == quick
+    assert [*quick.iterdir()] == []
+
+
 def test_it_changes_nothing(check: Check, quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     torch.manual_seed(123)
@@ -275,7 +306,7 @@ def test_text_and_markdown_have_the_words_of_the_technique(quick: Path, capsys: 
     only = ("--only", "RepeatedRandomSubset", "NormClipping")
     assert run_command(f"{HERE}:stream", *only) == 0
     printed = capsys.readouterr()
-    assert "Your own code runs, with its hooks." in printed.err
+    assert "your own code runs, with its hooks" in printed.err.splitlines()[0]
     table, words = printed.out.split("\n\n")
     assert table.splitlines()[0].split() == ["technique", "result", "step", "time", "between", "epochs", "acts", "on"]
     assert " ".join(words.split()) == f"RepeatedRandomSubset refused {refusal}"

@@ -62,6 +62,9 @@ def test_an_unclear_step_time_is_measured_again(monkeypatch: pytest.MonkeyPatch)
         ("elsewhere", [(17, 4), (25, 8)], "2 x training data, 3 steps an epoch"),
         ("elsewhere", [(39, 4), (39, 4)], "13 steps an epoch"),  # no longer epoch exists
         ("validation", [(36, 12), (72, 24)], "3 x validation"),
+        ("elsewhere", [(2, 2)], "1 x training data"),  # fewer steps than epochs
+        ("validation", [(38, 12), (38, 12)], "3 x validation"),  # no longer validation exists
+        ("validation", [(40, 12), (76, 24)], "3 x validation"),  # two loaders, each with a rehearsal
         ("validation", [(3, 0)], "1 validation steps an epoch"),
     ],
 )

@@ -24,7 +24,12 @@ _FAILED, _UNUSABLE, _INTERRUPTED = 1, 2, 130
 
 def add_command(commands: Any) -> None:
     """Add the command to a parser."""
-    parser = commands.add_parser("check", help="try the techniques on your own module and data", description=_ABOUT)
+    parser = commands.add_parser(
+        "check",
+        help="try the techniques on your own module and data",
+        description=_ABOUT,
+        usage="lightning-grad check TARGET [options]",  # --only would take a target behind it for a name
+    )
     parser.add_argument(
         "target",
         metavar="TARGET",
@@ -75,21 +80,22 @@ def chosen_techniques(only: Sequence[str] | None, strategies: bool) -> list[type
 
 def _run(arguments: argparse.Namespace) -> int:
     chosen = chosen_techniques(arguments.only, arguments.strategies)
+    _say(f"{arguments.target}: your own code runs, with its hooks. Nothing is logged or saved.")
     try:
         with undisturbed(), redirect_stdout(sys.stderr):
             project = ShortProject(source_of(arguments.target))
-    except TargetError as error:
-        return _say_unusable(str(error))
-    except Exception as error:
-        return _say_unusable(f"{arguments.target} does not load:\n\n{outcome_of(error, None).words[0]}")
-    try:
         # On the CPU, if processes will be forked.
         bare = try_out(project, None, arguments.batches, "cpu" if any(map(is_strategy, chosen)) else "auto")
-    except InterruptedTrialError:
+    except TargetError as error:
+        return _say_unusable(str(error))
+    except (KeyboardInterrupt, InterruptedTrialError):
+        _say("Interrupted before a technique was tried.")
         return _INTERRUPTED
+    except (Exception, SystemExit) as error:
+        return _say_unusable(f"{arguments.target} does not load:\n\n{outcome_of(error, None).words[0]}")
     if bare.status != "runs":
         return _say_unusable(f"{arguments.target} does not train without any technique:\n\n{bare.words[0]}")
-    return _report(arguments, Rounds(project, chosen, arguments.batches, arguments.memory), bare)
+    return _report(arguments, Rounds(project, chosen, bare.batches // EPOCHS, arguments.memory), bare)
 
 
 def _device_of(rows: Sequence[Row]) -> str:
@@ -97,16 +103,18 @@ def _device_of(rows: Sequence[Row]) -> str:
     return next((row.outcome.device for row in rows if row.outcome.device and not is_strategy(row.technique)), "")
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _say_unusable(text: str) -> int:
-    print(f"error: {text}", file=sys.stderr)
+    _say(f"error: {text}")
     return _UNUSABLE
 
 
 def _report(arguments: argparse.Namespace, rounds: Rounds, bare: Outcome) -> int:
-    said = f"{EPOCHS} epochs of {bare.batches // EPOCHS} batches, {ROUNDS} rounds"
-    print(
-        f"{arguments.target}: {said}. Your own code runs, with its hooks. Nothing is logged or saved.", file=sys.stderr
-    )
+    length = bare.batches // EPOCHS
+    _say(f"It trains for {EPOCHS} epochs of {length} batch{'es' if length > 1 else ''}, in {ROUNDS} rounds.")
     is_interrupted = False
     try:
         rounds.run()
@@ -115,11 +123,11 @@ def _report(arguments: argparse.Namespace, rounds: Rounds, bare: Outcome) -> int
     rows = list(rounds.rows.values())
     memory = any(row.memory is not None for row in rows)
     if arguments.json:
-        about = {"target": arguments.target, "epochs": EPOCHS, "batches": bare.batches // EPOCHS}
+        about = {"target": arguments.target, "epochs": EPOCHS, "batches": length}
         print(as_json(rows, {**about, "device": _device_of(rows) or bare.device, "interrupted": is_interrupted}))
     else:
         print((as_markdown if arguments.markdown else as_text)(rows, memory))
     if is_interrupted:
-        print("\nInterrupted: this is what was known by then.", file=sys.stderr)
+        _say("\nInterrupted: this is what was known by then.")
         return _INTERRUPTED
     return _FAILED if any(row.outcome.status == "FAILED" for row in rows) else 0

@@ -1,7 +1,9 @@
 """What came of a trial, and whether an error is a refusal or a failure."""
 
+import importlib
+import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +49,7 @@ class Outcome:
     is_finite: bool = True
 
 
-def outcome_of(error: Exception, technique: type[Any] | None) -> Outcome:
+def outcome_of(error: BaseException, technique: type[Any] | None) -> Outcome:
     """Return a refusal if the technique itself raised the error in words about itself, otherwise a failure."""
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename)
@@ -58,11 +60,39 @@ def outcome_of(error: Exception, technique: type[Any] | None) -> Outcome:
     return Outcome("FAILED", [traceback_of(error)])
 
 
-def traceback_of(error: Exception) -> str:
-    """Return the traceback of an error; it begins with the user's code, if that was reached."""
-    lines = traceback.extract_tb(error.__traceback__)
-    known = [_PACKAGE, Path(pl.__file__).parents[1], Path(torch.__file__).parent]
-    outside = [not any(Path(frame.filename).is_relative_to(folder) for folder in known) for frame in lines]
-    start = outside.index(True) if True in outside else 0
-    shown = traceback.format_list(lines[start:]) + traceback.format_exception_only(error)
-    return "".join(shown).rstrip()
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback of an error, from the user's code on.
+
+    If the user's code was not reached, it begins with the technique. An error that neither of them raised, such as one
+    about a missing loader, needs no traceback. A library may hide an error of the user's code behind its own.
+    """
+    errors = list(_causes_of(error))
+    shown = next((cause for cause in errors if _frames(cause, _not_users())), error)
+    frames = _frames(shown, _not_users()) or _frames(shown, [_HERE, _PACKAGE / "testing", *_libraries()])
+    return "".join(traceback.format_list(frames) + traceback.format_exception_only(shown)).rstrip()
+
+
+def _causes_of(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _frames(error: BaseException, skipped: list[Path]) -> list[traceback.FrameSummary]:
+    """Return the frames of an error from the first one on that is in none of these folders."""
+    frames = traceback.extract_tb(error.__traceback__)
+    for start, frame in enumerate(frames):
+        path = Path(frame.filename)
+        if not frame.filename.startswith("<frozen") and not any(path.is_relative_to(folder) for folder in skipped):
+            return frames[start:]
+    return []
+
+
+def _not_users() -> list[Path]:
+    return [_PACKAGE, *_libraries()]
+
+
+def _libraries() -> list[Path]:
+    modules = (pl, torch, importlib, sys.modules.get("pytorch_lightning"), sys.modules.get("jsonargparse"))
+    folders = [Path(module.__file__).parent for module in modules if module is not None and module.__file__]
+    return [*folders, Path(pl.__file__).parents[1]]

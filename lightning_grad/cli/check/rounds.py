@@ -25,7 +25,7 @@ class Rounds:
     Args:
         project: Builds the module and its data.
         techniques: Classes to try, in the order of the rows.
-        batches: Batches for each epoch.
+        batches: Batches for each epoch, as a run without a technique had them.
         memory: Whether to measure memory.
         count: Number of rounds. Techniques whose step time is still unclear get up to as many again.
 
@@ -74,10 +74,10 @@ class Rounds:
                     bar.total -= self._count - 1
 
     def _other_round(self, bar: Any, techniques: Sequence[type[Any]]) -> None:
-        """Change the length of the epochs, to tell passes through the data from a fixed number of steps."""
-        bare = self._try(bar, None, self._batches // 2) if techniques else None
+        """Double the length of the epochs, to tell passes through the data from a fixed number of steps."""
+        bare = self._try(bar, None, 2 * self._batches) if techniques else None
         for technique in techniques:
-            outcome = self._try(bar, technique, self._batches // 2)
+            outcome = self._try(bar, technique, 2 * self._batches)
             if bare is not None and outcome.status == bare.status == "runs":
                 self.rows[technique].compare_calls(outcome, bare)
 

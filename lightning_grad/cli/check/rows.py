@@ -19,6 +19,7 @@ _NOISE = 2 * 2**20  # bytes; a process takes memory in larger pieces than tensor
 _NOT_FINITE = "Its weights became non-finite; without it they stay finite."
 _DATA = {"elsewhere": "training data", "validation": "validation"}
 _STEPS = {"elsewhere": "steps an epoch", "validation": "validation steps an epoch"}
+_REHEARSAL = 2  # fewer steps an epoch are a rehearsal, or the rounding of a share of the data
 
 
 @dataclass(frozen=True)
@@ -151,11 +152,18 @@ def _words_of(phase: str, extra: list[Extra]) -> list[str]:
     if last.calls <= 0:
         return []
     further = last.batches - first.batches
-    share = (last.calls - first.calls) / further if further else 0.0
+    share = (last.calls - first.calls) / further if further else _likely_share(phase, last)
     fixed = (first.calls - share * first.batches) / EPOCHS
     shown = [f"{share:.2g} x {_DATA[phase]}"] if share > 0 else []
-    # Less than one step an epoch is a rehearsal, or the rounding of a share of the data.
-    return shown + ([f"{fixed:.3g} {_STEPS[phase]}"] if fixed >= 1 or not shown else [])
+    return shown + ([f"{fixed:.3g} {_STEPS[phase]}"] if fixed >= _REHEARSAL or not shown else [])
+
+
+def _likely_share(phase: str, only: Extra) -> float:
+    """Return the share of the data if it is too short for two lengths: what is not a number of steps in each epoch."""
+    is_pass = phase == "validation" or only.calls < EPOCHS
+    if not is_pass or not only.batches:
+        return 0.0
+    return only.calls // only.batches or only.calls / only.batches  # whole passes; the rest is a rehearsal
 
 
 def _length(extra: Extra) -> int:

@@ -39,7 +39,7 @@ def short_trainer(
     _drop_writers(run.module)
     length = dict.fromkeys(("limit_train_batches", "limit_val_batches"), run.batches)
     length["log_every_n_steps"] = run.batches // (run.arguments.get("accumulate_grad_batches") or 1)
-    fixed = {**_SHORT, **length, "default_root_dir": folder, "logger": _NoLogs()}
+    fixed = {**_SHORT, **length, "default_root_dir": folder, "logger": _NoLogs(folder)}
     trainer: Any = _namespace_of(run.module).Trainer
     made: pl.Trainer = trainer(**{**run.arguments, **fixed, **arguments, "callbacks": watch.around(callbacks)})
     return made
@@ -54,7 +54,7 @@ def _namespace_of(module: pl.LightningModule) -> Any:
 # What a trial changes about the user's Trainer: it is short, on one device, and writes nothing.
 _SHORT: Mapping[str, Any] = {
     "max_epochs": EPOCHS,
-    "min_epochs": None,
+    "min_epochs": EPOCHS,  # early stopping would make runs that differ in length
     "max_steps": -1,
     "min_steps": None,
     "max_time": None,
@@ -121,7 +121,25 @@ class _Anything:
 
 
 class _NoLogs(DummyLogger):
-    """A logger that accepts everything and writes nothing, so that modules that use one train as usual."""
+    """A logger that accepts everything and writes nothing, so that modules that use one train as usual.
+
+    Args:
+        folder: Folder for what the module itself writes next to its logs.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._folder = folder
+
+    @property
+    @override
+    def save_dir(self) -> str:
+        return self._folder
+
+    @property
+    @override
+    def log_dir(self) -> str:
+        return self._folder
 
     @property
     @override

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -53,7 +54,8 @@ def source_of(target: str) -> Source:
         from lightning_grad.cli.check.config import ConfigSource
 
         return ConfigSource(target)
-    if ":" not in target:
+    path, _, name = target.partition(":")
+    if not path or not name:
         raise TargetError(
             f"{target!r} names no project. Give the YAML file of a LightningCLI, or package.module:function, where the "
             "function returns (module, train_loader), (module, train_loader, validation_loader) or (module, datamodule)."
@@ -78,12 +80,17 @@ class FunctionSource:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{path}.".startswith(f"{error.name}."):
                 raise  # the module exists, and an import in it fails
-            raise TargetError(f"there is no module {path!r} (searched from {os.getcwd()}).") from None
+            dotted = path.removesuffix(".py").strip("./").replace("/", ".")
+            hint = "" if dotted == path else f" Write a module as in an import: {dotted}:{name}."
+            raise TargetError(f"there is no module {path!r} (searched from {os.getcwd()}).{hint}") from None
         found: Any = module
         for part in name.split("."):
             found = getattr(found, part, None)
         if not callable(found):
             raise TargetError(f"module {path!r} has no function {name!r}.")
+        required = [each.name for each in _parameters_of(found) if each.default is each.empty]
+        if required:
+            raise TargetError(f"{target} needs {', '.join(required)}. Name a function that needs no arguments.")
         self._project = Project(found, name=target)
 
     def make(self) -> Run:
@@ -95,6 +102,15 @@ class FunctionSource:
                 raise TargetError(str(error)) from None
             raise
         return Run(built.module, built.data, {})
+
+
+def _parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the parameters of a function, without ``*args`` and ``**kwargs``."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # a class of another language may have no signature
+        return []
+    return [each for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
 
 
 class ShortProject:

@@ -8,7 +8,7 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import chdir, contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_grad.cli.catalog import is_strategy
 from lightning_grad.cli.check.outcome import Outcome, outcome_of
 from lightning_grad.cli.check.short_trainer import callbacks_of, short_trainer
-from lightning_grad.cli.check.sources import Run, ShortProject
+from lightning_grad.cli.check.sources import Run, ShortProject, TargetError
 from lightning_grad.cli.check.watch import Watch
 from lightning_grad.core.compatibility import STRATEGIES, TITLES
 from lightning_grad.data.random_streams import random_streams_kept
@@ -41,9 +41,10 @@ def try_out(
 
     Raises:
         InterruptedTrialError: After Ctrl-C.
+        TargetError: If the function of the user returns something else than a project.
     """
     watch = Watch()
-    with undisturbed() as said, tempfile.TemporaryDirectory() as folder:
+    with undisturbed() as said, chdir("."), tempfile.TemporaryDirectory() as folder:
         try:
             run = project.make(batches, arguments.get("devices", 1))
             known = None if technique is None else _known_before(run, technique)
@@ -51,9 +52,11 @@ def try_out(
                 return known
             trainer = short_trainer(run, technique, watch, folder, {"accelerator": accelerator, **arguments})
             trainer.fit(run.module, **run.data)
-        except (KeyboardInterrupt, SystemExit):
-            raise InterruptedTrialError from None
-        except Exception as error:
+        except TargetError:
+            raise
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+                raise InterruptedTrialError from None
             return outcome_of(error, technique)
     words = [] if technique is None else [text for text in said if text.startswith(technique.__name__)]
     measured = (watch.seconds, watch.batches, dict(watch.calls), watch.chosen, watch.device, watch.peak)
