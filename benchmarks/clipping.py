@@ -87,11 +87,13 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
     TINY: [(16, 16), (256,), (8, 40), (320,)] * 100,
     LARGE: [(2048, 2048), (2048,)] * 16,
 }
+PASS_BUDGET, UNCLIPPED_BUDGET, SPIKES_BUDGET, FEW_SPIKES_BUDGET = 1.15, 0.55, 2.5, 1.2
 NORM_BUDGET, STATISTICS_BUDGET, AGC_BUDGET, MONITOR_BUDGET, PUBLISHED_FACTOR = 1.0, 1.5, 0.6, 1.03, 3.0
 NORM, MAX_NORM, CLIP_VALUE, RATIO, EPS = 5.0, 1.0, 1e-3, 0.01, 1e-3  # NORM: joint norm of all gradients
 WINDOW, FEW, PERCENTILE = 4096, 16, 10.0
 MEAN, VARIANCE, Z_THRESHOLD, ALPHA = 1.0, 0.04, 2.5, 0.97
 LOG_EVERY = 50  # the Trainer's default
+ONE_NORM, ONE_DRAW = "torch norm of each tensor", "torch normal_"
 TORCH_NORM, TORCH_VALUE, TIMM_LOOP = "torch clip_grad_norm_", "torch clip_grad_value_", "AGC as in timm, a loop"
 FULL_WINDOW, EMPTY_WINDOW = f"AutoClip, {WINDOW} norms in the window", f"AutoClip, {FEW} norms in the window"
 MODELS: dict[str, Callable[[], tuple[LightningModule, Any]]] = {
@@ -227,25 +229,30 @@ class Case:
     at_least: bool = False
 
 
-def function_cases(found: Gradients) -> list[Case]:
-    """Return all functions, with torch and published code as baselines."""
+def function_cases(found: Gradients, tiny: bool) -> list[Case]:
+    """Return all functions, with torch and published code as baselines; some budgets are for large tensors only."""
     p, g = found.parameters, found.gradients
     zclip, autoclip, layers = PublishedZClip(), PublishedAutoClip(past_norms(WINDOW)), layers_of(found)
     fresh = PublishedAutoClip(past_norms(FEW))
     moments = [original.square() for original in found.originals]
-    published: dict[str, Any] = {"budget": PUBLISHED_FACTOR, "at_least": True}
+    published: dict[str, Any] = {"budget": PUBLISHED_FACTOR if tiny else None, "at_least": tiny}
+    spikes, unclipped = (FEW_SPIKES_BUDGET, None) if tiny else (SPIKES_BUDGET, UNCLIPPED_BUDGET)
+    for_passes = None if tiny else PASS_BUDGET
     return [
         Case(TORCH_NORM, lambda: clip_grad_norm_(p, MAX_NORM, foreach=True)),
         Case(f"{TORCH_NORM}, again", lambda: clip_grad_norm_(p, MAX_NORM, foreach=True)),
         Case("clip_norm_", lambda: clip_norm_(g, MAX_NORM), budget=NORM_BUDGET),
+        Case("clip_norm_ below its limit", lambda: clip_norm_(g, 2 * NORM), budget=unclipped),
         Case(FULL_WINDOW, autoclip_of(g, WINDOW), budget=STATISTICS_BUDGET),
         Case(EMPTY_WINDOW, autoclip_of(g, FEW), budget=STATISTICS_BUDGET),
         Case("ZClip", zclip_of(g), budget=STATISTICS_BUDGET),
         *layers,
         Case("centralize_", lambda: centralize_(g)),
-        Case("add_gradient_noise_", lambda: add_gradient_noise_(g, 0.01, seed=1)),
-        Case("clip_spikes_", lambda: clip_spikes_(g, moments)),
-        Case("nonfinite", lambda: nonfinite(g)),
+        Case("clip_spikes_", lambda: clip_spikes_(g, moments), budget=spikes),
+        Case(ONE_NORM, lambda: torch._foreach_norm(g), ONE_NORM),
+        Case("nonfinite", lambda: nonfinite(g), ONE_NORM, for_passes),
+        Case(ONE_DRAW, lambda: [gradient.normal_() for gradient in g], ONE_DRAW),
+        Case("add_gradient_noise_", lambda: add_gradient_noise_(g, 0.01, seed=1), ONE_DRAW, for_passes),
         Case(TORCH_VALUE, lambda: clip_grad_value_(p, CLIP_VALUE), TORCH_VALUE),
         Case("clip_value_", lambda: clip_value_(g, CLIP_VALUE), TORCH_VALUE),
         Case(TIMM_LOOP, lambda: clip_adaptively_as_timm(p), TIMM_LOOP),
@@ -288,13 +295,10 @@ def _row(case: Case, typical: Mapping[str, float]) -> Row:
 
 
 def function_rows(shapes: Sequence[tuple[int, ...]], tiny: bool, rounds: int, clock: Clock) -> list[Row]:
-    """Time the functions; published code has a budget on many small tensors only."""
+    """Time the functions."""
     torch.manual_seed(0)
     found = Gradients([nn.Parameter(0.05 * torch.randn(shape, device=clock.device)) for shape in shapes])
-    cases = function_cases(found)
-    if not tiny:
-        cases = [Case(c.name, c.call, c.baseline, None if c.at_least else c.budget) for c in cases]
-    return rows_of(cases, found, rounds, clock)
+    return rows_of(function_cases(found, tiny), found, rounds, clock)
 
 
 # Whole hooks of the callbacks, during a fit.

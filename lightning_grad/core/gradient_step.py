@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,6 +46,11 @@ class GradientStep:
     def weights(self) -> list[Tensor]:
         """The parameters as plain tensors, for computation."""
         return [plain_tensor(parameter) for parameter in self.parameters]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the threshold is infinite and nothing is logged: a rule that only clips then has nothing to do."""
+        return self.threshold == math.inf and not self.measured
 
     def only(self, wanted: Callable[[Tensor], bool]) -> GradientStep:
         """Return a copy of the step with only the gradients for which ``wanted`` returns True."""

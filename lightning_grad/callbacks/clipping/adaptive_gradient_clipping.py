@@ -60,8 +60,8 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     **State.** None.
 
-    **Cost.** Two norms per weight. About half the time of a loop over parameters: see
-    docs/benchmarks.md.
+    **Cost.** Two norms per weight and a product, on a CPU only for weights with a clipped unit.
+    About half the time of a loop over parameters: see docs/benchmarks.md.
 
     Example:
         .. code-block:: yaml
@@ -162,6 +162,8 @@ class AdaptiveGradientClipping(UnitConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        if step.is_idle:
+            return {}
         output_dims = self.output_dims(step.parameters)
         coefficients = clip_adaptively_(step.gradients, step.weights, step.threshold, self.eps, output_dims)
         if not step.measured:

@@ -43,7 +43,8 @@ class GradientNoise(GradientConditioner):
 
     **State.** The step count t of each optimizer.
 
-    **Cost.** One normal draw per entry.
+    **Cost.** One normal draw per entry. On a CPU the noise of a large gradient is drawn in pieces, so it
+    needs little memory.
 
     Example:
         .. code-block:: yaml

@@ -47,7 +47,7 @@ class LayerwiseClipping(GradientConditioner):
 
     **State.** The number of clipped steps.
 
-    **Cost.** A norm per tensor and one multiplication.
+    **Cost.** A norm per tensor and one multiplication; on a CPU only of layers that are clipped.
 
     Example:
         .. code-block:: yaml
@@ -88,6 +88,8 @@ class LayerwiseClipping(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        if step.is_idle:
+            return {}
         layers = self._layers.find(step.names, step.gradients)
         limits = layer_limits(layers.sizes, step.threshold, self.weighted)
         norms, coefficients = clip_layers_(step.gradients, layers.index, limits)

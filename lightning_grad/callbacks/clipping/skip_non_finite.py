@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_grad.core import GradientConditioner, GradientStep, Role, check_count, during_fit, until_next_fit
 from lightning_grad.functional import nonfinite
-from lightning_grad.functional.gradients.tensor_lists import stack_norms
+from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.forward_order import ForwardOrder
 from lightning_grad.utilities.optimizers import OptimizerCounts
 from lightning_grad.utilities.precision import grad_scaler, true_loss
@@ -50,7 +50,7 @@ class SkipNonFinite(GradientConditioner):
 
     **State.** The number of skipped steps, in total and in a row.
 
-    **Cost.** A norm per gradient. The host must know whether to step, so it waits for the
+    **Cost.** One norm. The host must know whether to step, so it waits for the
     device once per step, like a GradScaler. Under DDP the ranks agree by one reduction.
 
     Example:
@@ -116,9 +116,9 @@ class SkipNonFinite(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        # A finite sum of squares has only finite terms, and costs a sixth of a check of each entry. A sum that is not
-        # finite may be an overflow, so the second test decides.
-        skip = self._on_any_rank(not bool(stack_norms(step.gradients).isfinite().all()))
+        # A finite sum of squares has only finite terms. A sum that is not finite may be an overflow, so the second test
+        # decides.
+        skip = self._on_any_rank(not bool(joined_norm(step.gradients).isfinite()))
         bad = nonfinite(step.gradients) if skip else torch.zeros(0)
         skip = skip and self._on_any_rank(bool(bad.any()))
         if skip:

@@ -49,7 +49,8 @@ class SpikeClipping(GradientConditioner):
 
     **State.** The number of steps.
 
-    **Cost.** About five passes through the gradients.
+    **Cost.** About five passes through the gradients. On a CPU one read of gradients and moments, and
+    five passes through pieces that may have a spike.
 
     Example:
         .. code-block:: yaml
@@ -97,7 +98,7 @@ class SpikeClipping(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
-        if self._pauses(step):
+        if step.is_idle or self._pauses(step):
             return {}
         states = [step.optimizer.state.get(parameter, {}) for parameter in step.parameters]
         known = [(g, s["exp_avg_sq"]) for g, s in zip(step.gradients, states, strict=True) if "exp_avg_sq" in s]

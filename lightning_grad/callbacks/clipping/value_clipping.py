@@ -41,7 +41,7 @@ class ValueClipping(GradientConditioner):
 
     **State.** None.
 
-    **Cost.** Two passes through the gradients, as in torch.
+    **Cost.** Two passes through the gradients, as in torch; on a CPU one.
 
     Example:
         .. code-block:: yaml
@@ -77,6 +77,8 @@ class ValueClipping(GradientConditioner):
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:
+        if step.is_idle:
+            return {}
         clip_value_(step.gradients, step.threshold)
         if not step.measured:
             return {}

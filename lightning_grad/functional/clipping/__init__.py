@@ -1,6 +1,7 @@
 """Rules on gradients before a step: clip, normalize, centralize, add noise, skip. One file per technique.
 
-Each function changes the gradients that an optimizer is about to use, in place and without a host sync::
+Each function changes the gradients that an optimizer is about to use, in place and without a host sync. On a CPU, some
+ask first whether anything changes::
 
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     clip_norm_(gradients, max_norm=1.0)

@@ -1,13 +1,15 @@
 """Clip the gradient of each unit by the norm of its weights (AGC)."""
 
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_grad.functional.clipping.norms import EPS
-from lightning_grad.functional.gradients.tensor_lists import by_device, is_sharded
+from lightning_grad.functional.gradients.tensor_lists import by_device, is_sharded, read_flags
 
 
 def unit_norms(tensor: Tensor, output_dim: int = 0) -> Tensor:
@@ -76,6 +78,8 @@ def clip_adaptively_(
     """
     coefficients: list[Any] = [None] * len(gradients)
     dims = output_dims or [0] * len(gradients)
+    if ratio == math.inf:  # inf / inf would be nan
+        return [torch.ones_like(unit_norms(weight, dim)) for weight, dim in zip(weights, dims, strict=True)]
     plain = [i for i, gradient in enumerate(gradients) if not is_sharded(gradient)]
     for positions in by_device([gradients[i] for i in plain]):
         chosen = [plain[i] for i in positions]
@@ -87,7 +91,13 @@ def clip_adaptively_(
         found = torch.split(units, [norm.numel() for norm in norms])
         for i, norm, part in zip(chosen, norms, found, strict=True):
             coefficients[i] = part.view(norm.shape)
-        torch._foreach_mul_([gradients[i] for i in chosen], [coefficients[i] for i in chosen])
+        ends = list(accumulate(map(len, found)))
+        clipped, starts = read_flags(units != 1.0), [0, *ends]
+        if clipped is not None:  # only gradients with a clipped unit need the product; 1 is the byte of a True
+            spans = zip(chosen, starts, ends, strict=False)
+            chosen = [i for i, *span in spans if clipped.find(1, *span) >= 0 or gradients[i].is_complex()]
+        if chosen:
+            torch._foreach_mul_([gradients[i] for i in chosen], [coefficients[i] for i in chosen])
     for i, gradient in enumerate(gradients):
         if is_sharded(gradient):
             norm, size = unit_norms(gradient, dims[i]), unit_norms(weights[i], dims[i])

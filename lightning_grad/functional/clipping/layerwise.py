@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.clipping.norms import EPS
-from lightning_grad.functional.gradients.tensor_lists import shards, stack_norms
+from lightning_grad.functional.gradients.tensor_lists import read_flags, shards, stack_norms
 
 
 def _layer_norms(tensors: Sequence[Tensor], layers: Tensor, count: int) -> Tensor:
@@ -15,9 +15,11 @@ def _layer_norms(tensors: Sequence[Tensor], layers: Tensor, count: int) -> Tenso
 
 
 def _multiply_layers_(gradients: Sequence[Tensor], coefficients: Tensor, layers: Tensor) -> None:
-    local = shards(gradients)
-    factors = coefficients[layers].unbind()
-    torch._foreach_mul_(local, [factor.to(g.device) for factor, g in zip(factors, local, strict=True)])
+    local, factors = shards(gradients), coefficients[layers]
+    scaled, parts = read_flags(factors != 1.0), factors.unbind()
+    chosen = [i for i, g in enumerate(local) if scaled is None or scaled[i] or g.is_complex()]
+    if chosen:
+        torch._foreach_mul_([local[i] for i in chosen], [parts[i].to(local[i].device) for i in chosen])
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def clip_layers_(gradients: Sequence[Tensor], layers: Tensor, max_norms: Tensor)
         arXiv 2310.00098.
     """
     norms = _layer_norms(gradients, layers, len(max_norms))
-    coefficients = torch.clamp(max_norms / (norms + EPS), max=1.0)
+    coefficients = torch.clamp(max_norms / (norms + EPS), max=1.0).masked_fill_(max_norms.isinf(), 1.0)
     _multiply_layers_(gradients, coefficients, layers)
     return norms, coefficients
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from lightning_grad.functional.gradients.tensor_lists import shards
 
+_SMALL = 4096  # entries; for fewer, one call for all of them is faster than one pass for each
+
 
 @torch.no_grad()
 def clip_value_(gradients: Sequence[Tensor], clip_value: float) -> None:
@@ -28,5 +30,10 @@ def clip_value_(gradients: Sequence[Tensor], clip_value: float) -> None:
         tensor([-1.0000,  0.5000])
     """
     local = shards(gradients)
-    torch._foreach_clamp_min_(local, -clip_value)
-    torch._foreach_clamp_max_(local, clip_value)
+    large = [gradient for gradient in local if gradient.is_cpu and gradient.numel() > _SMALL]
+    for gradient in large:  # one pass instead of two
+        gradient.clamp_(-clip_value, clip_value)
+    others = [gradient for gradient in local if not (gradient.is_cpu and gradient.numel() > _SMALL)] if large else local
+    if others:
+        torch._foreach_clamp_min_(others, -clip_value)
+        torch._foreach_clamp_max_(others, clip_value)

@@ -1,7 +1,7 @@
 """Operations on lists of gradients on several devices, of several dtypes, sharded (DTensor) or not.
 
 They are the building blocks of the functions in ``clipping`` and ``diagnostics``. All of them work in place or return
-tensors, without a host sync.
+tensors, without a host sync. On a CPU, where the host may ask, some ask first whether there is anything to do.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 _SMALL = 4096
+_FEW = 1024  # entries; for fewer, two results cost more than torch's slow maximum
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -34,6 +35,23 @@ def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
     """Group the positions of tensors by device."""
     devices = [tensor.device for tensor in tensors]
     return [[i for i, other in enumerate(devices) if other == device] for device in dict.fromkeys(devices)]
+
+
+def read_flags(flags: Tensor) -> bytes | None:
+    """Return bool flags as bytes if they are on the CPU; ``None`` on a device, because the host would wait for it.
+
+    ``numpy()`` raises for a tensor on a device, so no change of this code can turn it into a silent sync.
+
+    Example:
+        >>> list(read_flags(torch.tensor([True, False])))
+        [1, 0]
+    """
+    return flags.numpy().tobytes() if flags.is_cpu and not torch.compiler.is_compiling() else None
+
+
+def is_known(flag: Tensor) -> bool:
+    """Return True if a flag of one entry is on the CPU and True."""
+    return read_flags(flag) == b"\x01"
 
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bool = False) -> list[Tensor]:
@@ -59,14 +77,25 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, accurate: bo
 
 
 def _plain_norms(tensors: Sequence[Tensor], norm_type: float, accurate: bool = False) -> list[Tensor]:
-    if norm_type == torch.inf:  # undefined for empty tensors
-        tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    if norm_type == torch.inf:
+        tensors = [_extremes(tensor) for tensor in tensors]
     dtypes = {tensor.dtype for tensor in tensors}
     if not accurate or dtypes.isdisjoint(_HALF):
         return list(torch._foreach_norm(list(tensors), norm_type))
     if dtypes <= {*_HALF, torch.float32}:
         return list(torch._foreach_norm(list(tensors), norm_type, torch.float32))
     return list(torch._foreach_norm([t.float() if t.dtype in _HALF else t for t in tensors], norm_type))
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """Return a tensor with the same largest magnitude that is faster to reduce.
+
+    torch's maximum norm is not vectorized on a CPU, but ``aminmax`` is, and it also keeps nan and infinity.
+    """
+    if tensor.numel() == 0:  # has no maximum
+        return tensor.new_zeros(1)
+    is_slow = tensor.is_cpu and tensor.numel() > _FEW and not tensor.is_complex()
+    return torch.stack(torch.aminmax(tensor)) if is_slow else tensor
 
 
 def _largest_of_shards(tensor: Any) -> Tensor:
@@ -138,8 +167,10 @@ def any_rank(flags: Tensor, of: Sequence[Tensor]) -> Tensor:
 
 
 def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
-    """Multiply tensors in place by a scalar tensor, without a host sync."""
+    """Multiply tensors in place by a scalar tensor, without a host sync; on a CPU a factor of 1 costs nothing."""
     local = shards(tensors)
+    if is_known(factor == 1.0) and not any(tensor.is_complex() for tensor in local):  # it clears the sign of a zero
+        return
     if len({tensor.device for tensor in local}) == 1:
         torch._foreach_mul_(local, factor.to(local[0].device))
         return

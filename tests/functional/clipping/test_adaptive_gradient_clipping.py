@@ -116,3 +116,20 @@ def test_units_are_rows_and_filters(shape: tuple[int, ...], units: tuple[int, ..
     assert norms.shape == units
     rows = tensor.reshape(max(norms.numel(), 1), -1)
     torch.testing.assert_close(norms.flatten(), rows.square().sum(1).sqrt())
+
+
+def test_gradients_without_a_clipped_unit_are_not_written() -> None:
+    gradients = [torch.ones(2, 3), torch.ones(4, 2), torch.zeros(0, 3), torch.ones(2)]
+    weights = [torch.ones(2, 3), torch.ones(4, 2), torch.zeros(0, 3), torch.ones(2)]
+    gradients[1][-1] *= 100.0
+    versions = [gradient._version for gradient in gradients]
+    check_agc(gradients, weights, ratio=2.0)
+    assert [g._version > v for g, v in zip(gradients, versions, strict=True)] == [False, True, False, False]
+
+
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_an_infinite_ratio_leaves_gradients_alone_even_if_they_are_not_finite(value: float) -> None:
+    gradient = torch.tensor([[value, 1.0], [2.0, 3.0]])
+    (coefficients,) = clip_adaptively_([gradient], [torch.ones(2, 2)], INF)
+    assert_same_bits([gradient], [torch.tensor([[value, 1.0], [2.0, 3.0]])])
+    assert coefficients.tolist() == [[1.0], [1.0]]

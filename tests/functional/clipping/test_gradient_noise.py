@@ -11,6 +11,7 @@ from lightning_grad.functional import (
     add_gradient_noise_,
     noise_deviation,
 )
+from lightning_grad.functional.clipping.gradient_noise import _PIECE
 from tests.functional.clipping.shards import PLACED, shard
 from tests.functional.ranks import on_two_ranks
 
@@ -100,3 +101,17 @@ def noise_of_shards_is_that_of_the_whole(rank: int, mesh: Any) -> None:
 
 def test_dtensors() -> None:
     on_two_ranks(noise_of_shards_is_that_of_the_whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_noise_in_pieces_is_that_of_one_draw(dtype: torch.dtype) -> None:
+    """torch draws 16 normal numbers at a time; the pieces rely on that."""
+    sizes = [2 * _PIECE, 2 * _PIECE + 1, 7, 2 * _PIECE + 15, 2 * _PIECE + 16, 3 * _PIECE - 1, 4 * _PIECE + 17, 100]
+    gradients = [torch.linspace(-1, 1, size).to(dtype) for size in sizes] + [torch.ones(600, 400, dtype=dtype).T]
+    expected, generator = [], torch.Generator().manual_seed(3)
+    for gradient in gradients:
+        drawn = torch.promote_types(dtype, torch.float32)
+        expected.append(gradient.clone().add_(torch.randn(gradient.shape, generator=generator, dtype=drawn), alpha=0.3))
+    add_gradient_noise_(gradients, 0.3, seed=3)
+    for gradient, other in zip(gradients, expected, strict=True):
+        assert torch.equal(gradient, other)

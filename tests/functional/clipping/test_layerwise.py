@@ -94,3 +94,27 @@ def test_the_largest_factor_bounds_what_grows_and_not_what_shrinks() -> None:
     _, factors = normalize_layers_(gradients, weights, torch.tensor([0, 1]), 2, max_ratio=3.0)
     torch.testing.assert_close(factors, torch.tensor([3.0, 0.1]))
     torch.testing.assert_close(gradients, [torch.tensor([0.03]), torch.tensor([1.0])])
+
+
+def test_layers_that_need_no_scaling_are_not_written() -> None:
+    gradients, weights = draw(1), draw(2)
+    versions = [gradient._version for gradient in gradients]
+    norms, _ = clip_layers_(gradients, LAYERS, torch.tensor([INF, 1e-3, INF, INF]))
+    written = [gradient._version > version for gradient, version in zip(gradients, versions, strict=True)]
+    assert written == (LAYERS == 1).tolist()
+    expected = [
+        before * (1e-3 / (norms[1] + 1e-6)) if h == 1 else before for before, h in zip(draw(1), LAYERS, strict=True)
+    ]
+    assert_same_bits(gradients, expected)
+    versions = [gradient._version for gradient in gradients]
+    normalize_layers_(gradients, [torch.zeros_like(weight) for weight in weights], LAYERS, 4)
+    assert [gradient._version for gradient in gradients] == versions
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_layer_without_a_limit_is_left_alone_even_if_it_is_not_finite(value: float) -> None:
+    gradients = [torch.tensor([value, 1.0]), torch.tensor([3.0, 4.0])]
+    _, coefficients = clip_layers_(gradients, torch.tensor([0, 1]), torch.tensor([INF, 1.0]))
+    assert_same_bits(gradients[:1], [torch.tensor([value, 1.0])])
+    assert coefficients[0] == 1.0
+    assert gradients[1].norm().item() == pytest.approx(1.0, rel=1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grad.functional import clip_norm_, clip_value_, total_norm
+from lightning_grad.functional import clip_norm_, clip_to_threshold_, clip_value_, total_norm
 from tests.functional.clipping.gradients import DTYPES, INF, NAN, SHAPES, as_parameters, assert_same_bits, copies, draw
 
 
@@ -51,3 +51,26 @@ def test_clipping_is_in_place_for_any_memory_layout(clip: Callable[..., Any]) ->
     torch.testing.assert_close([image, strided.contiguous()], expected)
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert not strided.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_gradients_below_the_norm_are_not_written(dtype: torch.dtype) -> None:
+    gradients = draw(1, dtype)
+    norm, versions = float(total_norm(gradients)), [gradient._version for gradient in gradients]
+    clip_norm_(gradients, 1.01 * norm)
+    clip_to_threshold_(gradients, total_norm(gradients), torch.tensor(1.01 * norm))
+    assert [gradient._version for gradient in gradients] == versions
+    clip_norm_(gradients, 0.9 * norm)
+    assert all(gradient._version > version for gradient, version in zip(gradients, versions, strict=True))
+
+
+def test_complex_gradients_are_clipped_as_in_torch() -> None:
+    """A complex product with 1 changes the sign of a zero."""
+    for max_norm in (0.1, 100.0):
+        gradients = [torch.complex(torch.tensor([-0.0, 1.0]), torch.tensor([-2.0, -0.0])), torch.tensor([-0.0, 0.5])]
+        parameters = as_parameters(gradients)
+        expected = nn.utils.clip_grad_norm_(parameters, max_norm)
+        norm = clip_norm_(gradients, max_norm)
+        found = [torch.view_as_real(gradients[0]), gradients[1]]
+        kept = [torch.view_as_real(parameters[0].grad), parameters[1].grad]
+        assert_same_bits([norm, *found], [expected, *kept])

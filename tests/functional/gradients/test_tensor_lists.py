@@ -8,15 +8,19 @@ import torch
 from lightning_grad.functional.gradients.tensor_lists import (
     any_rank,
     by_device,
+    is_known,
     is_sharded,
     joined_norm,
     multiply_,
+    read_flags,
     shards,
     share_of,
     stack_norms,
     tensor_norms,
     whole,
 )
+from lightning_grad.testing import NoSync
+from lightning_grad.testing.syncs import SyncError
 from tests.functional.ranks import on_two_ranks
 
 
@@ -115,3 +119,35 @@ def sharded_lists(rank: int, mesh: Any) -> None:
 
 def test_dtensors() -> None:
     on_two_ranks(sharded_lists)
+
+
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64], ids=str
+)
+def test_the_largest_magnitude_is_that_of_torch(dtype: torch.dtype, bad: float | None) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(size, dtype=dtype) for size in (3, 1025, 5000, 90 * 80)]
+    tensors += [torch.zeros(2000, dtype=dtype).neg(), torch.randn(60, 50, dtype=dtype).T]
+    for tensor in tensors[:3] if bad is not None else ():
+        tensor[-1] = bad
+    for accurate in (False, True):
+        precise = torch.float32 if accurate and dtype in (torch.float16, torch.bfloat16) else None
+        expected = torch._foreach_norm(tensors, float("inf"), precise)
+        found = tensor_norms([*tensors, torch.zeros(0, dtype=dtype)], float("inf"), accurate)
+        assert [norm.dtype for norm in found[:-1]] == [norm.dtype for norm in expected]
+        assert found.pop() == 0.0
+        assert torch.equal(torch.stack(found).nan_to_num(-1.0), torch.stack(expected).nan_to_num(-1.0))
+        assert not any(norm.signbit() for norm in found)
+
+
+def test_flags_are_read_on_a_cpu_and_never_on_a_device() -> None:
+    flags = torch.tensor([True, False])
+    with NoSync():
+        assert read_flags(flags) == bytes([1, 0])
+        assert is_known(flags[0])
+        assert not is_known(flags[1])
+    assert read_flags(flags.to("meta")) is None
+    assert not is_known(flags[0].to("meta"))
+    with NoSync(), pytest.raises(SyncError):
+        bool(flags[0])
