@@ -369,3 +369,20 @@ def test_strategies_are_not_tried_once_cuda_is_initialized(check: Check, monkeyp
     found = check(f"{HERE}:plain", "DGCStrategy")
     assert found["DGCStrategy"]["status"] == "not tried"
     assert "CUDA is initialized" in found["DGCStrategy"]["words"][0]
+
+
+@pytest.mark.parametrize(("variable", "used"), [(None, 1), ("2", 2)])
+def test_it_uses_one_thread_unless_a_number_is_set(
+    variable: str | None, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with trial.undisturbed():
+            assert torch.get_num_threads() == used
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -82,13 +82,22 @@ def _known_before(run: Run, technique: type[Any]) -> Outcome | None:
 
 @contextmanager
 def undisturbed() -> Iterator[list[str]]:
-    """Mute prints, logs and warnings, and restore random states and the handler of Ctrl-C; yield the warnings."""
+    """Mute prints, logs and warnings, and use one thread; then restore all, random states and the handler of Ctrl-C too.
+
+    Several threads make short steps on a CPU slow and their times unsteady. ``OMP_NUM_THREADS`` sets another number.
+
+    Yields:
+        list: The warnings so far.
+    """
     said: list[str] = []
     handler, level, seed = (
         signal.getsignal(signal.SIGINT),
         logging.root.manager.disable,
         os.environ.get("PL_GLOBAL_SEED"),
     )
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     with random_streams_kept(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: said.append(str(message))
@@ -97,6 +106,7 @@ def undisturbed() -> Iterator[list[str]]:
             yield said
         finally:
             logging.disable(level)
+            torch.set_num_threads(threads)
             if handler is not None:
                 signal.signal(signal.SIGINT, handler)  # Lightning ignores it after Ctrl-C
             if seed is None:
