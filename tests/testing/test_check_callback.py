@@ -302,7 +302,9 @@ print(torch.get_num_threads())
 def _python(code: str, **environment: str) -> subprocess.Popen[str]:
     # The tests set OMP_NUM_THREADS, and Lightning as well.
     variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | environment
-    command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code]
+    ignored = ("DeprecationWarning", "ResourceWarning")  # torch 2.6 leaves a temporary folder to the end of the process
+    flags = ["-W", "error", *(part for name in ignored for part in ("-W", f"ignore::{name}"))]
+    command = [sys.executable, *flags, "-c", code]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, cwd=Path(__file__).parents[2], env=variables, **pipes)
 

@@ -23,6 +23,7 @@ from lightning_grad.callbacks.diagnostics._host_events import EventRecorder
 from lightning_grad.callbacks.diagnostics._owner_stack import REST, OwnerStack, StepClock
 from lightning_grad.core import wrap_method
 from lightning_grad.core.dispatch import MethodDispatcher
+from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.testing import StopAt, fit, loaders, make_classifier, make_trainer, on_ranks, traces, trainer_traces
 
 _TOLD = "lightning_grad.callbacks.diagnostics.training_doctor.rank_zero_info"
@@ -367,6 +368,7 @@ def _graphs(doctors: list[Any]) -> tuple[int, int]:
     return len(made), len(runs)
 
 
+@pytest.mark.skipif(TORCH < (2, 7), reason="torch 2.6 does not compile a layer that has a hook")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of dynamo, about the layer's input
 def test_compiled_layers_run_their_graph_and_do_not_compile_again():
     made, runs = _graphs([])
