@@ -93,7 +93,7 @@ def _bytes_of(nested: Any) -> int:
 class Counter(pl.Callback):
     """Count operators in the second batch of the second epoch, and Python calls in that of the next two.
 
-    It must be the first callback, so that the step includes all others.
+    It must be the first callback, so the step includes all others.
     """
 
     def __init__(self) -> None:

@@ -55,7 +55,7 @@ class Plan:
 
     @cached_property
     def ready(self) -> list[Run]:
-        """The missing trainings that can start: first choices of rates, then seed by seed, so that no arm is ahead."""
+        """The missing trainings that can start: first choices of rates, then seed by seed, so no arm is ahead."""
         reported = [
             Run(arm, seed, self.rates[arm]) for seed in self.seeds for arm in self.claim.arms if arm in self.rates
         ]

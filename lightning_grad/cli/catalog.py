@@ -6,15 +6,15 @@ arguments are those of its constructor. The documentation is written from the sa
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_grad import callbacks, strategies
 from lightning_grad.core.compatibility import TITLES
+from lightning_grad.functional.choices import hint_for
 
 SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
     "several_optimizers": "manual optimization",
@@ -48,13 +48,6 @@ def technique_named(name: str) -> type[Any]:
             f"there is no technique {name!r}.{hint_for(name, known)} `lightning-grad list` prints all names."
         )
     return known[name]
-
-
-def hint_for(name: str, known: Iterable[str]) -> str:
-    """Return a question with a similar name and a leading space, or an empty string."""
-    by_lower = {each.lower(): each for each in known}
-    similar = difflib.get_close_matches(name.lower(), by_lower, n=1)
-    return f" Did you mean {by_lower[similar[0]]!r}?" if similar else ""
 
 
 def family_of(technique: type[Any]) -> str:

@@ -24,3 +24,10 @@ def check_choice(value: Any, choices: Iterable[str], parameter: str) -> None:
     *others, last = map(repr, known)
     listed = f"{', '.join(others)} or {last}" if others else last
     raise ValueError(f"{parameter} must be {listed}; got {value!r}.{hint}")
+
+
+def hint_for(name: str, known: Iterable[str]) -> str:
+    """Return a question with a similar name and a leading space, or an empty string."""
+    by_lower = {each.lower(): each for each in known}
+    similar = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean {by_lower[similar[0]]!r}?" if similar else ""

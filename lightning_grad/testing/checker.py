@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_grad.functional.choices import hint_for
 from lightning_grad.testing.checks import CHECKS, Check
 from lightning_grad.testing.checks.registry import Level
 from lightning_grad.testing.environment import settled
@@ -142,8 +142,7 @@ def _expected(reasons: Any) -> dict[str, tuple[str, str]]:
     known = [*CHECKS, *dict.fromkeys(check.guarantee for check in CHECKS.values())]
     for name in reasons:
         if name not in known:
-            near = difflib.get_close_matches(str(name).lower(), known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Guarantees are {', '.join(known[len(CHECKS) :])}."
+            hint = hint_for(str(name), known) or f" Guarantees are {', '.join(known[len(CHECKS) :])}."
             raise ValueError(f"expected_failed names {name!r}, which is no check.{hint}")
     return {
         check.name: next((entry, reasons[entry]) for entry in (check.name, check.guarantee) if entry in reasons)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from lightning_grad.data.random_streams import random_streams_kept
 
 
 @contextlib.contextmanager
@@ -24,20 +23,19 @@ def settled() -> Iterator[None]:
     ``seed_everything`` writes environment variables, and a callback may change the rest.
     """
     threads, logs, folder = torch.get_num_threads(), logging.root.manager.disable, Path.cwd()
-    variables, states = dict(os.environ), _random_states()
+    variables = dict(os.environ)
     dtype, deterministic = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
     try:
         torch.set_num_threads(1)
         logging.disable(logging.WARNING)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with interruptible(), hidden():
+            with random_streams_kept(), interruptible(), hidden():
                 yield
     finally:
         torch.set_num_threads(threads)
         logging.disable(logs)
         _restore_variables(variables)
-        _restore_random_states(states)
         torch.set_default_dtype(dtype)
         torch.use_deterministic_algorithms(deterministic)
         os.chdir(folder)
@@ -77,16 +75,3 @@ def _restore_variables(variables: dict[str, str]) -> None:
     for name in os.environ.keys() - variables.keys():
         del os.environ[name]
     os.environ.update(variables)
-
-
-def _random_states() -> dict[str, Any]:
-    numpy = sys.modules.get("numpy")
-    states = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    return states if numpy is None else {**states, "numpy": numpy.random.get_state()}
-
-
-def _restore_random_states(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    if "numpy" in states:
-        sys.modules["numpy"].random.set_state(states["numpy"])

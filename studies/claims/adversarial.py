@@ -252,7 +252,7 @@ def pixels(data: Digits | CIFAR10) -> dict[str, Any]:
 class Recorder(Callback):
     """Record the learning rate and both accuracies of every epoch, and the time of training steps.
 
-    Must be the first callback, so that the time includes the other callbacks.
+    Must be the first callback, so the time includes the other callbacks.
     """
 
     def __init__(self) -> None:

@@ -149,7 +149,7 @@ def loads_strictly(claim: Sparsity, module: LightningModule, checkpoint: Path, i
 
 
 class StepTimer(Callback):
-    """Time each training step. Must be the first callback, so that the time includes all other callbacks.
+    """Time each training step. Must be the first callback, so the time includes all other callbacks.
 
     In every fourth step it also times a fixed computation. A busy machine slows down both, so their quotient can be
     compared between trainings that ran one after another.

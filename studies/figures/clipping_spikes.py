@@ -93,7 +93,7 @@ def draw_losses(axis: Axes, claim: Spikes, results: Sequence[Result]) -> None:
         axis.plot(steps, curves[0], color=colour, linewidth=0.7, alpha=0.35)
         axis.plot(steps, smoothed, color=colour, linewidth=2, label=arm)
         spikes = [steps[step] for step, _ in find_spikes(curves[0])]
-        height = 0.985 - 0.03 * place  # a row for each arm, so that marks do not overlap
+        height = 0.985 - 0.03 * place  # a row for each arm, so marks do not overlap
         axis.plot(spikes, [height] * len(spikes), "v", color=colour, markersize=5, transform=axis.get_xaxis_transform())
         late = smoothed[len(steps) // 4 :]
         floor, top = min(floor, float(late.min())), max(top, float(late.max()))

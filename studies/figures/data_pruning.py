@@ -118,7 +118,7 @@ def draw_accuracies(axis: Axes, claim: Pruning, results: Sequence[Result]) -> No
 
 
 def stretch(axis: Axes, least: float) -> None:
-    """Scale accuracies by the logarithm of their error plus 0.01, so that 100 % is on the axis."""
+    """Scale accuracies by the logarithm of their error plus 0.01, so 100 % is on the axis."""
     functions = (lambda share: -np.log(1 + STRETCH - np.minimum(share, 1)), lambda value: 1 + STRETCH - np.exp(-value))
     axis.set_xscale("function", functions=functions)
     axis.set_xticks([tick for tick in TICKS if tick >= least - 0.15])

@@ -1,6 +1,6 @@
 """The subjects of the contract suite: each technique with its runs, which are made once and which every test looks at.
 
-``None`` stands for no technique. ``conftest.py`` orders the tests of this folder by technique, so that the latest subjects are
+``None`` stands for no technique. ``conftest.py`` orders the tests of this folder by technique, so the latest subjects are
 all that is kept. Tests read their runs and change nothing.
 """
 

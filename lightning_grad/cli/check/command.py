@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
-from lightning_grad.cli.catalog import hint_for, is_strategy, techniques
+from lightning_grad.cli.catalog import is_strategy, techniques
 from lightning_grad.cli.check.outcome import Outcome, outcome_of
 from lightning_grad.cli.check.report import as_json, as_markdown, as_text
 from lightning_grad.cli.check.rounds import Rounds
@@ -14,6 +14,7 @@ from lightning_grad.cli.check.rows import ROUNDS, Row
 from lightning_grad.cli.check.short_trainer import EPOCHS
 from lightning_grad.cli.check.sources import ShortProject, TargetError, source_of
 from lightning_grad.cli.check.trial import InterruptedTrialError, try_out, undisturbed
+from lightning_grad.functional.choices import hint_for
 
 _ABOUT = (
     "Train your own module for a few batches with each technique, and print which techniques run, what they cost and what "

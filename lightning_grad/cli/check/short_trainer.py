@@ -121,7 +121,7 @@ class _Anything:
 
 
 class _NoLogs(DummyLogger):
-    """A logger that accepts everything and writes nothing, so that modules that use one train as usual.
+    """A logger that accepts everything and writes nothing, so modules that use one train as usual.
 
     Args:
         folder: Folder for what the module itself writes next to its logs.

@@ -4,7 +4,6 @@ import io
 import logging
 import math
 import os
-import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from lightning_grad.cli.check.sources import Run, ShortProject, TargetError
 from lightning_grad.cli.check.watch import Watch
 from lightning_grad.core.compatibility import STRATEGIES, TITLES
 from lightning_grad.data.random_streams import random_streams_kept
+from lightning_grad.testing.environment import interruptible
 
 _INTERRUPTS = (KeyboardInterrupt, SIGTERMException)
 
@@ -90,15 +90,10 @@ def undisturbed() -> Iterator[list[str]]:
         list: The warnings so far.
     """
     said: list[str] = []
-    handler, level, seed = (
-        signal.getsignal(signal.SIGINT),
-        logging.root.manager.disable,
-        os.environ.get("PL_GLOBAL_SEED"),
-    )
-    threads = torch.get_num_threads()
+    level, seed, threads = logging.root.manager.disable, os.environ.get("PL_GLOBAL_SEED"), torch.get_num_threads()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
-    with random_streams_kept(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+    with interruptible(), random_streams_kept(), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: said.append(str(message))
         logging.disable(logging.ERROR)
@@ -107,8 +102,6 @@ def undisturbed() -> Iterator[list[str]]:
         finally:
             logging.disable(level)
             torch.set_num_threads(threads)
-            if handler is not None:
-                signal.signal(signal.SIGINT, handler)  # Lightning ignores it after Ctrl-C
             if seed is None:
                 os.environ.pop("PL_GLOBAL_SEED", None)
             else:

@@ -75,7 +75,7 @@ def g6_max_steps_and_val_check_interval(subject: Subject) -> str:
 
 @check("full")
 def g6_no_validation(subject: Subject) -> str:
-    """``Trainer(limit_val_batches=0)``, so that no metric of a validation is logged."""
+    """``Trainer(limit_val_batches=0)``, so no metric of a validation is logged."""
     return works_or_refuses(subject, _NO_VALIDATION)
 
 
