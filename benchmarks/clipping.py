@@ -22,13 +22,11 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from threading import Semaphore, Thread
 from typing import Any
 
 import numpy as np
@@ -48,6 +46,7 @@ from benchmarks.common import (
     Clock,
     Row,
     convnet,
+    in_turns,
     machine,
     markdown_table,
     quiet_trainer,
@@ -476,41 +475,6 @@ def logged_fit(
         return timed_fit(
             module, batch, LOG_EVERY, callbacks_of(), clock, pause, log_every_n_steps=LOG_EVERY, logger=logger
         )
-
-
-def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> list[list[float]]:
-    """Run fits in threads, one step of one fit at a time, so that neighboring steps see the same machine.
-
-    Args:
-        fits: Functions that train. Each gets a function to call between its steps, which returns when its turn comes.
-
-    Returns:
-        list: The result of each fit.
-    """
-    go, back = [Semaphore(0) for _ in fits], Semaphore(0)
-    results: list[Future[list[float]]] = [Future() for _ in fits]
-
-    def pause(number: int) -> None:
-        back.release()
-        go[number].acquire()
-
-    def play(number: int) -> None:
-        go[number].acquire()
-        try:
-            results[number].set_result(fits[number](partial(pause, number)))
-        except BaseException as error:
-            results[number].set_exception(error)
-        back.release()
-
-    for number in range(len(fits)):
-        Thread(target=play, args=(number,), daemon=True).start()
-    turn = 0
-    while running := [number for number, result in enumerate(results) if not result.done()]:
-        for number in rotated(running, turn):
-            go[number].release()
-            back.acquire()
-        turn += 1
-    return [result.result() for result in results]
 
 
 # Command line.

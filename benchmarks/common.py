@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: the machine's name, a quiet Trainer, a clock, two networks, tables in Markdown."""
+"""Shared parts of the benchmarks: the machine's name, a quiet Trainer, a clock, fits in turns, networks, Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from threading import Semaphore, Thread
 from typing import Any, TypeVar, cast
 
 import lightning
@@ -208,6 +211,41 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
     start = by % len(items)
     turned = [*items[start:], *items[:start]]
     return turned[::-1] if by % 2 else turned
+
+
+def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> list[list[float]]:
+    """Run fits in threads, one step of one fit at a time, so that neighboring steps see the same machine.
+
+    Args:
+        fits: Functions that train. Each gets a function to call between its steps, which returns when its turn comes.
+
+    Returns:
+        list: The result of each fit.
+    """
+    go, back = [Semaphore(0) for _ in fits], Semaphore(0)
+    results: list[Future[list[float]]] = [Future() for _ in fits]
+
+    def pause(number: int) -> None:
+        back.release()
+        go[number].acquire()
+
+    def play(number: int) -> None:
+        go[number].acquire()
+        try:
+            results[number].set_result(fits[number](partial(pause, number)))
+        except BaseException as error:
+            results[number].set_exception(error)
+        back.release()
+
+    for number in range(len(fits)):
+        Thread(target=play, args=(number,), daemon=True).start()
+    turn = 0
+    while running := [number for number, result in enumerate(results) if not result.done()]:
+        for number in rotated(running, turn):
+            go[number].release()
+            back.acquire()
+        turn += 1
+    return [result.result() for result in results]
 
 
 def show(title: str, unit: str, rows: Sequence[Row]) -> None:

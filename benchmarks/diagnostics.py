@@ -29,12 +29,12 @@ from typing_extensions import override
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.clipping import in_turns
 from benchmarks.common import (
     Clock,
     Row,
     StepTimer,
     convnet,
+    in_turns,
     machine,
     quiet_trainer,
     show,
