@@ -12,6 +12,7 @@ from lightning_grad.functional import (
     data_pruning,
     diagnostics,
     schedules,
+    sharpness,
     sparsity,
 )
 from lightning_grad.functional.adversarial import *
@@ -26,6 +27,7 @@ from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGr
 from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.gradients.trace import LossTrace
 from lightning_grad.functional.schedules import *
+from lightning_grad.functional.sharpness import *
 from lightning_grad.functional.sparsity import *
 
 __all__ = [
@@ -43,4 +45,5 @@ __all__ += communication.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
 __all__ += schedules.__all__
+__all__ += sharpness.__all__
 __all__ += sparsity.__all__

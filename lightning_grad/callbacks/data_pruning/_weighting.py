@@ -1,6 +1,7 @@
 """Base of ``InfoBatch`` and ``LossReweighting``: weight the samples of a batch by their losses."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -13,6 +14,7 @@ from lightning_grad.core.losses.given_functions import GivenFunction, LossReques
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
+from lightning_grad.core.steps.step_window import is_repeated
 from lightning_grad.utilities.checks import check_count, check_only_one
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -24,6 +26,7 @@ class LossWeighting(GradCallback):
     ``acts`` and calls :meth:`choose_loss`.
     """
 
+    of_batch: ClassVar[tuple[str, ...]] = ("_weighted",)
     way_out: ClassVar[str]  # advice if the loss cannot be read: a clause that begins with an imperative verb
     loss_index: int | None
     loss_fn: GivenFunction | None
@@ -62,10 +65,19 @@ class LossWeighting(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            own = (pl_module, self._weigh, self.asked, self.samples_of, self.acts, self.needs_losses)
+            own = (
+                pl_module,
+                partial(self._weigh, pl_module),
+                self.asked,
+                self.samples_of,
+                self.acts,
+                self.needs_losses,
+            )
             self.undo.push(reweight_losses(*own))
 
-    def _weigh(self, losses: SampleLosses) -> Tensor | None:
+    def _weigh(self, pl_module: pl.LightningModule, losses: SampleLosses) -> Tensor | None:
+        if is_repeated(pl_module):  # the objective must not change, and no loss is recorded
+            return None if self._weighted is None else self._weighted[1]
         weights = self.weigh(losses)
         self._weighted = None if weights is None else (losses, weights)
         return weights
