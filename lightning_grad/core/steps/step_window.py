@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from weakref import WeakSet
 
@@ -140,8 +139,7 @@ def _synchronized(strategy: Any, wanted: bool) -> AbstractContextManager[Any]:
     return nullcontext() if wanted or block is None else block()
 
 
-@cache
-def _names_of_batch(kind: Any) -> tuple[str, ...]:
+def _names_of_batch(kind: type) -> tuple[str, ...]:
     """Return the attributes of a callback that belong to a batch, those of its bases included."""
     return tuple(name for cls in kind.__mro__ for name in vars(cls).get("of_batch", ()))
 
