@@ -254,8 +254,8 @@ class AdversarialTraining(GradCallback):
         position = (trainer.current_epoch, trainer.fit_loop.batch_idx)
         # Compare tensors, because DDP on a GPU passes them in new containers.
         if self._attacked is not None:
-            is_again = self._attacked[0] == position or is_repeated(trainer.lightning_module)
-            if is_again and same_tensors(self._attacked[1], batch):
+            is_again = self._attacked[0] == position and same_tensors(self._attacked[1], batch)
+            if is_again or is_repeated(trainer.lightning_module):
                 return self._attacked[2]  # LBFGS or SAM evaluates its closure again: the objective must not change
         pl_module, is_first = trainer.lightning_module, self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.display_name)

@@ -56,6 +56,7 @@ class NormalizedGradient(GradientConditioner):
     """
 
     namespace: ClassVar[str] = "grad/normalized_gradient"
+    trial: ClassVar[Mapping[str, Any]] = {"scope": "layer"}
     neutral: ClassVar[Mapping[str, Any] | str] = "no setting keeps the norm of the gradient"
     role: ClassVar[Role] = "clip"
 

@@ -1,6 +1,7 @@
 """TrAct: the callback. The rule is :func:`lightning_grad.functional.train_activations`."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
+    Chosen,
     Compatibility,
     GradCallback,
     UndoList,
@@ -18,16 +20,19 @@ from lightning_grad.core import (
     check_above,
     during_fit,
     is_quiet,
-    no,
+    yes,
 )
 from lightning_grad.core.views.weight_view import has_view
 from lightning_grad.functional import train_activations
 from lightning_grad.functional.choices import hint_for
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.checks import check_finite
+from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.reporting import listed
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_OTHER_FIRST_LAYERS = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)
+_OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)  # have weights and inputs too
 
 
 class TrAct(GradCallback):
@@ -42,15 +47,15 @@ class TrAct(GradCallback):
 
     Args:
         damping: lambda, above 0 (0.1 in the paper, which uses it everywhere).
-        layer: Name of the layer. Default: the Linear or convolution that the first batch reaches
-            first.
+        layer: Name of the layer. Default: the first Linear or convolution that trains, in the order
+            of the first batch.
         name: Name of this instance, needed if two are used.
 
     Raises:
         ValueError: In the constructor if damping is not above 0 or not finite. Before the first batch
             if no layer has this name, it is no Linear or convolution, it is frozen, or another
-            technique shows its weight through a view; under FSDP and DeepSpeed; with compiled modules.
-            In the first batch, if ``layer`` is not set and the first layer is of another kind.
+            technique shows its weight through a view; under FSDP and DeepSpeed.
+        RuntimeError: After the first batch if it reached no such layer outside of compiled modules.
 
     **Hooks.** Forward hooks of the layer. The gradient is changed inside of backward, for each call of
     the layer by its own inputs, before it is accumulated and before DDP reduces it.
@@ -78,15 +83,14 @@ class TrAct(GradCallback):
 
     namespace: ClassVar[str] = "tract"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
-        compiled=no(
-            "reads the inputs of a layer by hooks, and {} would not call them for each batch",
-            "Compile the other layers only, or drop the callback",
-        ),
+        compiled=yes("Layers inside of compiled modules are passed over."),
         **WHOLE_WEIGHTS,
     )
+    trial: ClassVar[Mapping[str, Any]] = {"damping": 0.2}
     neutral: ClassVar[Mapping[str, Any] | str] = "no damping leaves the gradient of the layer as it is"
 
     _found = during_fit[str | None](lambda _: None)
+    _before = during_fit.of(list[str])  # layers of other kinds that the batch reached before
 
     def __init__(self, damping: float = 0.1, layer: str | None = None, name: str | None = None) -> None:
         super().__init__(name)
@@ -102,42 +106,66 @@ class TrAct(GradCallback):
                 raise ValueError(
                     f"{self.display_name}: no layer is named {self.layer!r}.{hint_for(self.layer, layers)}"
                 )
+            self.announce(f"trains the activations of {self.layer}", "layers", [self.layer])
             self._attach(pl_module, self.layer, named[self.layer])
             return
         search = UndoList()
         self.undo.push(search.run)
+        self.announce("trains the activations of the first layer, which the first batch shows", "layers")
+        compiled = {id(part) for module in pl_module.modules() if is_compiled(module) for part in module.modules()}
         for name, module in named.items():
-            if isinstance(module, (*_KINDS, *_OTHER_FIRST_LAYERS)):
+            if isinstance(module, (*_KINDS, *_OTHERS)) and id(module) not in compiled:
                 search.push(
-                    module.register_forward_pre_hook(self._first(pl_module, name, search), with_kwargs=True).remove
+                    module.register_forward_pre_hook(
+                        _Hook(self._first(pl_module, name, search)), with_kwargs=True
+                    ).remove
                 )
-        self.announce("trains the activations of the layer that the first batch reaches first", "layers")
 
     def _first(self, pl_module: pl.LightningModule, name: str, search: UndoList) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch.is_grad_enabled() and not is_quiet(pl_module):
-                search.run()
-                self._attach(pl_module, name, module).enter(module, args, kwargs)
+                if isinstance(module, _KINDS) and module.weight.requires_grad:
+                    search.run()
+                    self._attach(pl_module, name, module).enter(module, args, kwargs)
+                    before = f", the first Linear or convolution that trains, after {listed(self._before)}"
+                    self.say(f"trains the activations of {name}{before if self._before else ''}")
+                else:
+                    self._before.append(name)
 
         return hook
 
     def _attach(self, pl_module: pl.LightningModule, name: str, layer: nn.Module) -> "_ViewByCall":
         """Show the layer's weight through a view that knows the inputs of the current call."""
-        self._refuse(name, layer)
+        self._refuse(pl_module, name, layer)
         view = _ViewByCall(pl_module, layer, self.damping)
         self.undo.push(attach_view(layer, "weight", view))
-        self.undo.push(layer.register_forward_pre_hook(view.enter, with_kwargs=True).remove)
-        self.undo.push(layer.register_forward_hook(view.leave, always_call=True).remove)
-        self.announce(f"trains the activations of {name}", "layers", [name])
+        self.undo.push(layer.register_forward_pre_hook(_Hook(view.enter), with_kwargs=True).remove)
+        self.undo.push(layer.register_forward_hook(_Hook(view.leave), always_call=True).remove)
+        self._found = name
         return view
 
-    def _refuse(self, name: str, layer: nn.Module) -> None:
+    @override
+    def chosen(self) -> Chosen:
+        """Return the layer; none before the first batch."""
+        return replace(super().chosen(), names=[] if self._found is None else [self._found])
+
+    @override
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self._found is None:
+            raise RuntimeError(
+                f"{self.display_name} found no Linear or convolution that trains, outside of compiled modules, in the "
+                "first batch. Set layer=, or drop the callback."
+            )
+
+    def _refuse(self, pl_module: pl.LightningModule, name: str, layer: nn.Module) -> None:
         kind = type(layer).__name__
         if not isinstance(layer, _KINDS):
             way_out = "Set layer= to a Linear or a convolution that sees the data"
             raise ValueError(
                 f"{self.display_name} needs a Linear or a convolution, and {name!r} is a {kind}. {way_out}."
             )
+        if any(is_compiled(module) and layer in module.modules() for module in pl_module.modules()):
+            raise ValueError(f"{self.display_name}: {name!r} is in a compiled module. Compile the other layers only.")
         if not layer.weight.requires_grad:
             raise ValueError(f"{self.display_name}: {name!r} is frozen. Set layer= to a layer that trains.")
         if has_view(layer, "weight") or is_parametrized(layer, "weight"):
@@ -145,6 +173,23 @@ class TrAct(GradCallback):
                 f"{self.display_name} cannot change the gradient of {name!r}, whose weight is computed from another "
                 "tensor. Exclude this layer from the technique that does that, or set layer= to another layer."
             )
+
+
+class _Hook:
+    """A hook of a module in training. In a copy or pickle of the module it does nothing."""
+
+    def __init__(self, act: Callable[..., None]) -> None:
+        self._act = act
+
+    def __call__(self, *args: Any) -> None:
+        self._act(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    pass
 
 
 class _ViewByCall:
@@ -157,7 +202,7 @@ class _ViewByCall:
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Note the inputs of a call in training."""
         if layer.training and torch.is_grad_enabled() and not is_quiet(self._pl_module):
-            self._inputs = args[0] if args else kwargs["input"]
+            self._inputs = plain_tensor(args[0] if args else kwargs["input"])
 
     def leave(self, *_: Any) -> None:
         """Forget them, also after an error."""

@@ -37,6 +37,9 @@ _NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")
 _ONE_STEP = 2**20  # seeds of the runs that use neighboring values of seed do not meet
 
 
+_NO_SCALER = no("has no backward pass whose gradients {} could scale", "Use precision='bf16-mixed' or 32")
+
+
 class ZerothOrder(OptimizerCallback):
     r"""Estimate gradients from two forward passes, without backward, in the memory of inference (MeZO).
 
@@ -96,12 +99,14 @@ class ZerothOrder(OptimizerCallback):
             "takes a step for each batch, and {} would take one for several",
             "Set accumulate_grad_batches=1 and use a larger batch: without a graph it needs little memory",
         ),
-        fp16=no("has no backward pass whose gradients {} could scale", "Use precision='bf16-mixed' or 32"),
+        fp16=_NO_SCALER,
+        fused_fp16=_NO_SCALER,
         ddp=yes("Ranks draw the same directions and average the derivative."),
         late_gradients=no("has no backward pass whose gradients {} could exchange", "Train with strategy='ddp'"),
         **manual(no("replaces the backward pass, which {} calls itself", "Use automatic optimization")),
         **WHOLE_WEIGHTS,
     )
+    trial: ClassVar[Mapping[str, Any]] = {"epsilon": 1e-2}
     neutral: ClassVar[Mapping[str, Any] | str] = "it computes no gradient at any setting"
 
     _steps = until_next_fit.of(OptimizerCounts).saved()

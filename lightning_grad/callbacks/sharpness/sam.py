@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core import OptimizerCallback, StepClosure, check_count, during_fit, is_log_step, until_next_fit
-from lightning_grad.core.compatibility import Compatibility, no, stand_in, yes
+from lightning_grad.core.compatibility import Compatibility, manual, no, stand_in, yes
 from lightning_grad.functional import ascend_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import check_finite_above, check_finite_at_least
@@ -62,11 +62,10 @@ class SAM(OptimizerCallback):
     Raises:
         ValueError: In the constructor if rho is negative or not finite, eta is not above 0, or
             every_n_steps is below 1. Before the first batch with LBFGS, an optimizer that is SAM or
-            differentiates gradients, FSDP1, DeepSpeed, a fused optimizer in fp16, sparse gradients, a
-            compressing strategy, another technique that evaluates steps, or a name pattern that
+            differentiates gradients, manual optimization, FSDP1, DeepSpeed, a fused optimizer in fp16,
+            sparse gradients, a compressing strategy, another technique that evaluates steps, or a name pattern that
             matches nothing.
-        RuntimeError: In the first step if the module runs the closure itself: under manual
-            optimization, call ``optimizer.step(closure)``.
+        RuntimeError: In the first step if the module's ``optimizer_step`` runs the closure itself.
 
     **Hooks.** The closure that Lightning passes to the strategy's ``optimizer_step``. With gradient
     accumulation, all batches of the step are run again. Clipping and other techniques act on the
@@ -104,7 +103,6 @@ class SAM(OptimizerCallback):
             "needs gradients in their original shapes, and under {} each rank sees flat shards",
             "Use ModelParallelStrategy with fully_shard (FSDP2), or DDP",
         ),
-        manual_optimization=yes("Call `optimizer.step(closure)`; a step without a closure raises an error."),
         late_gradients=no(
             "evaluates each step twice, and {} would compress both gradients and add the error of the first to the second",
             "Train with strategy='ddp'",
@@ -113,6 +111,7 @@ class SAM(OptimizerCallback):
             "needs dense gradients, and {} creates sparse ones",
             "Build it with sparse=False, or exclude it: exclude=[{value}]",
         ),
+        **manual(no("evaluates each step twice, and {} runs it itself", "Use automatic optimization")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"rho": 0.05}
     neutral: ClassVar[Mapping[str, Any] | str] = {"rho": 0.0}

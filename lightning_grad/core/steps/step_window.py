@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.quiet import unseen
 from lightning_grad.data.random_streams import random_states, set_random_states
+from lightning_grad.utilities.batch_copies import copy_of
 
 _REPEATED: WeakSet[nn.Module] = WeakSet()
 _Kept = list[tuple[Any, dict[str, Any]]]  # callbacks, each with its attributes that belong to a batch
@@ -64,7 +65,9 @@ class StepWindow:
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
             if is_new and not self._is_again:
-                self._evaluations.append(_Evaluation(number, args, random_states()))
+                self._evaluations.append(
+                    _Evaluation(number, copy_of(args), random_states())
+                )  # a step may write into it
             output = inner(*args)
             if is_new and not self._is_again:
                 loss = _loss_of(output)
@@ -120,7 +123,7 @@ class StepWindow:
         strategy = self._trainer.strategy
         set_random_states(evaluation.states)
         _give_back(evaluation.kept)
-        loss = _loss_of(strategy.training_step(*evaluation.arguments))
+        loss = _loss_of(strategy.training_step(*copy_of(evaluation.arguments)))
         if loss is None:
             return []
         part = loss / self._trainer.accumulate_grad_batches

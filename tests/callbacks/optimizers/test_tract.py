@@ -118,6 +118,12 @@ class Embedded(WithSGD):
         return self.net((x[:, 0] > 0).long()).square().mean()
 
 
+def test_it_says_what_came_before_the_layer(caplog: Any) -> None:
+    caplog.set_level("INFO")
+    run(TrAct(), module=Embedded(), epochs=1)
+    assert "trains the activations of net.1, the first Linear or convolution that trains, after net.0" in caplog.text
+
+
 class Frozen(WithSGD):
     def __init__(self) -> None:
         super().__init__()
@@ -129,8 +135,8 @@ class Frozen(WithSGD):
     [
         (WithSGD, [TrAct(layer="net.00")], "no layer is named 'net.00'. Did you mean 'net.0'"),
         (WithSGD, [TrAct(layer="net.1")], "'net.1' is a Tanh"),
-        (Embedded, [TrAct()], "needs a Linear or a convolution, and 'net.0' is a Embedding"),
-        (Frozen, [TrAct()], "'net.0' is frozen"),
+        (Embedded, [TrAct(layer="net.0")], "needs a Linear or a convolution, and 'net.0' is a Embedding"),
+        (Frozen, [TrAct(layer="net.0")], "'net.0' is frozen"),
         (WithSGD, [NMSparsity("2:4", include=["net.0"]), TrAct(layer="net.0")], "computed from another tensor"),
     ],
 )
