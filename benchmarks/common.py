@@ -224,12 +224,12 @@ def speed_options(description: str, arguments: Sequence[str] | None, quick: str)
     """Parse the command line that the speed scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=int, help="rounds (default 6, with --quick 1)")
+    parser.add_argument("--rounds", type=int, help="rounds (default 3, with --quick 1)")
     parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (1 if options.quick else 6)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     return options
 
 
