@@ -39,6 +39,11 @@ def run(script: str, options: argparse.Namespace) -> bool:
     return subprocess.run(command_of(script, options)).returncode == 0
 
 
+def write_tables() -> bool:
+    """Write the tables of the documentation; return True if it succeeded."""
+    return subprocess.run([sys.executable, str(HERE.parent / "docs/tables.py")]).returncode == 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the scripts of the command line, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -58,9 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     minutes = (time.monotonic() - begin) / 60
     print(f"\n{len(chosen) - len(failed)} of {len(chosen)} scripts succeeded in {minutes:.0f} minutes.", flush=True)
     if failed:
-        print(f"Failed: {', '.join(failed)}. Run `make bench ONLY=\"{' '.join(failed)}\"` again.", flush=True)
-    tables = subprocess.run([sys.executable, str(HERE.parent / "docs/tables.py")]).returncode
-    return int(bool(failed or tables))
+        print(f'Failed: {", ".join(failed)}. Run `make bench ONLY="{" ".join(failed)}"` again.', flush=True)
+    written = write_tables()
+    return int(bool(failed) or not written)
 
 
 if __name__ == "__main__":

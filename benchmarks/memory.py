@@ -41,8 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import machine, quiet_trainer, show, silence, speed_options, write_tables
-from benchmarks.communication import RANKS, on_ranks
+from benchmarks.communication import on_ranks
 from benchmarks.rows import AGAIN, HELD, MOST, PEAK, Row
+from benchmarks.slow_link import RANKS
 from lightning_grad import callbacks, strategies
 from lightning_grad.cli.check.memory import can_fork, peak_of
 
@@ -174,7 +175,7 @@ def memory_of(technique: Callable[[], list[Callback]]) -> Bytes:
     peak = peak_of(work)
     if peak is None:
         raise RuntimeError(f"the fit did not succeed in its process: {technique}.")
-    return Bytes(*held, peak)
+    return Bytes(held[0], held[1], peak)
 
 
 def memory_of_ranks(strategy: Callable[[], Strategy], optimizer: str) -> Bytes:

@@ -88,6 +88,18 @@ def noise_of(rows: Sequence[Row]) -> float | None:
     return max(repeated, default=None)
 
 
+def unit_of(rows: Sequence[Row]) -> str:
+    """Return what all ratios of a table are to; empty if they differ, or if no row says it.
+
+    >>> unit_of([Row("plain", 10.0, 1.0), Row("clipped", 11.0, 1.1)])
+    'plain'
+    """
+    named = {row.baseline for row in rows if row.baseline}
+    if not named:
+        return rows[0].name if rows and rows[0].ratio == 1 else ""
+    return named.pop() if len(named) == 1 else ""
+
+
 # Tables in Markdown.
 
 
@@ -104,20 +116,16 @@ def table_of(rows: Sequence[Row], unit: str = "") -> str:
         rows: The rows.
         unit: What the ratios are to, if the rows do not name it.
     """
-    named = dict.fromkeys(row.baseline for row in rows if row.baseline)
-    if not named and rows and rows[0].ratio == 1:
-        unit = unit or rows[0].name
-    unit = next(iter(named)) if len(named) == 1 else unit
+    unit, noise = unit_of(rows) or unit, noise_of(rows)
     headings = list(dict.fromkeys(heading for row in rows for heading in row.columns))
     header = ["variant", "median ms", *headings, f"ratio to {unit}" if unit else "ratio", "to", "budget", "verdict"]
-    noise = noise_of(rows)
     lines = [
         [
             row.name,
             "" if row.milliseconds is None else f"{row.milliseconds:.2f}",
             *(_as_text(row.columns.get(heading, "")) for heading in headings),
             "" if row.ratio is None else f"{row.ratio:.3f}" if row.ratio < 100 else f"{row.ratio:.1f}",
-            row.baseline if len(named) > 1 else "",
+            "" if unit else row.baseline,
             row.limit,
             row.verdict(noise),
         ]

@@ -17,7 +17,7 @@ from exported import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import rows
-from benchmarks.rows import HELD, MISSED, MOST, NOISE, OK, PEAK, Results, Row, marker_of, noise_of, table_of
+from benchmarks.rows import HELD, MISSED, MOST, NOISE, OK, PEAK, Results, Row, marker_of, noise_of, table_of, unit_of
 
 PAGE = "docs/benchmarks.md"
 NOT_YET = "Not measured yet.\n"
@@ -72,7 +72,7 @@ def machine() -> Iterator[str]:
 def budgets() -> Iterator[str]:
     """Yield the sum of all budgets and a table of them."""
     held = [
-        (script, title, row, noise_of(found))
+        (script, title, row, row.baseline or unit_of(found), noise_of(found))
         for script, result in results().items()
         for title, found in result.tables.items()
         for row in found
@@ -81,7 +81,7 @@ def budgets() -> Iterator[str]:
     if not held:
         yield NOT_YET
         return
-    verdicts = [row.verdict(noise) for *_, row, noise in held]
+    verdicts = [row.verdict(noise) for _, _, row, _, noise in held]
     counts = {verdict: verdicts.count(verdict) for verdict in (OK, NOISE, MISSED)}
     yield (
         f"Of {len(held)} budgets, {counts[OK]} hold, {counts[NOISE]} are missed by no more than the noise, and "
@@ -89,8 +89,8 @@ def budgets() -> Iterator[str]:
     )
     header = ("script", "table", "variant", "ratio", "to", "budget", "noise", "verdict")
     lines = [
-        (script, title, row.name, f"{row.ratio:.3f}", row.baseline, row.limit, _noise(noise), row.verdict(noise))
-        for script, title, row, noise in held
+        (script, title, row.name, f"{row.ratio:.3f}", unit, row.limit, _noise(noise), row.verdict(noise))
+        for script, title, row, unit, noise in held
     ]
     yield rows.markdown_table(header, lines) + "\n"
 
@@ -114,13 +114,12 @@ def _memory(name: str) -> str:
     if columns is None:
         return NOT_YET.strip()
     held, most, peak = (float(columns[key]) for key in (HELD, MOST, PEAK))
-    text = f"Between steps it holds {_times(held)} in addition to weights, gradients and optimizer state"
-    if most - held > _SMALL:
-        text += f", and {_times(most)} around a log step"
-    return f"{text}. The peak of the process is higher by {_times(peak)} ([measured](../benchmarks.md#memory))."
+    around = f", and {_times(most)} around a log step" if most - held > _SMALL else ""
+    return (
+        f"In addition to weights, gradients and optimizer state, it holds {_times(held)} the bytes of the weights between "
+        f"steps{around}. The peak of the process is {_times(peak)} these bytes higher ([measured](../benchmarks.md#memory))."
+    )
 
 
 def _times(multiple: float) -> str:
-    if multiple < _SMALL:
-        return f"less than {_SMALL} times the bytes of the weights"
-    return f"{multiple:.2f} times the bytes of the weights"
+    return f"less than {_SMALL} times" if multiple < _SMALL else f"{multiple:.2f} times"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
-from catalog import write_catalog, write_llms
 import measured
+from catalog import write_catalog, write_llms
 from exported import (
     ROOT,
     all_techniques,
