@@ -46,8 +46,8 @@ class PerSampleGradientNorms:
     exception.
 
     **Cost.** One forward and one backward pass, with about the memory of a plain pass: see docs/benchmarks.md, also for
-    ``vmap(grad(...))``. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``, ``einsum``,
-    custom autograd functions) cost one backward pass per sample.
+    ``vmap(grad(...))``. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``,
+    ``einsum``, custom autograd functions) cost one backward pass per sample.
 
     Args:
         module: The module whose trainable parameters are measured; in eval mode if it has BatchNorm.
