@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.rows import RESULTS, SCRIPTS
 
+ROUNDS = {"sparsity": 2}  # fewer than the script's default: its rows are steady, and there are many
 HERE = Path(__file__).resolve().parent
 FIGURE = HERE.parent / "docs/images/communication_slow_link.png"
 
@@ -30,7 +31,9 @@ def command_of(script: str, options: argparse.Namespace) -> list[str]:
     command = [sys.executable, str(HERE / f"{script}.py"), "--out", str(RESULTS / f"{script}.json")]
     if script == "communication" and not options.quick:
         command += ["--figure", str(FIGURE)]
-    return [*command, *(["--quick"] if options.quick else [])]
+    if options.quick:
+        return [*command, "--quick"]
+    return [*command, *(["--rounds", str(ROUNDS[script])] if script in ROUNDS else [])]
 
 
 def run(script: str, options: argparse.Namespace) -> bool:

@@ -133,7 +133,7 @@ class Sizes:
     figure: Path | None = None
 
 
-FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (2, 5)}, 24)
+FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (1, 8)}, 24)
 QUICK = Sizes(2, 6, {1000.0: (1, 3)}, 4)
 
 
