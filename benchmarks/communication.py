@@ -178,7 +178,7 @@ def payload(sizes: Sizes) -> Tables:
 
 def _payload_row(net: str, gradients: str, sent: int, dense: int) -> Row:
     bound, columns = SMALLER.get((net, gradients)), {"bytes": sent, "dense bytes": dense}
-    return Row(f"{net}, {gradients}", None, dense / sent, bound, True, "dense bytes by bytes", columns)
+    return Row(f"{net}, {gradients}", None, dense / sent, bound, True, columns=columns)
 
 
 def _count_all() -> list[dict[str, Any]]:
@@ -419,7 +419,7 @@ def accuracy_rows(found: Mapping[str, Sequence[Epoch]]) -> list[Row]:
             "MB in all": last.megabytes,
             "accuracy, %": 100 * last.accuracy,
         }
-        rows.append(Row(name, None, ratio, baseline="seconds of dense by seconds", columns=columns))
+        rows.append(Row(name, None, ratio, columns=columns))
     return rows
 
 
