@@ -44,9 +44,7 @@ def test_the_kernel_runs_and_changes_no_bit(cache: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("setting", ["CC=/bin/false", "CC=no-cc", "XDG_CACHE_HOME=/dev/null"])
 def test_a_kernel_that_fails_is_named_once(cache: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
     monkeypatch.setenv(*setting.split("="))
-    with pytest.warns(
-        UserWarning, match=rf"computes the masks: .*{setting.split('=')[1]}(.|\n)*Set CC to a C compiler"
-    ):
+    with pytest.warns(UserWarning, match=rf"computes the masks: .*{setting.split('=')[1]}(.|\n)*Set CC to a C"):
         mask = nm_mask(weight := draw((9, 8)), 1, 4)
     assert torch.equal(mask, whole(weight, 1, 4))
     assert torch.equal(nm_mask(weight, 1, 8), whole(weight, 1, 8))  # a second warning would be an error
