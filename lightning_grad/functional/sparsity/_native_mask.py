@@ -56,8 +56,7 @@ def _compiled(m: int, dtype: torch.dtype) -> Path:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-            built = Path(scratch, file.name)
-            command += ["-o", str(built), str(source)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-            built.replace(file)
+            built = f"{scratch}/nm_mask.so"
+            subprocess.run([*command, "-o", built, str(source)], check=True, capture_output=True, text=True, timeout=60)
+            os.replace(built, file)
     return file
