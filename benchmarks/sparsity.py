@@ -108,8 +108,10 @@ class Variant:
 def kernel(is_on: bool) -> Iterator[bool]:
     """Turn the C kernel for masks on or off; yield whether it is on and works."""
     os.environ[VARIABLE] = str(int(is_on))
-    yield native_mask(torch.ones(1, 4, 1), 2) is not None
-    os.environ[VARIABLE] = "0"
+    try:
+        yield native_mask(torch.ones(1, 4, 1), 2) is not None
+    finally:
+        os.environ[VARIABLE] = "0"
 
 
 def fit_once(variant: Variant, module: LightningModule, batch: Any, clock: Clock) -> list[float]:
@@ -174,11 +176,12 @@ def _mask_row(weight: Tensor, n: int, m: int, times: Sequence[tuple[float, float
 
 def native_mask_rows(rounds: int, clock: Clock) -> list[Row]:
     """Return the rows that have a budget, measured with the C kernel."""
-    with kernel(True):
-        return [replace(row, name=f"{row.name}, native") for row in mask_rows(rounds, clock) if row.budget is not None]
+    with kernel(clock.device == "cpu") as works:
+        found = mask_rows(rounds, clock) if works else []
+    return [replace(row, name=f"{row.name}, native") for row in found if row.budget is not None]
 
 
-def transformer_variants() -> list[Variant]:
+def transformer_variants(device: str) -> list[Variant]:
     """Return the dense baseline, the variants with a budget, and log steps.
 
     The second dense variant repeats the first; its ratio shows the noise.
@@ -189,7 +192,7 @@ def transformer_variants() -> list[Variant]:
         for pattern, budget in TRANSFORMER_BUDGETS.items()
         for recipe, gradient in METHODS
     ]
-    with kernel(True) as works:
+    with kernel(device == "cpu") as works:
         found += [replace(v, native=True) for v in found if works and v.mask_every_n_steps == 1]
     return [Variant(), *found, Variant(log_every=1), Variant("2:4", "mdgf-exponential", "masked", log_every=1)]
 
@@ -240,11 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     clock, rounds = Clock(options.device), options.rounds
     print(f"{machine(options.device)}; {rounds} rounds")
-    masks = mask_rows(3 * rounds, clock)
-    with kernel(clock.device == "cpu") as works:
-        masks += native_mask_rows(3 * rounds, clock) if works else []
+    masks = [*mask_rows(3 * rounds, clock), *native_mask_rows(3 * rounds, clock)]
     show("Mask of a 768x3072 float32 weight", "a stable argsort", masks)
-    steps = step_rows(transformer, transformer_variants(), rounds, clock)
+    steps = step_rows(transformer, transformer_variants(options.device), rounds, clock)
     show("Step of a transformer, 4 layers of width 256, 4 x 256 tokens, AdamW", "dense", steps)
     convolutions = step_rows(convnet, convnet_variants(), 2 * rounds, clock)
     show("Step of a residual convnet, width 32, 32 images of 3x32x32, AdamW", "dense", convolutions)
