@@ -4,8 +4,8 @@ The objects themselves stay the same; only their contents are restored. Objects 
 logger, a data set, a Trainer), code, and state inside C extensions are ignored: they are not state
 of the user's module.
 
-This runs in every step of some techniques, and a network has thousands of attributes. The attributes of
-all modules are therefore read into flat lists, which built-in functions compare in one go.
+This runs in every step of some techniques, and a network has thousands of attributes. The attributes
+of all modules are therefore read into flat lists, which built-in functions compare in one go.
 """
 
 from __future__ import annotations
@@ -69,8 +69,9 @@ def holds_fixed_only(container: Any) -> bool:
 
 def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy each second tensor into the first. Inference tensors can only be changed in inference mode."""
-    ordinary = [pair for pair in pairs if _is_ordinary(*pair)]
-    others = [pair for pair in pairs if not _is_ordinary(*pair)]
+    ordinary, others = [], []
+    for pair in pairs:
+        (ordinary if _is_ordinary(*pair) else others).append(pair)
     if ordinary:
         tensors, values = zip(*ordinary, strict=True)
         with torch.inference_mode(False), torch.no_grad():
@@ -249,8 +250,9 @@ class _Attributes:
 class _Plan:
     """Positions of values that can change, in the list of all attributes of some modules.
 
-    It follows from the names and types of the attributes, and holds nothing else: no object is kept alive. Attributes
-    with other names or types need another plan.
+    It follows from the names and types of the attributes, and holds nothing else, so it keeps no
+    object alive. Attributes with other names or types need another plan. Buffers, training modes,
+    gradients and contents are never planned: they are read again for each snapshot.
 
     Args:
         names: Names of the attributes.

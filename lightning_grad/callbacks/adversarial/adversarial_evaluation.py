@@ -311,9 +311,9 @@ class AdversarialEvaluation(GradCallback):
         # Inference tensors have no gradient, and metric states created in inference mode cannot be updated
         # outside of it.
         with torch.inference_mode(False), torch.enable_grad():
-            # Use the state from the start of the epoch, which quiet restores, rather than a copy of the outputs gathered
-            # since, which would cost more with each batch, unless a hook before each batch may have set something that
-            # the step needs.
+            # Use the state from the start of the epoch, which quiet restores. A copy of the outputs gathered
+            # since would cost more with each batch. It is only needed if a hook before each batch may have
+            # set something that the step needs.
             if state is None or evaluation.is_prepared:
                 with evaluation.second.used():
                     state = SecondState(pl_module)
