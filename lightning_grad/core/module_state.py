@@ -69,7 +69,8 @@ def holds_fixed_only(container: Any) -> bool:
 
 def put_back(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy each second tensor into the first. Inference tensors can only be changed in inference mode."""
-    ordinary, others = [], []
+    ordinary: list[tuple[Tensor, Tensor]] = []
+    others: list[tuple[Tensor, Tensor]] = []
     for pair in pairs:
         (ordinary if _is_ordinary(*pair) else others).append(pair)
     if ordinary:
