@@ -1,6 +1,5 @@
 """Intercept every use of a parameter in a forward pass, and detach the parameters of uses that have a rule."""
 
-import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -140,7 +139,6 @@ def _transparent(function: Any) -> Any:
     return copy
 
 
-_BATCH_NORM = inspect.signature(F.batch_norm)
 _ATTENTION = _transparent(F.multi_head_attention_forward)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -308,7 +306,7 @@ class Tracer(TorchFunctionMode):
 
 
 def _refuse_batch_statistics(*args: Any, **kwargs: Any) -> None:
-    if _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
+    if kwargs.get("training", args[5] if len(args) > 5 else False):
         raise RuntimeError(
             "Per-sample gradient norms are undefined if batch_norm uses the statistics of the batch, because each loss "
             "then depends on all samples. Call module.eval(), and use BatchNorm layers that track running statistics."
