@@ -45,6 +45,7 @@ class Use:
         dims: Dimensions of the output that may contain the samples.
         is_batchless: Whether no input except parameters requires grad: it may not depend on samples.
         kept: Tensors that the contributions need, with their versions.
+        node: The node of the output in the autograd graph.
         layout: The layout of the samples, once known.
     """
 
@@ -54,6 +55,7 @@ class Use:
     dims: Sequence[int]
     is_batchless: bool
     kept: list[tuple[Tensor, int]]
+    node: Any = None
     layout: Layout | None = None
 
     @property
@@ -70,8 +72,8 @@ class Use:
             )
 
     def release(self) -> None:
-        """Release all tensors that were kept."""
-        self.terms, self.kept = [], []
+        """Release all tensors that were kept, and the graph."""
+        self.terms, self.kept, self.node = [], [], None
 
 
 OnGradient = Callable[[Use, Tensor], None]
@@ -262,7 +264,7 @@ class Tracer(TorchFunctionMode):
         if not out.requires_grad:  # only the detached sources required grad, so no gradient would reach the hook
             out = _Root.apply(out.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
         batchless = not any(tensor.requires_grad for tensor in others)
-        use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept)
+        use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept, out.grad_fn)
         self.uses.append(use)
         self._handles.append(out.register_hook(lambda gradient: self._receive(use, gradient)))
         return out
