@@ -38,18 +38,20 @@ from plain_project import ResidualConvNet
 
 from benchmarks.common import (
     Clock,
-    Row,
     convnet,
     machine,
     quiet_trainer,
     rotated,
+    show,
+    show_missed,
     silence,
     speed_options,
     timed_fit,
     transformer,
     write_tables,
 )
-from benchmarks.data_pruning import EpochTimer, against, display, medians
+from benchmarks.data_pruning import EpochTimer, against, medians
+from benchmarks.rows import Row
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 
 PGD_STEPS = (2, 5, 10)
@@ -202,15 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def add(title: str, rows: list[Row]) -> None:
         tables[title] = rows
-        display(title, "median ms", rows)
+        show(title, rows)
 
     add(f"A step of {SMALL}", step_rows(lambda: small_convnet(sizes), sizes.small_steps, rounds, clock))
     add(f"A step of {CONVNET}", step_rows(convnet, sizes.steps, rounds, clock))
     add(f"A step of {TRANSFORMER}", step_rows(transformer, sizes.steps, rounds, clock))
     add("A validation pass", evaluation_rows(sizes, rounds, clock))
     add("An epoch", epoch_rows(sizes, rounds, clock))
-    over = [f"{row.name} ({title})" for title, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
+    show_missed(tables)
     write_tables(options, tables)
 
 

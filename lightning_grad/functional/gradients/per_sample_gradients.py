@@ -46,11 +46,9 @@ class PerSampleGradientNorms:
     losses, and which parameters no rule covers. Gradients, hooks and flags are restored after each call, even after an
     exception.
 
-    **Cost.** One forward and one backward pass. On one CPU thread this takes 1.2 to 1.5 times a plain pass for residual
-    networks with BatchNorm, and 1.1 times for a transformer of width 256, with about the memory of the plain pass.
-    ``vmap(grad(...))`` on a ResNet-18 of half width with 64 images takes 3.1 times as long and 6.7 times as much
-    memory. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``, ``einsum``,
-    custom autograd functions) cost one backward pass per sample.
+    **Cost.** One forward and one backward pass, with about the memory of a plain pass: see docs/benchmarks.md, also for
+    ``vmap(grad(...))``. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``,
+    ``einsum``, custom autograd functions) cost one backward pass per sample.
 
     Args:
         module: The module whose trainable parameters are measured; in eval mode if it has BatchNorm.
