@@ -67,9 +67,9 @@ from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.core import Look, LossRequest, look_at_all, read_losses, reweight_losses
 from lightning_grad.functional import LossCapture, LossTrace, PerSampleGradientNorms, el2n
 
-GHOST_CONVNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.5, 1.2, 3.0
+GHOST_CONVNET, GHOST_RESNET, GHOST_TRANSFORMER, VMAP_FACTOR = 1.2, 1.15, 1.2, 3.0
 GHOST_MEMORY, VMAP_MEMORY_FACTOR = 1.2, 3.5
-SCORING, HALF, READING, TRACED = 1.1, 0.55, 1.06, 1.05
+SCORING, SCORING_GRAND, HALF, READING, TRACED = 1.1, 4.5, 0.55, 1.06, 1.05
 PLAIN, GHOST, VMAP, ONE_BY_ONE = "plain forward and backward", "ghost norms", "vmap(grad)", "one by one"
 OPACUS, FIRST = "Opacus GradSampleModule", "ghost norms, first batch"
 CONVNET, RESNET, TRANSFORMER = "a residual convnet", "a network like ResNet-18", "a transformer"
@@ -256,7 +256,7 @@ def norm_rows(name: str, sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     calls[f"{PLAIN}{AGAIN}"] = calls[PLAIN]
     typical = medians(calls, rounds, clock)
     is_transformer = name == TRANSFORMER
-    budgets = {GHOST: GHOST_TRANSFORMER if is_transformer else GHOST_CONVNET}
+    budgets = {GHOST: {CONVNET: GHOST_CONVNET, RESNET: GHOST_RESNET, TRANSFORMER: GHOST_TRANSFORMER}[name]}
     rows = [against(way, typical, PLAIN, budgets.get(way)) for way in calls]
     factor = against(VMAP, typical, GHOST, None if is_transformer else VMAP_FACTOR, at_least=True)
     return [*rows, *missing, factor]
@@ -377,7 +377,8 @@ def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
     def measure(trainer: Trainer, pl_module: LightningModule) -> None:
         def look(score: str) -> Callable[[], Any]:
             assert subset.training_set is not None
-            return partial(look_at_all, trainer, pl_module, subset.training_set, MEASURES[score], score)
+            memory: dict[str, Any] = {}
+            return partial(look_at_all, trainer, pl_module, subset.training_set, MEASURES[score], score, memory=memory)
 
         calls = {
             "evaluation": lambda: evaluate(module, loader, clock.device),
@@ -386,7 +387,8 @@ def scoring_rows(sizes: Sizes, rounds: int, clock: Clock) -> list[Row]:
             "grand": look("grand"),
         }
         typical = medians(calls, rounds, clock)
-        rows.extend(against(name, typical, "evaluation", SCORING if name == "el2n" else None) for name in calls)
+        budgets = {"el2n": SCORING, "grand": SCORING_GRAND}
+        rows.extend(against(name, typical, "evaluation", budgets.get(name)) for name in calls)
 
     callbacks = [subset, LambdaCallback(on_train_epoch_start=measure)]
     quiet_trainer(clock.device, max_steps=1, callbacks=callbacks).fit(module, loader)
