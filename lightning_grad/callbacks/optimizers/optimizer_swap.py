@@ -100,6 +100,10 @@ class OptimizerSwap(GradCallback):
             "Train with strategy='ddp', or choose the optimizer in DeepSpeed's own config",
         ),
         several_optimizers=yes("`which` chooses some of them."),
+        sparse_gradients=no(
+            "uses an optimizer that takes dense gradients only, and {} computes sparse ones",
+            "Create {value} with sparse=False, or skip its optimizer with which=[...]",
+        ),
     )
     fixed_settings: ClassVar[Mapping[str, str]] = {"lr_factor": _SCALED, "wd_factor": _SCALED}
     trial: ClassVar[Mapping[str, Any]] = {"optimizer": "lion", "lr_factor": 0.3}
@@ -150,8 +154,9 @@ class OptimizerSwap(GradCallback):
 
     @override
     def works_with(self) -> Compatibility:
-        whole = self.named is not None and not self.named.elementwise
-        return self.compatibility.but(fsdp1=_SHARDED, fsdp2=_SHARDED) if whole else self.compatibility
+        if self.named is None:
+            return self.compatibility.but(sparse_gradients=yes("If the class supports them."))
+        return self.compatibility if self.named.elementwise else self.compatibility.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
 
     # The fit begins.
 
@@ -220,6 +225,8 @@ class OptimizerSwap(GradCallback):
     def _replace(self, index: int, old: Optimizer, schedulers: Sequence[Any], module: pl.LightningModule) -> Optimizer:
         make: Make = type(old) if self.optimizer is None else self._make()
         refuse_new(self.display_name, make, self.named, old, module)
+        parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
+        self.works_with().refuse_parameters(self.display_name, module, parameters)
         new, groups = self.create(make, old), [dict(group) for group in old.param_groups]
         if self.lr_factor is None:
             refuse_other_scale(self.display_name, old, type(new))
