@@ -3,10 +3,12 @@
 Used only by :class:`lightning_grad.callbacks.OptimizerSwap`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_grad.callbacks.optimizers._names import Make, Named
 from lightning_grad.callbacks.optimizers._options import class_of, name_of
@@ -71,6 +73,20 @@ def refuse_new(display_name: str, make: Make, named: Named | None, old: Optimize
 
 def _name_in(module: nn.Module, parameter: Tensor) -> str:
     return next((name for name, each in module.named_parameters() if each is parameter), "a parameter")
+
+
+def refuse_scheduler(display_name: str, schedulers: Iterable[Any], old: Optimizer) -> None:
+    """Raise if the rates of a scheduler cannot be scaled, because it keeps them in a form of its own.
+
+    Raises:
+        ValueError: With the name of the scheduler.
+    """
+    for scheduler in schedulers:
+        if not isinstance(scheduler, LRScheduler) and any(value is old for value in vars(scheduler).values()):
+            raise ValueError(
+                f"{display_name} cannot multiply the rates of {type(scheduler).__name__}, which is not derived from a "
+                "scheduler of torch. Set the rates of the new optimizer in the module, and lr_factor=1.0."
+            )
 
 
 def refuse_wrong_groups(display_name: str, new: object, old: Optimizer) -> None:

@@ -19,12 +19,17 @@ from lightning_grad.callbacks.optimizers._options import (
     own_options,
 )
 from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_other_scale, remarks
-from lightning_grad.callbacks.optimizers._refusals import refuse_new, refuse_old, refuse_wrong_groups
+from lightning_grad.callbacks.optimizers._refusals import (
+    refuse_new,
+    refuse_old,
+    refuse_scheduler,
+    refuse_wrong_groups,
+)
 from lightning_grad.callbacks.optimizers._saved import WAY_OUT, description, refuse_other_optimizers
 from lightning_grad.core import GradCallback, as_indices, during_fit, no, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_
-from lightning_grad.core.steps.replacement import replace_optimizer
+from lightning_grad.core.steps.replacement import held_schedulers, replace_optimizer
 from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one
 
 Option = bool | float | str | Sequence[float | None] | None
@@ -205,7 +210,7 @@ class OptimizerSwap(GradCallback):
         inner(*args, **kwargs)
         strategy, saved = trainer.strategy, self._optimizers
         optimizers = list(strategy.optimizers)
-        schedulers = [config.scheduler for config in strategy.lr_scheduler_configs]
+        schedulers = list(held_schedulers(config.scheduler for config in strategy.lr_scheduler_configs))
         self._optimizers = {}
         for index in self._indices(len(optimizers)):
             refuse_old(self.display_name, index, optimizers[index])
@@ -228,10 +233,12 @@ class OptimizerSwap(GradCallback):
         parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
         self.works_with().refuse_parameters(self.display_name, module, parameters)
         new, groups = self.create(make, old), [dict(group) for group in old.param_groups]
+        if self.lr_factor not in (None, 1.0):
+            refuse_scheduler(self.display_name, schedulers, old)
         if self.lr_factor is None:
             refuse_other_scale(self.display_name, old, type(new))
         self.undo.push(replace_optimizer(old, new, schedulers))
-        if self.lr_factor is not None:
+        if self.lr_factor not in (None, 1.0):
             chosen = [(new, list(range(len(new.param_groups))))]
             scale_rates_(chosen, self.lr_factor)
             scale_schedules_(chosen, schedulers, self.lr_factor)

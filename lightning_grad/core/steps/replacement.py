@@ -46,7 +46,7 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
         >>> new.param_groups[0]["lr"], old.param_groups is new.param_groups
         (0.05, True)
     """
-    found = list(_held_schedulers(schedulers))
+    found = list(held_schedulers(schedulers))
     cycling = [each for each in found if getattr(each, "cycle_momentum", False) and each.optimizer is old]
     momenta = [_momenta(old, each.use_beta1) for each in cycling]
     own = {**vars(old), "param_groups": [dict(group) for group in old.param_groups]}
@@ -91,8 +91,12 @@ def _track_steps(optimizer: Optimizer) -> None:
     optimizer.step = step  # type: ignore[method-assign]
 
 
-def _held_schedulers(holders: Iterable[Any]) -> Iterator[Any]:
-    """Yield schedulers and all schedulers that they hold, under any attribute, each once."""
+def held_schedulers(holders: Iterable[Any]) -> Iterator[Any]:
+    """Yield schedulers and all schedulers that they hold, under any attribute, each once.
+
+    Args:
+        holders: Schedulers of the run. A scheduler is an object with ``step`` and ``state_dict``.
+    """
     seen: set[int] = set()
     waiting = list(holders)
     while waiting:
