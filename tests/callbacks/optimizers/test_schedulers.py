@@ -175,6 +175,19 @@ def test_it_follows_the_new_optimizer(name: str, runs: Runs) -> None:
     assert scheduler.optimizer is runs.swapped.trainer.optimizers[index]
 
 
+def test_a_factor_scales_the_whole_schedule(runs: Runs) -> None:
+    known = {name: make for name, make in THERE.items() if name not in ("as in timm", "timm")}
+    _, rates = train(Nets(AdamW, known), [OptimizerSwap("lion", lr_factor=0.5)])
+    for index, name in enumerate(known):
+        whole = [step[list(THERE).index(name)] for step in runs.native.rates]
+        assert [(step[index][0], step[index][4]) for step in rates] == [(s[0] * 0.5, s[4] * 0.5) for s in whole], name
+
+
+def test_a_factor_needs_a_scheduler_that_it_can_scale() -> None:
+    with pytest.raises(ValueError, match=r"cannot multiply the rates of Timm.*lr_factor=1\.0"):
+        train(Nets(AdamW, {"timm": SCHEDULERS["as in timm"]}), [OptimizerSwap("lion", lr_factor=0.5)])
+
+
 def test_no_scheduler_warns_of_its_optimizer(runs: Runs) -> None:
     assert not runs.warned
 
