@@ -1,0 +1,21 @@
+"""The contract entries of this family."""
+
+from __future__ import annotations
+
+from tests.contract.entries import Technique
+
+ENTRIES = [
+    Technique(
+        "OptimizerSwap",
+        wrong=(
+            ({"optimizer": "lyon"}, "Did you mean 'lion'"),
+            ({"optimizer": "torch.optim.AdamV"}, "Did you mean 'AdamW'"),
+            ({"options": {"beta": [0.9, 0.99]}}, "Did you mean 'betas'"),
+            ({"options": {"lr": 0.1}}, "Set lr_factor"),
+            ({"lr_factor": 0.0}, "lr_factor must be above 0"),
+            ({"lr_factor": float("inf")}, "lr_factor must be finite"),
+            ({"wd_factor": -1.0}, "wd_factor must be at least 0"),
+            ({"which": []}, "which must hold at least one index"),
+        ),
+    ),
+]
