@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.optimizers._carried import carried_group
 from lightning_grad.callbacks.optimizers._names import NAMES, Make, Named, find_class
+from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
 from lightning_grad.callbacks.optimizers._options import as_options, check_options, class_of, own_options
 from lightning_grad.core import GradCallback, as_indices, no, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility
@@ -20,7 +21,7 @@ from lightning_grad.utilities.checks import check_above, check_finite, check_fin
 Option = bool | float | str | Sequence[float | None] | None
 
 
-class OptimizerSwap(GradCallback):
+class OptimizerSwap(OptimizerNeeds):
     """Train with another optimizer than ``configure_optimizers`` returns."""
 
     namespace: ClassVar[str] = "optimizer"
@@ -110,7 +111,18 @@ class OptimizerSwap(GradCallback):
         return make(groups, **options)
 
     @override
+    def new_class(self) -> Any:
+        return None if self.optimizer is None else class_of(self._make())
+
+    @override
+    def new_optimizers(self, trainer: pl.Trainer) -> Sequence[Optimizer]:
+        if self.optimizer is None:
+            return []
+        return [o for index, o in enumerate(trainer.optimizers) if self.which is None or index in self.which]
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         indices = range(len(trainer.optimizers)) if self.which is None else self.which
         words = ", ".join(type(trainer.optimizers[index]).__name__ for index in indices)
         self.announce(f"trains with {words}", "optimizers", [f"optimizers[{index}]" for index in indices])

@@ -7,7 +7,6 @@ copied back afterwards.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.undo import UndoList
 
 
@@ -52,14 +51,21 @@ class AveragedWeights:
     Args:
         trainer: The trainer.
         pl_module: Its module.
-        optimizers: Returns the optimizers that average.
+        optimizers: The optimizers that average.
+        is_resumed: Whether the module has training weights that :func:`wrap_loading` put into the
+            checkpoint. In that case, the optimizers only have to change their mode.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizers: Callable[[], Sequence[Averaging]]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizers: Sequence[Averaging],
+        is_resumed: bool,
     ) -> None:
         self._trainer, self._pl_module = trainer, pl_module
         self._optimizers = optimizers
+        self._is_resumed = is_resumed
         self._kept: dict[Tensor, Tensor] | None = None  # the training weights while the module has the averaged ones
         self._has_started = False
 
@@ -71,14 +77,10 @@ class AveragedWeights:
         undo_after_saving.push(wrap_method(self._trainer, "save_checkpoint", self._show))
 
     def start(self) -> None:
-        """Put the optimizers into training mode. Call it in ``on_train_start``, when all states are restored.
-
-        The module has the training weights already: a checkpoint's averaged weights were replaced
-        before it was loaded (:func:`wrap_loading`). So only the mode of the optimizers changes.
-        """
+        """Put the optimizers into training mode. Call it in ``on_train_start``, when all states are restored."""
         if not self._has_started:
             self._has_started = True
-            self._kept = self._copies()
+            self._kept = self._copies() if self._is_resumed else None
             self._train()
 
     def finish(self) -> None:
@@ -86,17 +88,15 @@ class AveragedWeights:
         self.start()
         if self._kept is None:
             self._kept = self._copies()
-            for optimizer in self._optimizers():
+            for optimizer in self._optimizers:
                 optimizer.eval()
 
     @property
     def training_weights(self) -> dict[str, Tensor]:
         """The training weights by name, on the CPU."""
-        kept = self._kept or {}
+        kept, trained = self._kept or {}, self._weights()
         named = self._pl_module.named_parameters(remove_duplicate=False)
-        return {
-            name: kept.get(weight, weight).detach().cpu().clone() for name, weight in named if weight in self._weights()
-        }
+        return {name: kept.get(weight, weight).detach().cpu().clone() for name, weight in named if weight in trained}
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -118,7 +118,7 @@ class AveragedWeights:
         return inner(*args, **kwargs)
 
     def _weights(self) -> set[Tensor]:
-        return {p for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]}
+        return {p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
 
     def _copies(self) -> dict[Tensor, Tensor]:
         return {weight: weight.detach().clone() for weight in self._weights()}
@@ -126,7 +126,7 @@ class AveragedWeights:
     @torch.no_grad()
     def _train(self) -> None:
         """Copy the training weights back, after the optimizers computed them up to rounding."""
-        for optimizer in self._optimizers():
+        for optimizer in self._optimizers:
             optimizer.train()
         for weight, kept in (self._kept or {}).items():
             weight.copy_(kept)
@@ -149,7 +149,8 @@ def wrap_loading(pl_module: pl.LightningModule, weights_in: Callable[[Mapping[st
         kept = weights_in(checkpoint) or {}
         checkpoint["state_dict"].update({name: kept[name] for name in kept.keys() & checkpoint["state_dict"].keys()})
 
-    return wrap_method(pl_module, "on_load_checkpoint", partial(load))
+    # Outermost, because the views of a WeightCallback first restore the dense form of the averaged weights.
+    return wrap_method(pl_module, "on_load_checkpoint", load, WrapOrder.LOOK)
 
 
 def has_batch_statistics(module: nn.Module) -> bool:
