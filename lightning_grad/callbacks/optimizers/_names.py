@@ -4,6 +4,7 @@ Used only by :class:`lightning_grad.callbacks.OptimizerSwap`.
 """
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ class Named:
         options: Options of the constructor that differ from its defaults.
         elementwise: Whether the update of an entry depends on that entry alone, so it also works on
             shards of a parameter.
+        only_matrices: Whether it refuses parameters that are not two-dimensional.
         needs_graph: Whether it differentiates the gradients, so backward must keep their graph.
         averages: Whether validation and checkpoints need other weights than training.
     """
@@ -46,6 +48,7 @@ class Named:
     extra: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = False
+    only_matrices: bool = False
     needs_graph: bool = False
     averages: bool = False
 
@@ -64,7 +67,7 @@ NAMES: Mapping[str, Named] = {
     "adam": Named("torch.optim.Adam", elementwise=True),
     "sgd": Named("torch.optim.SGD", "SGD", elementwise=True),
     "adafactor": Named("torch.optim.Adafactor", "Adafactor"),
-    "muon": Named("torch.optim.Muon", options={"adjust_lr_fn": "match_rms_adamw"}),
+    "muon": Named("torch.optim.Muon", options={"adjust_lr_fn": "match_rms_adamw"}, only_matrices=True),
     "lion": _of_library("Lion", "Lion", elementwise=True),
     "adabelief": _of_library("AdaBelief", elementwise=True),
     "adamp": _of_library("AdamP"),
@@ -80,22 +83,26 @@ NAMES: Mapping[str, Named] = {
 }
 
 _SCALES: Mapping[str, str] = {
-    **{named.class_name: named.scale for named in NAMES.values()},
-    **dict.fromkeys(("NAdam", "RAdam", "Adamax"), "Adam"),
-    **dict.fromkeys(("ASGD", "SGDW", "SGDScheduleFree"), "SGD"),
+    **{named.class_name.lower(): named.scale for named in NAMES.values()},
+    **dict.fromkeys(("nadam", "radam", "adamax", "schedulefreeadamw"), "Adam"),
+    **dict.fromkeys(("asgd", "sgdw", "schedulefreesgd"), "SGD"),
 }
+_VARIANT = re.compile("^paged|(8bit|4bit|32bit|fp8|schedulefree)$")
 _NEWER: Mapping[str, str] = {"muon": "2.9"}  # versions of torch that brought a class
 
 
 def scale_of(kind: type) -> str | None:
     """Return the scale of the learning rates of an optimizer class, or ``None`` if it is not known.
 
+    Classes are recognized by their name, which libraries share.
+
     Example:
         >>> import torch
         >>> scale_of(torch.optim.NAdam), scale_of(torch.optim.Rprop)
         ('Adam', None)
     """
-    return _SCALES.get(kind.__name__)
+    name = kind.__name__.lower()
+    return _SCALES.get(name, _SCALES.get(_VARIANT.sub("", name)))
 
 
 def find_class(name: str) -> Make:

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core import GradCallback, during_fit, no, until_next_fit
+from lightning_grad.core import WHOLE_WEIGHTS, GradCallback, during_fit, no, until_next_fit
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.steps.averaged_weights import AveragedWeights, averages, has_batch_statistics, wrap_loading
 from lightning_grad.core.steps.gradient_graphs import GradientGraphs
 
 _WEIGHTS = "training_weights"
 _SECOND_ORDER: Mapping[str, Any] = {
+    **WHOLE_WEIGHTS,
     "fp16": no(
         "needs second derivatives, and {} would scale them with the loss", "Use precision='bf16-mixed' or '32-true'"
     ),
@@ -25,6 +26,7 @@ _SECOND_ORDER: Mapping[str, Any] = {
     "late_gradients": no("needs gradients with their graph, and {} sends gradients without it", "Use strategy='ddp'"),
 }
 _AVERAGED: Mapping[str, Any] = {
+    **WHOLE_WEIGHTS,
     "weight_averaging": no(
         "uses an optimizer that averages the weights itself, and {} would average its training weights",
         "Remove the callback that averages weights",

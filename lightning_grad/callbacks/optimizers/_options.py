@@ -1,4 +1,4 @@
-"""Checks the options of an optimizer, and creates it from the groups of another one.
+"""Options of an optimizer class: reads them, and checks them against the constructor.
 
 Used only by :class:`lightning_grad.callbacks.OptimizerSwap`.
 """
@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from lightning_grad.callbacks.optimizers._names import Make
 from lightning_grad.functional.choices import hint_for
 
-_FROM_THE_MODULE = {"lr": "lr_factor", "weight_decay": "wd_factor"}
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def as_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+def as_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return options as a plain dictionary, with tuples for lists."""
-    return {name: _plain(value) for name, value in (options or {}).items()}
+    return {name: _plain(value) for name, value in options.items()}
 
 
 def _plain(value: Any) -> Any:
@@ -27,49 +27,57 @@ def _plain(value: Any) -> Any:
 
 
 def check_options(options: Mapping[str, Any], make: Make) -> None:
-    """Raise if an option is not a named parameter of the constructor; libraries swallow others with ``**kwargs``.
+    """Raise if an option is not a named parameter of the constructor. Some libraries accept any name silently.
 
     Raises:
-        ValueError: For such an option, and for rates and decays, which come from the module.
+        ValueError: For such an option, and for the rate, which comes from the module.
 
     Example:
         >>> import torch
         >>> check_options({"beta": (0.9, 0.99)}, torch.optim.AdamW)
         Traceback (most recent call last):
         ValueError: options: AdamW has no option 'beta'. Did you mean 'betas'? It has amsgrad, betas, capturable, \
-differentiable, eps, foreach, fused, maximize.
+differentiable, eps, foreach, fused, maximize, weight_decay.
     """
-    for name, factor in _FROM_THE_MODULE.items():
-        if name in options:
-            raise ValueError(
-                f"options must not hold {name!r}, because each parameter group keeps its own. Set {factor}, which "
-                "multiplies it."
-            )
-    known = sorted(named_parameters(make))
+    known = sorted(defaults_of(make))
     for name in options:
-        if name not in known:
-            kind = class_of(make)
+        if name == "lr":
             raise ValueError(
-                f"options: {getattr(kind, '__name__', kind)} has no option {name!r}.{hint_for(name, known)} It has "
-                f"{', '.join(known)}."
+                f"options must not hold 'lr', because each parameter group keeps its own rate; got {options['lr']!r}. "
+                "Set lr_factor, which multiplies the rates."
+            )
+        if name not in known:
+            raise ValueError(
+                f"options: {name_of(make)} has no option {name!r}.{hint_for(name, known)} It has {', '.join(known)}."
             )
 
 
-def named_parameters(make: Make) -> dict[str, Any]:
-    """Return the constructor's parameters that are options, each with its default."""
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+def defaults_of(make: Make) -> dict[str, Any]:
+    """Return the options of a constructor, each with its default: all named parameters except the rate."""
     parameters = list(inspect.signature(make).parameters.values())[1:]
-    return {p.name: p.default for p in parameters if p.kind not in variadic and p.name not in _FROM_THE_MODULE}
+    return {p.name: p.default for p in parameters if p.kind not in _VARIADIC and p.name != "lr"}
 
 
 def class_of(make: Make) -> Any:
-    """Return the class behind partial functions, or the function that is not a class."""
+    """Return the class behind partial functions, or the function if there is no class."""
     while isinstance(make, functools.partial):
         make = make.func
     return make
 
 
+def name_of(make: Make) -> str:
+    """Return the name of a class or function, for messages."""
+    return getattr(class_of(make), "__name__", repr(make))
+
+
 def own_options(optimizer: Optimizer) -> dict[str, Any]:
-    """Return the options with which an optimizer was constructed, as far as it keeps them under their names."""
-    held = {**vars(optimizer), **optimizer.defaults}
-    return {name: held[name] for name in named_parameters(type(optimizer)) if name in held}
+    """Return the options that an optimizer was created with, as far as it stores them under their names."""
+    stored = {**vars(optimizer), **optimizer.defaults}
+    return {name: stored[name] for name in defaults_of(type(optimizer)) if name in stored and name != "weight_decay"}
+
+
+def given_rate(optimizer: Optimizer) -> Any:
+    """Return the rate that a function created an optimizer with, or ``None`` if it is the default of the class."""
+    parameter = inspect.signature(type(optimizer)).parameters.get("lr")
+    rate = optimizer.defaults.get("lr")
+    return None if parameter is None or rate == parameter.default else rate

@@ -5,7 +5,6 @@ the gradients after the step, use another estimate on each rank, draw from the g
 and Sophia's learning rate is not the paper's.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -208,7 +207,9 @@ def _of(weight: Tensor) -> Tensor:
 
 
 def _averages(state: dict[str, Any], weight: Tensor, *names: str) -> tuple[Tensor, ...]:
-    return tuple(state.setdefault(name, torch.zeros_like(weight)) if name not in state else state[name] for name in names)
+    return tuple(
+        state.setdefault(name, torch.zeros_like(weight)) if name not in state else state[name] for name in names
+    )
 
 
 def _over_kernel(hessian: Tensor) -> Tensor:
@@ -226,5 +227,5 @@ def _mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
         return list(tensors)
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    parts = (flat / dist.get_world_size()).split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat / dist.get_world_size(), [tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,7 +1,7 @@
 """Replace an optimizer of a run, for every object that holds it."""
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,7 +16,7 @@ _HOOKS = (
 )
 
 
-def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any]) -> None:
+def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any]) -> Callable[[], None]:
     """Replace an optimizer in its schedulers and everywhere else.
 
     Schedulers, and the schedulers that they step, get the new object. Other references (an
@@ -32,12 +32,15 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
         new: Optimizer with as many groups, in the same order.
         schedulers: Schedulers of the run.
 
+    Returns:
+        Callable: Gives the old object its own groups and state again. Schedulers keep the new one.
+
     Example:
         >>> import torch
         >>> old = torch.optim.AdamW([torch.zeros(1)], lr=0.5)
         >>> scheduler = torch.optim.lr_scheduler.StepLR(old, step_size=1)
         >>> new = torch.optim.SGD([dict(old.param_groups[0])])
-        >>> replace_optimizer(old, new, [scheduler])
+        >>> give_back = replace_optimizer(old, new, [scheduler])
         >>> old.step()  # a step of the new optimizer
         >>> scheduler.step()
         >>> new.param_groups[0]["lr"], old.param_groups is new.param_groups
@@ -46,6 +49,7 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
     found = list(_held_schedulers(schedulers))
     cycling = [each for each in found if getattr(each, "cycle_momentum", False) and each.optimizer is old]
     momenta = [_momenta(old, each.use_beta1) for each in cycling]
+    own = {**vars(old), "param_groups": [dict(group) for group in old.param_groups]}
     _keep_groups(old, new)
     _share(old, new)
     for scheduler in found:
@@ -53,6 +57,7 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
         values.update({key: _replaced(value, old, new) for key, value in values.items()})
     for scheduler, values_of_groups in zip(cycling, momenta, strict=True):
         _match_momentum(scheduler, new, values_of_groups)
+    return functools.partial(setattr, old, "__dict__", own)
 
 
 def _keep_groups(old: Optimizer, new: Optimizer) -> None:
@@ -66,10 +71,9 @@ def _keep_groups(old: Optimizer, new: Optimizer) -> None:
 def _share(old: Optimizer, new: Optimizer) -> None:
     # Setting old.__class__ would be simpler, but Python refuses it for classes with another layout.
     for name in _HOOKS:
-        hooks = vars(old).get(name)
-        if hooks is not None:  # the same dictionary, which the handles of the hooks refer to
-            hooks.update(vars(new).get(name, {}))
-            vars(new)[name] = hooks
+        hooks = vars(old)[name]  # the same dictionary, which the handles of the user's hooks refer to
+        hooks.update(vars(new)[name])
+        vars(new)[name] = hooks
     _track_steps(new)
     old.__dict__ = new.__dict__
 

@@ -46,7 +46,9 @@ def adamw(
     return p - lr * weight_decay * p - lr * adam_direction(m, v, t, betas, eps)
 
 
-def lion(p: Tensor, g: Tensor, s: State, t: int, *, lr: float, betas: tuple[float, float], weight_decay: float) -> Tensor:
+def lion(
+    p: Tensor, g: Tensor, s: State, t: int, *, lr: float, betas: tuple[float, float], weight_decay: float
+) -> Tensor:
     """2302.06675, algorithm 2."""
     before = s.get("m", torch.zeros_like(g))
     direction = (betas[0] * before + (1 - betas[0]) * g).sign()
@@ -129,12 +131,14 @@ def diffgrad(
     eps: float,
     weight_decay: float,
     late_eps: bool = False,
+    inner_eps: float = 0.0,
 ) -> Tensor:
-    """1909.11015, equations 9 to 12."""
+    """1909.11015, equations 9 to 12. ``inner_eps`` is added to the second moment."""
     m, v = average(s, "m", g, betas[0]), average(s, "v", g * g, betas[1])
     friction = torch.sigmoid((s.get("g", torch.zeros_like(g)) - g).abs())
     s["g"] = g.clone()
-    return p - lr * weight_decay * p - lr * friction * adam_direction(m, v, t, betas, eps, late_eps)
+    direction = adam_direction(m, v + inner_eps, t, betas, eps, late_eps)
+    return p - lr * weight_decay * p - lr * friction * direction
 
 
 def spam(
@@ -182,21 +186,16 @@ def adafactor(
     beta2_decay: float,
     eps: tuple[float, float],
     d: float,
-    late_eps: bool = False,
 ) -> Tensor:
-    """1804.04235, algorithms 4 to 6, with lr in place of the 0.01 of its rate min(0.01, 1 / sqrt(t)).
-
-    The paper adds eps[0] to the squared gradients; ``late_eps`` bounds the final variance instead.
-    """
+    """1804.04235, algorithms 4 to 6, with lr in place of the 0.01 of its rate min(0.01, 1 / sqrt(t))."""
     beta = 1 - t**beta2_decay
     rate = min(lr, 1 / math.sqrt(t)) * max(eps[1], rms(p))
-    squares = g * g if late_eps else g * g + eps[0]
+    squares = g * g + eps[0]
     if p.ndim > 1:
         rows, columns = average(s, "r", squares.mean(1), beta), average(s, "c", squares.mean(0), beta)
-        variance = torch.outer(rows, columns) / rows.mean()
+        update = g / (torch.outer(rows, columns) / rows.mean()).sqrt()
     else:
-        variance = average(s, "v", squares, beta)
-    update = g / (variance.clamp(min=eps[0] ** 2) if late_eps else variance).sqrt()
+        update = g / average(s, "v", squares, beta).sqrt()
     return p - lr * weight_decay * p - rate * update / max(1, rms(update) / d)
 
 
@@ -370,20 +369,25 @@ def prodigy(
     d0: float,
     d_coef: float = 1.0,
     new_distance: bool = False,
+    sum_dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
     """2306.06101, algorithm 4, for all weights together, with the decay and d_coef of the released code.
 
-    ``new_distance`` multiplies eps by the new distance, as the released code does.
+    The paper multiplies both sums of the distance by 1 - sqrt(beta2), which cancels, as does d0
+    here. ``new_distance`` multiplies eps by the new distance, as the released code does; the sums
+    are kept in ``sum_dtype``.
     """
     shared, root = states[0], math.sqrt(betas[1])
     d = shared.get("d", d0)
+    numerator = root * shared.get("r", torch.zeros(1, dtype=sum_dtype))
+    denominator = torch.zeros(1, dtype=sum_dtype)
     for p, g, s in zip(weights, gradients, states, strict=True):
         s.setdefault("start", p)
         average(s, "m", d * g, betas[0]), average(s, "v", d * d * g * g, betas[1])
-        average(s, "s", lr * d * d * g, root)
-    inner = sum(float((g * (s["start"] - p)).sum()) for p, g, s in zip(weights, gradients, states, strict=True))
-    shared["r"] = root * shared.get("r", 0.0) + (1 - root) * lr * d * d * inner
-    shared["d"] = max(d, d_coef * shared["r"] / sum(float(s["s"].abs().sum()) for s in states))
+        s["s"] = root * s.get("s", torch.zeros_like(p)) + lr * d * d / d0 * g
+        numerator.add_(torch.dot(g.flatten(), (s["start"] - p).flatten()), alpha=d / d0 * lr * d)
+        denominator += s["s"].abs().sum()
+    shared["r"], shared["d"] = numerator, max(d, float(d_coef * numerator / denominator))
     in_eps = shared["d"] if new_distance else d
     return [
         p - lr * d * weight_decay * p - lr * d * s["m"] / (s["v"].sqrt() + in_eps * eps)

@@ -1,6 +1,5 @@
 """OptimizerSwap with Schedule-Free: which weights validation, checkpoints and training see, and resuming."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +170,9 @@ def test_of_two_optimizers_one_averages() -> None:
 
 
 def test_refuses_another_average() -> None:
-    with pytest.raises(ValueError, match="averages the weights itself, and weight averaging would average its training"):
+    with pytest.raises(
+        ValueError, match="averages the weights itself, and weight averaging would average its training"
+    ):
         fit([swap(), EMAWeightAveraging(decay=0.9)], max_epochs=1)
 
 
@@ -184,6 +185,10 @@ def test_says_that_statistics_belong_to_other_weights(monkeypatch: pytest.Monkey
 
 def test_nothing_of_it_stays(whole: Any) -> None:
     trainer, module, *_ = whole
-    for owner, names in ((trainer, ("save_checkpoint",)), (trainer.fit_loop, ("on_run_end",)), (module, ("on_load_checkpoint",))):
+    for owner, names in (
+        (trainer, ("save_checkpoint",)),
+        (trainer.fit_loop, ("on_run_end",)),
+        (module, ("on_load_checkpoint",)),
+    ):
         assert not set(names) & set(vars(owner))
     assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
