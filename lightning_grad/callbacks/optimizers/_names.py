@@ -77,8 +77,8 @@ NAMES: Mapping[str, Named] = {
     "spam": _of_library("SPAM"),
     "soap": _of_library("SOAP"),
     "prodigy": _of_library("Prodigy", "Prodigy"),
-    "adahessian": _of_library("AdaHessian", "Hessian", needs_graph=True),
-    "sophia": _of_library("SophiaH", "Hessian", needs_graph=True),
+    "adahessian": Named("lightning_grad.callbacks.optimizers._second_order.AdaHessian", "Hessian"),
+    "sophia": Named("lightning_grad.callbacks.optimizers._second_order.Sophia"),
     "schedulefree-adamw": Named("schedulefree.AdamWScheduleFree", extra="optimizers", averages=True, elementwise=True),
 }
 

@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_
 from lightning_grad.callbacks.optimizers._names import NAMES, Make, Named, find_class
+from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
 from lightning_grad.callbacks.optimizers._options import (
     as_options,
     check_options,
@@ -41,7 +42,7 @@ _SHARDED = no(
 )
 
 
-class OptimizerSwap(GradCallback):
+class OptimizerSwap(OptimizerNeeds):
     r"""Train with another optimizer than ``configure_optimizers`` returns.
 
     The new optimizer takes over the parameter groups with their names, learning rates and weight
@@ -159,9 +160,10 @@ class OptimizerSwap(GradCallback):
 
     @override
     def works_with(self) -> Compatibility:
+        answers = super().works_with()
         if self.named is None:
-            return self.compatibility.but(sparse_gradients=yes("If the class supports them."))
-        return self.compatibility if self.named.elementwise else self.compatibility.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
+            return answers.but(sparse_gradients=yes("If the class supports them."))
+        return answers if self.named.elementwise else answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
 
     # The fit begins.
 
@@ -293,12 +295,21 @@ class OptimizerSwap(GradCallback):
         self._remarks += remarks(old, groups, new, self.lr_factor)
 
     @override
+    def new_class(self) -> Any:
+        return None if self.optimizer is None else class_of(self._make())
+
+    @override
+    def new_optimizers(self, trainer: pl.Trainer) -> Sequence[Optimizer]:
+        return [trainer.optimizers[index] for index in self._swapped]
+
+    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.is_neutral and not self._swapped:
             raise ValueError(
                 f"{self.display_name} found no optimizer to replace: {type(trainer.strategy).__name__} does not call "
                 "setup_optimizers. Train with strategy='ddp' or on one device."
             )
+        super().on_fit_start(trainer, pl_module)
         words = ", ".join(dict.fromkeys(self._swapped.values())) or "the module's own optimizers"
         self.announce(f"trains with {words}", "optimizers", [f"optimizers[{index}]" for index in self._swapped])
         for remark in dict.fromkeys(self._remarks):
