@@ -18,12 +18,16 @@ from lightning_grad.core.steps.gradient_graphs import GradientGraphs
 
 _WEIGHTS = "training_weights"
 _SECOND_ORDER: Mapping[str, Any] = {
-    **WHOLE_WEIGHTS,
+    **dict.fromkeys(
+        ("ddp", "fsdp2", "fsdp1"),
+        no(
+            "needs second derivatives, which torch cannot compute under {}", "Train on one device, or use lion or adamw"
+        ),
+    ),
     "fp16": no(
         "needs second derivatives, and {} would scale them with the loss", "Use precision='bf16-mixed' or '32-true'"
     ),
     "compiled": no("needs second derivatives, which {} do not have", "Do not compile the module"),
-    "late_gradients": no("needs gradients with their graph, and {} sends gradients without it", "Use strategy='ddp'"),
 }
 _AVERAGED: Mapping[str, Any] = {
     **WHOLE_WEIGHTS,

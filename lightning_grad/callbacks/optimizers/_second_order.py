@@ -1,15 +1,14 @@
 """AdaHessian and Sophia: optimizers that estimate the diagonal of the Hessian.
 
-They are written here because the versions in libraries do not fit a Trainer: they keep the graph of
-the gradients after the step, use another estimate on each rank, draw from the global random stream,
-and Sophia's learning rate is not the paper's.
+They are written here because the versions in libraries keep the graph of the gradients after the
+step and draw from the global random stream, and because their learning rate of Sophia is not the
+paper's.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -31,8 +30,7 @@ class SecondOrderOptimizer(Optimizer):
 
     H is the Hessian of the loss and z a random vector. Gradients need a graph in the steps that
     estimate it (:attr:`needs_graph`); afterwards they are detached, which frees the graph. z depends
-    on the seed and the number of the step only, so a resumed run draws the same numbers. All ranks
-    use the same z and the mean of their estimates, so two ranks equal one with the whole batch.
+    on the seed and the number of the step only, so a resumed run draws the same numbers.
     """
 
     gaussian: bool  # whether z is normal; otherwise its entries are -1 and 1
@@ -80,7 +78,7 @@ class SecondOrderOptimizer(Optimizer):
         products = self._products(weights, vectors)
         for weight in weights:
             weight.grad = _of(weight).detach()
-        return dict(zip(weights, _mean_over_ranks(torch._foreach_mul(products, vectors)), strict=True))
+        return dict(zip(weights, torch._foreach_mul(products, vectors), strict=True))
 
     def _vectors(self, weights: Sequence[Tensor]) -> list[Tensor]:
         seed = hashed_seed(self.seed, self.param_groups[0]["steps"])
@@ -220,12 +218,3 @@ def _over_kernel(hessian: Tensor) -> Tensor:
 
 def _signs(shape: torch.Size, **where: Any) -> Tensor:
     return torch.randint(0, 2, shape, **where).mul_(2).sub_(1)
-
-
-def _mean_over_ranks(tensors: Sequence[Tensor]) -> list[Tensor]:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return list(tensors)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    parts = torch.split(flat / dist.get_world_size(), [tensor.numel() for tensor in tensors])
-    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]

@@ -73,11 +73,14 @@ class OptimizerSwap(OptimizerNeeds):
         ModuleNotFoundError: In the constructor if the package of the optimizer is not installed.
 
     **Hooks.** The strategy's ``setup_optimizers``, so all callbacks and precision plugins see the new
-    optimizer only. It adds nothing to a step.
+    optimizer only. With an optimizer that averages weights, it shows the averages during validations,
+    ``save_checkpoint`` and after the fit. With ``adahessian`` and ``sophia``, the strategy's
+    ``backward`` keeps the graph of the gradients. Otherwise it adds nothing to a step.
 
     **Logs.** Nothing. Lightning's ``LearningRateMonitor`` shows the rates of the new optimizer.
 
-    **State.** Class and options of each new optimizer. A run resumes only with the same ones.
+    **State.** Class and options of each new optimizer. A run resumes only with the same ones. With an
+    optimizer that averages weights, also the training weights; the module's are the averages.
 
     **Cost.** That of the new optimizer.
 
