@@ -142,9 +142,11 @@ def _import(module_name: str, name: str, named: Named | None) -> Any:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         package = module_name.partition(".")[0]
-        how = f'pip install "lightning-grad[{named.extra}]"' if named else f"Install {package}, or correct the path"
+        command = f'Run pip install "lightning-grad[{named.extra}]"' if named else ""
         raise ModuleNotFoundError(
-            f"optimizer={name!r} needs {error.name}, which is not installed. {how}.", name=error.name
+            f"OptimizerSwap(optimizer={name!r}) needs {error.name}, which is not installed. "
+            f"{command or f'Install {package}, or correct the path'}.",
+            name=error.name,
         ) from error
 
 

@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, ReduceLROnPlateau, St
 
 from lightning_grad.callbacks import NormClipping, OptimizerSwap
 from lightning_grad.callbacks.optimizers._names import NAMES, find_class
+from lightning_grad.cli.check.outcome import outcome_of
 from lightning_grad.testing import on_ranks
 from tests.callbacks.optimizers.swapped import BATCHES, Net, Nets, equal, train, weights
 from tests.cases import cases
@@ -470,8 +471,9 @@ def test_muon_takes_matrices_only() -> None:
 
 def test_names_of_absent_packages_and_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-grad\[optimizers\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'Run pip install "lightning-grad\[optimizers\]"') as raised:
         OptimizerSwap("lion")
+    assert outcome_of(raised.value, OptimizerSwap).status == "refused", "for lightning-grad check"
     with pytest.raises(ModuleNotFoundError, match="Install no_such_package, or correct the path"):
         OptimizerSwap("no_such_package.Lion")
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
