@@ -6,7 +6,17 @@ import measured
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import adversarial, clipping, communication, data_pruning, diagnostics, memory, rows, topk_selection
+from benchmarks import (
+    adversarial,
+    clipping,
+    communication,
+    data_pruning,
+    diagnostics,
+    memory,
+    optimizers,
+    rows,
+    topk_selection,
+)
 from benchmarks.rows import RESULTS, SCRIPTS, Results, Row, marker_of
 from lightning_grad.callbacks import NMSparsity, ZClip
 
@@ -14,6 +24,7 @@ CLIPPING, PRUNING = tuple(clipping.SHAPES), (data_pruning.CONVNET, data_pruning.
 TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
+    "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),

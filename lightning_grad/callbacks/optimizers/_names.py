@@ -84,10 +84,10 @@ NAMES: Mapping[str, Named] = {
 
 _SCALES: Mapping[str, str] = {
     **{named.class_name.lower(): named.scale for named in NAMES.values()},
-    **dict.fromkeys(("nadam", "radam", "adamax", "schedulefreeadamw"), "Adam"),
-    **dict.fromkeys(("asgd", "sgdw", "schedulefreesgd"), "SGD"),
+    **dict.fromkeys(("nadam", "radam", "adamax"), "Adam"),
+    **dict.fromkeys(("asgd", "sgdw"), "SGD"),
 }
-_VARIANT = re.compile("^paged|(8bit|4bit|32bit|fp8|schedulefree)$")
+_VARIANT = re.compile("^(paged|schedulefree)|(8bit|4bit|32bit|fp8|schedulefree)$")
 _NEWER: Mapping[str, str] = {"muon": "2.9"}  # versions of torch that brought a class
 
 
@@ -98,8 +98,8 @@ def scale_of(kind: type) -> str | None:
 
     Example:
         >>> import torch
-        >>> scale_of(torch.optim.NAdam), scale_of(torch.optim.Rprop)
-        ('Adam', None)
+        >>> scale_of(torch.optim.NAdam), scale_of(type("PagedAdamW8bit", (), {})), scale_of(torch.optim.Rprop)
+        ('Adam', 'Adam', None)
     """
     name = kind.__name__.lower()
     return _SCALES.get(name, _SCALES.get(_VARIANT.sub("", name)))

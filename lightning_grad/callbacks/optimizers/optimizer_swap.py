@@ -140,14 +140,14 @@ class OptimizerSwap(OptimizerNeeds):
         decay = (self.options or {}).get("weight_decay")
         check_only_one({"options: weight_decay": decay, "wd_factor": wd_factor}, "set the weight decay")
         if self.optimizer is not None:
-            check_options(self.options or {}, self._make())
+            check_options(self.options or {}, self._constructor())
 
     @property
     def named(self) -> Named | None:
         """The entry of the optimizer's short name, or ``None`` if it has none."""
         return NAMES.get(self.optimizer) if isinstance(self.optimizer, str) else None
 
-    def _make(self) -> Make:
+    def _constructor(self) -> Make:
         """Return the constructor of the new optimizer."""
         if not isinstance(self.optimizer, str):
             assert self.optimizer is not None
@@ -233,7 +233,7 @@ class OptimizerSwap(OptimizerNeeds):
         return range(count) if self.which is None else self.which
 
     def _replace(self, index: int, old: Optimizer, schedulers: Sequence[Any], module: pl.LightningModule) -> Optimizer:
-        make: Make = type(old) if self.optimizer is None else self._make()
+        make = self.make(old)
         refuse_new(self.display_name, make, self.named, old, module)
         parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
         self.works_with().refuse_parameters(self.display_name, module, parameters)
@@ -249,6 +249,10 @@ class OptimizerSwap(OptimizerNeeds):
             scale_schedules_(chosen, schedulers, self.lr_factor)
         self._describe(index, old, groups, new)
         return new
+
+    def make(self, old: Optimizer) -> Make:
+        """Return the class or callable that creates the optimizer that replaces one of the module's."""
+        return type(old) if self.optimizer is None else self._constructor()
 
     def create(self, make: Make, old: Optimizer) -> Optimizer:
         """Create the optimizer that replaces one of the module's.
@@ -299,7 +303,7 @@ class OptimizerSwap(OptimizerNeeds):
 
     @override
     def new_class(self) -> Any:
-        return None if self.optimizer is None else class_of(self._make())
+        return None if self.optimizer is None else class_of(self._constructor())
 
     @override
     def new_optimizers(self, trainer: pl.Trainer) -> Sequence[Optimizer]:

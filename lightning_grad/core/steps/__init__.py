@@ -6,5 +6,6 @@
 - ``held_rates.py``: learning rates multiplied during one step;
 - ``chosen_rates.py``: learning rates scaled for the rest of the run, and their
   schedulers;
+- ``replacement.py``: another optimizer, for everything that holds the module's;
 - ``frozen_moments.py``: frozen moments of an Adam-like optimizer.
 """

@@ -18,4 +18,11 @@ ENTRIES = [
             ({"optimizer": "lion", "which": []}, "which must hold at least one index"),
         ),
     ),
+    Technique(
+        "OptimizerSwap",
+        "adafactor",
+        arguments={"optimizer": "adafactor", "lr_factor": 10.0},
+        neutral={"optimizer": "adamw", "lr_factor": None},  # the class of the module
+        broad=False,
+    ),
 ]
