@@ -21,7 +21,7 @@ WORDS = {"digits": "A vision transformer classifies digits", "characters": "A tr
 def print_table(claim: Optimizers, results: Sequence[Result]) -> None:
     """Print a row for each optimizer, over its seeds, and what the columns mean."""
     print_rows(("optimizer", "rate", "loss", "accuracy", "state"), [summarise(arm, results) for arm in claim.arms])
-    tested = "test images" if claim.model == "digits" else "next characters of the validation text"
+    tested = "test images" if claim.model == "digits" else "next characters, validation text"
     print(f"\nloss: on the validation data at the end. accuracy: of {tested}")
     print("rate: chosen for each optimizer on another seed")
     print("state: memory of the optimizer's state, divided by that of the weights")

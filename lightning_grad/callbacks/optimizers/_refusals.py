@@ -61,6 +61,13 @@ def refuse_new(display_name: str, make: Make, named: Named | None, old: Optimize
             f"{display_name} cannot use {name}: {package} needs parameters on a GPU, and these are on the CPU. Train "
             "with accelerator='gpu', or use another optimizer."
         )
+    rates = dict.fromkeys(float(group["lr"]) for group in old.param_groups)
+    if name == "Prodigy" and len(rates) > 1:
+        raise ValueError(
+            f"{display_name} cannot use {name}, which moves all groups by the learning rate of the first one, for groups "
+            f"with learning rates {', '.join(f'{rate:g}' for rate in rates)}. Give all groups one learning rate, or use "
+            "another optimizer."
+        )
     if named is not None and named.only_matrices:
         other = next((parameter for parameter in parameters if parameter.ndim != 2), None)
         if other is not None:

@@ -1,5 +1,6 @@
 """OptimizerSwap with Schedule-Free: which weights validation, checkpoints and training see, and resuming."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
-from lightning_grad.callbacks import OptimizerSwap
+from lightning_grad.callbacks import NMSparsity, OptimizerSwap
 from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
 
 pytest.importorskip("schedulefree")
@@ -130,6 +131,11 @@ def test_resumes_bitwise_after_an_exception(hook: str, step: int, tmp_path: Path
     with pytest.raises(ZeroDivisionError):
         fit([Raises(hook, step), swap(), OnExceptionCheckpoint(tmp_path)], **settings)
     (path,) = tmp_path.iterdir()
+    saved = torch.load(path, weights_only=True)
+    trained = saved["callbacks"]["OptimizerSwap"]["training_weights"]
+    for (name, weight), state in zip(trained.items(), saved["optimizer_states"][0]["state"].values(), strict=True):
+        by_hand = (weight.double() - (1 - BETA) * state["z"].double()) / BETA
+        torch.testing.assert_close(saved["state_dict"][name].double(), by_hand, rtol=1e-4, atol=1e-6)
     resumed = fit([swap()], ckpt=path, **settings)
     assert_identical(state_of(*resumed)["optimizers"], state_of(trainer, module)["optimizers"])
     assert_identical(weights_of(resumed[1]), weights_of(module))
@@ -161,12 +167,40 @@ def test_works_with_any_optimizer_that_has_both_modes(path: str, tmp_path: Path)
     assert_identical(weights_of(module), early.validated[-1])
 
 
+def test_two_ranks_save_what_both_validate(tmp_path: Path) -> None:
+    class Save(pl.Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            torch.save(weights_of(pl_module), tmp_path / f"rank{trainer.global_rank}.pt")
+
+    files = ModelCheckpoint(tmp_path, "{step}", monitor="val_loss", save_weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit([swap(), Save(), files], max_epochs=1, strategy="ddp_fork", devices=2)
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
+    saved = torch.load(next(tmp_path.glob("*.ckpt")), weights_only=True)["state_dict"]
+    assert_identical(first, second)
+    assert_identical({name: saved[name] for name in first}, first)
+
+
 def test_of_two_optimizers_one_averages() -> None:
     callback = OptimizerSwap("schedulefree-adamw", lr_factor=1.0, which=[1])
     _, module = fit([callback], make_classifier(manual=True), max_epochs=1)
     assert set(callback.state_dict()["training_weights"]) == {
         name for name, _ in module.named_parameters() if name.startswith(("hidden", "norm", "head"))
     }
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_works_next_to_sparse_weights(first: bool, tmp_path: Path) -> None:
+    def callbacks() -> list[pl.Callback]:
+        return [swap(), NMSparsity()] if first else [NMSparsity(), swap()]
+
+    files = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, monitor="val_loss")
+    trainer, module = fit([*callbacks(), files], **SHORT)
+    assert_identical(plain_logits(tmp_path / "step=12.ckpt", module), module.validated)
+    resumed = fit(callbacks(), ckpt=tmp_path / "step=6.ckpt", **SHORT)
+    assert_identical(state_of(*resumed)["optimizers"], state_of(trainer, module)["optimizers"])
+    assert_identical(weights_of(resumed[1]), weights_of(module))
 
 
 def test_refuses_another_average() -> None:
@@ -185,10 +219,6 @@ def test_says_that_statistics_belong_to_other_weights(monkeypatch: pytest.Monkey
 
 def test_nothing_of_it_stays(whole: Any) -> None:
     trainer, module, *_ = whole
-    for owner, names in (
-        (trainer, ("save_checkpoint",)),
-        (trainer.fit_loop, ("on_run_end",)),
-        (module, ("on_load_checkpoint",)),
-    ):
-        assert not set(names) & set(vars(owner))
-    assert "run" not in vars(trainer.fit_loop.epoch_loop.val_loop)
+    loop = trainer.fit_loop
+    assert not {"save_checkpoint", "on_run_end", "on_load_checkpoint"} & {*vars(trainer), *vars(loop), *vars(module)}
+    assert "run" not in vars(loop.epoch_loop.val_loop)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.callbacks.optimizers._names import NAMES, find_class
+from lightning_grad.callbacks.optimizers._refusals import refuse_new
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.functional.torch_version import TORCH
 from tests.callbacks.optimizers import references
@@ -236,3 +237,21 @@ def test_deviation_from_the_paper_is_small(name: str) -> None:
     skip_if_missing(name)
     case = CASES[name]
     assert EXACT < error(name, case.reference, **(case.paper or {})) <= case.deviation
+
+
+def test_prodigy_takes_one_rate() -> None:
+    """The library moves every group by the rate of the first one, without a word."""
+    skip_if_missing("prodigy")
+    library: Any = find_class("prodigy")
+    ways = []
+    for rate in (1.0, 0.1):
+        weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+        optimizer = library([{"params": weights[:1], "lr": 1.0}, {"params": weights[1:], "lr": rate}])
+        for weight in weights:
+            weight.grad = torch.ones(3)
+        optimizer.step()
+        ways.append(weights[1].detach())
+    assert torch.equal(*ways)
+    groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in (1e-3, 1e-4)]
+    with pytest.raises(ValueError, match=r"for groups with learning rates 0\.001, 0\.0001\. Give all groups one"):
+        refuse_new("OptimizerSwap", library, NAMES["prodigy"], torch.optim.AdamW(groups), torch.nn.Linear(1, 1))
