@@ -135,6 +135,14 @@ class WeightCallback(GradCallback, Generic[W]):
         for weight in weights:
             weight.step()
 
+    def values(self, weights: Sequence[W]) -> Sequence[Tensor | None]:
+        """Return what ``weight.value(weight.parameter)`` returns for many small weights, from joined calls.
+
+        ``None``, and an empty list for all, leave it to ``value``. Gradients must be equal too; a weight whose value
+        a step does not use must get none.
+        """
+        return []
+
     def settle(self, trainer: pl.Trainer) -> Sequence[W]:
         """Return the weights whose stored values become the module's own when the fit ends without an exception."""
         return self.weights if trainer.global_step > 0 else []

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.undo import UndoList
+from lightning_grad.core.views.joint_values import JointValues
 from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view, has_view
 
 if TYPE_CHECKING:
@@ -52,6 +54,12 @@ class Chain:
         self._detach: Callable[[], None] = lambda: None
         self._infers = False
         self._inference: Tensor | None = None
+        self._joint: JointValues | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether one technique alone shows the weight, and not in place."""
+        return len(self.stages) == 1 and self._joint is not None and not self._infers
 
     @property
     def weights(self) -> list[ViewedWeight]:
@@ -66,6 +74,8 @@ class Chain:
     def before(self, weight: ViewedWeight) -> Tensor:
         """Return the training output of the stages before that of a view."""
         value = self.dense
+        if len(self.stages) < 2:
+            return value
         for other in takewhile(lambda other: other is not weight, self.stages.values()):
             with torch.no_grad():
                 value = other.value(value)
@@ -73,6 +83,8 @@ class Chain:
 
     def after(self, weight: ViewedWeight) -> list[ViewedWeight]:
         """Return the views of later stages."""
+        if len(self.stages) < 2:
+            return []
         weights = self.weights
         return weights[weights.index(weight) + 1 :] if weight in weights else []
 
@@ -80,6 +92,10 @@ class Chain:
         """Return the weight for the forward pass."""
         if self._infers:
             return dense if self._inference is None else self._inference
+        if self._joint is not None:
+            value = self._joint.take(dense)
+            if value is not None:
+                return value
         for weight in self.stages.values():
             dense = weight.value(dense)
         return dense
@@ -111,7 +127,9 @@ class Chain:
         if value is not dense:
             self.found.parameter.copy_(value)
 
-    def join(self, stage: Stage, weight: ViewedWeight, window: Callable[[], InPlaceWindow]) -> None:
+    def join(
+        self, stage: Stage, weight: ViewedWeight, window: Callable[[], InPlaceWindow], joint: JointValues | None = None
+    ) -> None:
         """Add a stage, and attach the chain to the module if it is the first."""
         self.stages = dict(sorted({**self.stages, stage: weight}.items()))
         weight.chain = self
@@ -121,6 +139,7 @@ class Chain:
             opened.add(self._in_place)
             self._detach = functools.partial(opened.discard, self._in_place)
         elif not self._shown:
+            self._joint = joint
             self._detach = attach_view(found.module, found.attribute, self)
         self._shown.add(stage)
 
@@ -129,7 +148,7 @@ class Chain:
         self._shown.discard(stage)
         if not self._shown:
             self._detach()
-            self._detach, self._in_place = lambda: None, None
+            self._detach, self._in_place, self._joint = lambda: None, None, None
 
     def drop(self, stage: Stage) -> None:
         """Remove a stage."""
@@ -257,6 +276,7 @@ class ModuleChains:
         self._window: InPlaceWindow | None = None
         self._watched: WeakSet[Optimizer] = WeakSet()
         self._undo = UndoList()
+        self._joint = JointValues(trainer, pl_module, lambda: self._techniques)
         self._inside = 0
         self._is_baked = False
 
@@ -267,6 +287,8 @@ class ModuleChains:
             Callable: Removes the technique; the last one to leave removes all hooks.
         """
         self._watch_optimizers()
+        if not self._inside:
+            self._undo.push(wrap_method(self._pl_module, "training_step", self._joint.around))
         self._techniques = sorted([*self._techniques, technique], key=lambda other: other.stage)
         self._inside += 1
         return self._leave
@@ -293,7 +315,7 @@ class ModuleChains:
     def join(self, stage: Stage, weight: ViewedWeight) -> None:
         """Add a stage to the chain of a weight."""
         chain = self._chains.setdefault(id(weight.parameter), Chain(weight.found))
-        chain.join(stage, weight, self._opened)
+        chain.join(stage, weight, self._opened, self._joint)
 
     def drop(self, stage: Stage, weight: ViewedWeight) -> None:
         """Remove a stage from the chain of a weight."""
@@ -318,6 +340,7 @@ class ModuleChains:
             self.close_window()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._joint.drop()
         for technique in self._techniques:
             technique.after_step(self.trainer, optimizer)
         if self._window is not None:
