@@ -4,7 +4,7 @@ In a network of many small layers, a product for each weight costs more than the
 weight that a training step uses gets its value from a joined call for all small weights, and the
 others get theirs from the same call. Only the first use of a weight does so; every other use
 computes its own value. The gradients of all joined weights arrive together, after the whole backward
-pass. So weights are not joined where somebody could see that:
+pass. So weights are not joined where that would make a difference:
 
 - with several processes, which exchange gradients during the backward pass;
 - if a weight has a gradient hook, which would run with ``None`` where a step did not use the weight;
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lightning_grad.core.weights import WeightCallback
 
 _MOST = 1 << 15  # entries of a weight; for a larger one, a call of its own costs little
-# Torch before 2.8 cannot tell whether such hooks are set; nothing is joined there.
+# Older versions of torch lack this function, so nothing is joined there.
 _saved_tensor_hooks: Callable[[bool], Any] = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True
 )
