@@ -58,6 +58,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	@$(BIN)/python benchmarks/sparsity.py
 	@$(BIN)/python benchmarks/clipping.py
+	@$(BIN)/python benchmarks/small_layers.py
 	@$(BIN)/python benchmarks/diagnostics.py
 	@$(BIN)/python benchmarks/data_pruning.py
 	@$(BIN)/python benchmarks/adversarial.py

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen, rest = own.parse_known_args(arguments)
     options = speed_options(__doc__, rest, quick="one round: a rough answer in a few minutes")
     silence()
+    warnings.filterwarnings("ignore", ".*the run stopped at .* of its schedule.*")
     torch.set_num_threads(options.threads)
     clock, rounds = Clock(options.device), max(1, options.rounds // 2)
     print(f"{machine(options.device)}; {rounds} rounds")
