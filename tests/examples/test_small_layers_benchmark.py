@@ -44,7 +44,7 @@ def test_growth_counts_what_a_callback_adds():
     many = [FitRow(PLAIN, 40.0, 1.0, None, start=4.0), FitRow("A", 48.0, 1.2, None, start=12.0, start_beyond=8.0)]
     step, start = growth_rows(few, many)
     assert (step.ratio, step.is_over, start.ratio, start.is_over) == (4.0, False, 16.0, True)
-    assert growth_rows(few, [many[0], FitRow("A", 40.1, 1.0, None, start=4.0, start_beyond=0.01)]) == []
+    assert growth_rows(few, [many[0], FitRow("A", 40.1, 1.0025, None, start=4.0, start_beyond=0.01)]) == []
 
 
 def calls_of_a_fit(with_callbacks: Callable[[], list[Callback]], layers: int) -> int:
