@@ -5,5 +5,6 @@
 - ``weight_chain.py``: the stages of one weight, and what happens once per module for all
   techniques;
 - ``weight_view.py``: the two ways to make a module compute with a view;
+- ``joint_values.py``: the values of many small weights from one call;
 - ``portable.py``: checkpoints that load without lightning-grad and resume exactly.
 """
