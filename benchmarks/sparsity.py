@@ -16,9 +16,11 @@ on a GPU they measure wall-clock time.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -46,13 +48,15 @@ from benchmarks.common import (
 )
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm, nm_mask
+from lightning_grad.functional.sparsity._native_mask import VARIABLE, native_mask
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Gradient
 
 TIMED_STEPS = 10  # a multiple of mask_every_n_steps
-EXACT_BUDGET, SPACED_BUDGET, MANY_BUDGET, MASK_BUDGET = 1.20, 1.08, 1.10, 0.5
+TRANSFORMER_BUDGETS, EXACT_BUDGET, SPACED_BUDGET, MANY_BUDGET = {"2:4": 1.05, "1:16": 1.08}, 1.20, 1.08, 1.10
 MASK_SHAPE = (768, 3072)
-MASKS = {(2, 4): True, (4, 8): True, (1, 8): True, (1, 16): True, (2, 16): False, (8, 16): False, (4, 32): False}
+MASK_BUDGETS = {(2, 4): 0.16, (4, 8): 0.26, (1, 8): 0.20, (1, 16): 0.20}
+MASKS: dict[tuple[int, int], float | None] = {**MASK_BUDGETS, (2, 16): None, (8, 16): None, (4, 32): None}
 METHODS: tuple[tuple[Recipe, Gradient], ...] = (
     ("sr-ste", "ste"),
     ("mdgf-exponential", "masked"),
@@ -69,11 +73,13 @@ class Variant:
     gradient: Gradient = "ste"
     mask_every_n_steps: int = 1
     log_every: int = 10**6
-    most: float | None = None  # the budget, unless it is the usual one
+    exact_budget: float = EXACT_BUDGET
+    native: bool = False
 
     def __str__(self) -> str:
         name = "dense" if self.pattern is None else f"{self.pattern} {self.recipe} {self.gradient}"
         name += f", mask_every_n_steps={self.mask_every_n_steps}" if self.mask_every_n_steps > 1 else ""
+        name += ", native" if self.native else ""
         return name + (", every step a log step" if self.log_every == 1 else "")
 
     @property
@@ -81,9 +87,7 @@ class Variant:
         """Largest allowed ratio to the dense step."""
         if self.pattern is None or self.log_every == 1:
             return None
-        if self.most is not None:
-            return self.most
-        return EXACT_BUDGET if self.mask_every_n_steps == 1 else SPACED_BUDGET
+        return self.exact_budget if self.mask_every_n_steps == 1 else SPACED_BUDGET
 
     def callback(self) -> NMSparsity | None:
         """Build the callback without dense and fine-tuning phases."""
@@ -100,11 +104,22 @@ class Variant:
         )
 
 
+@contextmanager
+def kernel(is_on: bool) -> Iterator[bool]:
+    """Turn the C kernel for masks on or off; yield whether it is on and works."""
+    os.environ[VARIABLE] = str(int(is_on))
+    try:
+        yield native_mask(torch.ones(1, 4, 1), 2) is not None
+    finally:
+        os.environ[VARIABLE] = "0"
+
+
 def fit_once(variant: Variant, module: LightningModule, batch: Any, clock: Clock) -> list[float]:
     """Train for a few steps, and return the seconds of each."""
     sparsity = variant.callback()
     callbacks = [] if sparsity is None else [sparsity]
-    periods = timed_fit(module, batch, TIMED_STEPS, callbacks, clock, log_every_n_steps=variant.log_every)
+    with kernel(variant.native):
+        periods = timed_fit(module, batch, TIMED_STEPS, callbacks, clock, log_every_n_steps=variant.log_every)
     if variant.pattern is not None and not any(_follows(w, variant.pattern) for w in module.parameters()):
         raise RuntimeError(f"{variant}: no weight follows the pattern.")
     return periods
@@ -156,20 +171,29 @@ def _mask_row(weight: Tensor, n: int, m: int, times: Sequence[tuple[float, float
     if not torch.equal(nm_mask(weight, n, m), sorted_mask(weight, n, m)):
         raise RuntimeError(f"{n}:{m}: nm_mask and the sort disagree.")
     ours, plain = (median(pair[i] for pair in times) for i in (0, 1))
-    return Row(f"{n}:{m}", 1000 * ours, ours / plain, MASK_BUDGET if MASKS[n, m] else None)
+    return Row(f"{n}:{m}", 1000 * ours, ours / plain, MASKS[n, m])
 
 
-def transformer_variants() -> list[Variant]:
+def native_mask_rows(rounds: int, clock: Clock) -> list[Row]:
+    """Return the rows that have a budget, measured with the C kernel."""
+    with kernel(clock.device == "cpu") as works:
+        found = mask_rows(rounds, clock) if works else []
+    return [replace(row, name=f"{row.name}, native") for row in found if row.budget is not None]
+
+
+def transformer_variants(device: str) -> list[Variant]:
     """Return the dense baseline, the variants with a budget, and log steps.
 
     The second dense variant repeats the first; its ratio shows the noise.
     """
     found = [
-        Variant(pattern, recipe, gradient, mask_every_n_steps)
+        Variant(pattern, recipe, gradient, mask_every_n_steps, exact_budget=budget)
         for mask_every_n_steps in (1, 10)
-        for pattern in ("2:4", "1:16")
+        for pattern, budget in TRANSFORMER_BUDGETS.items()
         for recipe, gradient in METHODS
     ]
+    with kernel(device == "cpu") as works:
+        found += [replace(v, native=True) for v in found if works and v.mask_every_n_steps == 1]
     return [Variant(), *found, Variant(log_every=1), Variant("2:4", "mdgf-exponential", "masked", log_every=1)]
 
 
@@ -202,7 +226,7 @@ def many_layers_variants() -> list[Variant]:
     return [
         Variant(),
         Variant(log_every=10**6 + 1),
-        *(Variant("2:4", recipe, gradient, most=MANY_BUDGET) for recipe, gradient in METHODS),
+        *(Variant("2:4", recipe, gradient, exact_budget=MANY_BUDGET) for recipe, gradient in METHODS),
     ]
 
 
@@ -219,9 +243,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     clock, rounds = Clock(options.device), options.rounds
     print(f"{machine(options.device)}; {rounds} rounds")
-    masks = mask_rows(3 * rounds, clock)
+    masks = [*mask_rows(3 * rounds, clock), *native_mask_rows(3 * rounds, clock)]
     show("Mask of a 768x3072 float32 weight", "a stable argsort", masks)
-    steps = step_rows(transformer, transformer_variants(), rounds, clock)
+    steps = step_rows(transformer, transformer_variants(options.device), rounds, clock)
     show("Step of a transformer, 4 layers of width 256, 4 x 256 tokens, AdamW", "dense", steps)
     convolutions = step_rows(convnet, convnet_variants(), 2 * rounds, clock)
     show("Step of a residual convnet, width 32, 32 images of 3x32x32, AdamW", "dense", convolutions)
