@@ -28,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.common import markdown_table
+from benchmarks.rows import markdown_table
 from benchmarks.slow_link import WIDTHS
 from lightning_grad.functional import all_gather_bytes, all_reduce_bytes
 from lightning_grad.functional.communication.powersgd import low_rank_numel

@@ -42,22 +42,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import (
-    Against,
     Clock,
-    Row,
     convnet,
     in_turns,
     machine,
-    markdown_table,
     quiet_trainer,
     rotated,
     show,
+    show_missed,
     silence,
     speed_options,
     timed_fit,
     transformer,
     write_tables,
 )
+from benchmarks.rows import AGAIN, Row
 from lightning_grad import callbacks
 from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, NormClipping, SpikeClipping, ZClip
 from lightning_grad.core.conditioner import GradientConditioner
@@ -290,7 +289,7 @@ def rows_of(cases: Sequence[Case], found: Gradients, rounds: int, clock: Clock) 
 def _row(case: Case, typical: Mapping[str, float]) -> Row:
     ratio = typical[case.name] / typical[case.baseline]
     baseline = "" if case.baseline == case.name else case.baseline
-    return Against(case.name, 1000 * typical[case.name], ratio, case.budget, case.at_least, baseline)
+    return Row(case.name, 1000 * typical[case.name], ratio, case.budget, case.at_least, baseline)
 
 
 def function_rows(shapes: Sequence[tuple[int, ...]], tiny: bool, rounds: int, clock: Clock) -> list[Row]:
@@ -377,7 +376,8 @@ def hook_rows(shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock) -> l
             "ZClip": zclip_of(g),
             "AdaptiveGradientClipping": lambda: clip_adaptively_(g, p, RATIO, EPS),
         }
-        cases = [Case(TORCH_NORM, lambda: clip_grad_norm_(p, MAX_NORM, foreach=True))]
+        names = (TORCH_NORM, f"{TORCH_NORM}{AGAIN}")
+        cases = [Case(name, lambda: clip_grad_norm_(p, MAX_NORM, foreach=True)) for name in names]
         for name, callback in hooks.items():
             cases.append(Case(f"{name}, function", functions[name]))
             cases.append(Case(f"{name}, hook", lambda callback=callback: call(callback)))  # type: ignore[misc]
@@ -480,21 +480,15 @@ def logged_fit(
 # Command line.
 
 
-def show_against(title: str, rows: Sequence[Row]) -> None:
-    """Print one table whose rows have different baselines."""
-    header = ["variant", "median ms", "ratio", "to", "budget", ""]
-    print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
-
-
 def measure_lists(rounds: int, clock: Clock) -> dict[str, list[Row]]:
     """Time functions and hooks on both lists of gradients."""
     tables: dict[str, list[Row]] = {}
     for name, shapes in SHAPES.items():
         repeats = 30 * rounds if name == TINY else 2 * rounds - 1
         tables[name] = function_rows(shapes, name == TINY, repeats, clock)
-        show_against(f"Functions on {name}", tables[name])
+        show(f"Functions on {name}", tables[name])
         tables[f"{name}, hooks"] = hook_rows(shapes, repeats, clock)
-        show_against(f"on_before_optimizer_step between log steps, {name}", tables[f"{name}, hooks"])
+        show(f"on_before_optimizer_step between log steps, {name}", tables[f"{name}, hooks"])
     return tables
 
 
@@ -507,7 +501,7 @@ def measure_monitor(rounds: int, quick: bool, clock: Clock) -> dict[str, list[Ro
             print(f"\nStep of {name}: skipped, this version has no GradientMonitor.")
         else:
             tables[name] = rows
-            show(f"Step of {name}, a log step every {LOG_EVERY}", "the step without it", rows)
+            show(f"Step of {name}, a log step every {LOG_EVERY}", rows)
     return tables
 
 
@@ -522,8 +516,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.device == "cuda":
         print(f"No hook waited for the GPU: {', '.join(check_no_wait(SHAPES[TINY], clock))}.")
     tables = measure_lists(options.rounds, clock) | measure_monitor(options.rounds, options.quick, clock)
-    over = [f"{row.name} ({table})" for table, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
+    show_missed(tables)
     write_tables(options, tables)
 
 

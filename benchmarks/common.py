@@ -1,16 +1,15 @@
-"""Shared parts of the benchmarks: the machine's name, a quiet Trainer, a clock, fits in turns, networks, Markdown tables."""
+"""Shared parts of the benchmarks: the machine's name, a quiet Trainer, a clock, fits in turns, networks, options."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import platform
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Semaphore, Thread
@@ -24,6 +23,8 @@ from plain_project import ResidualConvNet
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
+
+from benchmarks.rows import MISSED, Results, Row, noise_of, table_of
 
 WARM_STEPS = 2
 T = TypeVar("T")
@@ -68,12 +69,6 @@ def quiet_trainer(device: str, **arguments: Any) -> Trainer:
         "enable_model_summary": False,
     }
     return Trainer(**(quiet | arguments))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown; all columns but the first are right-aligned."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 @dataclass(frozen=True)
@@ -167,45 +162,6 @@ def convnet() -> tuple[LightningModule, Any]:
     return module, (torch.randn(32, 3, 32, 32), torch.randint(10, (32,)))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a result."""
-
-    name: str
-    milliseconds: float
-    ratio: float
-    budget: float | None
-    at_least: bool = False
-
-    @property
-    def is_over(self) -> bool:
-        """Whether the ratio misses its budget."""
-        if self.budget is None:
-            return False
-        return self.ratio < self.budget if self.at_least else self.ratio > self.budget
-
-    @property
-    def cells(self) -> list[str]:
-        """The line as text."""
-        verdict = "" if self.budget is None else "missed" if self.is_over else "ok"
-        budget = "" if self.budget is None else f"{self.budget:.2f}"
-        return [self.name, f"{self.milliseconds:.2f}", f"{self.ratio:.3f}", budget, verdict]
-
-
-@dataclass(frozen=True)
-class Against(Row):
-    """One line of a result with the name of its baseline."""
-
-    baseline: str = ""
-
-    @property
-    @override
-    def cells(self) -> list[str]:
-        name, milliseconds, ratio, budget, verdict = super().cells
-        sign = ">= " if self.at_least else "<= "
-        return [name, milliseconds, ratio, self.baseline, sign + budget if budget else "", verdict]
-
-
 def rotated(items: Sequence[T], by: int) -> list[T]:
     """Return the items starting at another one, every other time in reverse."""
     start = by % len(items)
@@ -248,28 +204,36 @@ def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> lis
     return [result.result() for result in results]
 
 
-def show(title: str, unit: str, rows: Sequence[Row]) -> None:
-    """Print one result as a table."""
-    header = ["variant", "median ms", f"ratio to {unit}", "budget", ""]
-    print(f"\n{title}\n\n{markdown_table(header, [row.cells for row in rows])}", flush=True)
+def show(title: str, rows: Sequence[Row], unit: str = "") -> None:
+    """Print one table; ``unit`` is what the ratios are to, if the rows do not name it."""
+    print(f"\n{title}\n\n{table_of(rows, unit)}", flush=True)
+
+
+def show_missed(tables: Mapping[str, Sequence[Row]]) -> None:
+    """Print the names of the rows that miss their budgets by more than the noise."""
+    missed = [
+        f"{row.name} ({title})"
+        for title, rows in tables.items()
+        for row in rows
+        if row.verdict(noise_of(rows)) == MISSED
+    ]
+    print(f"\nBudgets missed: {'; '.join(missed) or 'nothing'}.", flush=True)
 
 
 def speed_options(description: str, arguments: Sequence[str] | None, quick: str) -> argparse.Namespace:
     """Parse the command line that the speed scripts share."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--rounds", type=int, help="rounds (default 6, with --quick 1)")
+    parser.add_argument("--rounds", type=int, help="rounds (default 3, with --quick 1)")
     parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default 1)")
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (1 if options.quick else 6)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     return options
 
 
 def write_tables(options: argparse.Namespace, tables: Mapping[str, Sequence[Row]]) -> None:
     """Write the tables to the file of ``--out``, if there is one."""
     if options.out is not None:
-        found = {name: [asdict(row) for row in rows] for name, rows in tables.items()}
-        text = json.dumps({"machine": machine(options.device), "rounds": options.rounds, **found}, indent=1)
-        options.out.write_text(text + "\n")
+        Results(machine(options.device), options.rounds, tables).write(options.out)

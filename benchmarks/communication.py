@@ -3,30 +3,26 @@
 Every part compares with a baseline of the same run:
 
 - ``payload``: bytes that a step passes to collectives, and bytes of the gradients. They are exact.
-- ``selection``: selectors of the largest entries, and ``torch.topk``; see ``topk_selection.py``.
 - ``step``: steps of two ranks on this machine, where nothing is gained: the cost of compression. The variants take turns in
   one pair of processes.
 - ``link``: the same steps of two ranks in network namespaces, over a link of 100 Mbit/s and of 1 Gbit/s; see ``slow_link.py``.
 - ``accuracy``: a network learns digits over the link of 100 Mbit/s. Accuracy after each epoch, by seconds since the first
   step without validation, and by megabytes that rank 0 passed to collectives.
 
-The last two parts need Linux and root, and are skipped elsewhere. Results are medians. Selection is measured in processor
-time, all else in wall-clock time, which other processes disturb; rows that repeat a baseline show by how much. ``--out`` is a
-folder for the tables (JSON), and for the figure of the last part with its numbers (CSV). All parts take about ten minutes.
+The last two parts need Linux and root, and are skipped elsewhere. Results are medians of wall-clock time, which other
+processes disturb; rows that repeat a baseline show by how much. ``topk_selection.py`` measures the selectors alone.
 
 ::
 
     python benchmarks/communication.py --quick
-    python benchmarks/communication.py --parts payload selection
-    python benchmarks/communication.py --out runs/communication_benchmark
+    python benchmarks/communication.py --parts payload step
+    python benchmarks/communication.py --out communication.json --figure communication_slow_link.png
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import os
 import signal
 import sys
@@ -34,7 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -54,18 +50,18 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from plain_project import Digits, ImageClassifier
 
-from benchmarks import slow_link, topk_selection
+from benchmarks import slow_link
 from benchmarks.common import (
     WARM_STEPS,
-    Clock,
     machine,
-    markdown_table,
     quiet_trainer,
     rotated,
     show,
+    show_missed,
     silence,
     timed_fit,
 )
+from benchmarks.rows import AGAIN, Results, Row
 from benchmarks.slow_link import RANKS, STRATEGIES, WIDTHS, Perceptron, WallClock, build_strategy, noise
 from lightning_grad.strategies import CompressedDDPStrategy
 
@@ -80,6 +76,7 @@ SETTLE = 2  # uncounted steps after WARM_STEPS: torch's PowerSGD starts dense
 GOAL = 0.95
 SLOW = 100.0  # Mbit/s
 BATCH, WIDTH, RATE = 128, 768, 0.05
+ACCURACY = f"Digits over {SLOW:g} Mbit/s"
 
 # Networks of the part payload: widths of a perceptron, and whether it has biases.
 NETS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -104,7 +101,7 @@ SMALLER = {
     ("a layer of 4e6", HALF): 660.0,
     ("a net of 10.2 M", DGC): 380.0,
 }
-DDP, DDP_AGAIN, TORCH, OURS = "ddp", "ddp, again", "powersgd_torch", "powersgd"
+DDP, DDP_AGAIN, TORCH, OURS = "ddp", f"ddp{AGAIN}", "powersgd_torch", "powersgd"
 STEP_BUDGET = 1.05
 FASTER = {SLOW: 10.0, 1000.0: 2.0}  # least speedup of a DGC step over DDP, by Mbit/s
 LEARNERS: dict[str, dict[str, Any]] = {
@@ -122,53 +119,25 @@ class Sizes:
     """Sizes of the measurements.
 
     Args:
-        entries: Entries of the vector to select from.
-        selections: Rounds of the selectors.
         rounds: Rounds of steps without a slow link.
         steps: Counted steps of such a round.
         links: Rounds and counted steps, by Mbit/s of the link.
         epochs: Epochs of each training over the link.
+        figure: File for the figure of these trainings.
     """
 
-    entries: int
-    selections: int
     rounds: int
     steps: int
     links: Mapping[float, tuple[int, int]]
     epochs: int
+    figure: Path | None = None
 
 
-FULL = Sizes(topk_selection.ENTRIES, 15, 5, 8, {SLOW: (2, 3), 1000.0: (3, 5)}, 24)
-QUICK = Sizes(topk_selection.ENTRIES, 3, 2, 6, {1000.0: (1, 3)}, 4)
+FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (1, 8)}, 24)
+QUICK = Sizes(2, 6, {1000.0: (1, 3)}, 4)
 
 
-@dataclass(frozen=True)
-class Budget:
-    """An upper or, with ``at_least``, lower bound of a measured number."""
-
-    name: str
-    measured: float
-    bound: float
-    at_least: bool = False
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the number meets the bound."""
-        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
-
-    @property
-    def cells(self) -> list[str]:
-        """The line as text."""
-        sign = ">=" if self.at_least else "<="
-        return [self.name, f"{self.measured:.4g}", f"{sign} {self.bound:g}", "ok" if self.is_kept else "missed"]
-
-
-Found = tuple[list[dict[str, Any]], list[Budget]]
-
-
-def display(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print one result."""
-    print(f"\n{title}\n\n{markdown_table(header, rows)}", flush=True)
+Tables = dict[str, list[Row]]
 
 
 # Ranks on this machine.
@@ -201,21 +170,15 @@ def prepare() -> None:
 # Bytes.
 
 
-def payload(sizes: Sizes, out: Path | None) -> Found:
-    """Count the bytes of a step for each net and scheme."""
+def payload(sizes: Sizes) -> Tables:
+    """Count the bytes of a step for each net and scheme; the ratio says how many times fewer than dense."""
     counted: list[dict[str, Any]] = on_ranks(_count_all, 1)
-    budgets, cells = [], []
-    for row in counted:
-        ratio = row["ratio"] = row["dense"] / row["sent"]
-        bound = SMALLER.get((row["net"], row["gradients"]))
-        budget = None if bound is None else Budget(f"{row['net']}, {row['gradients']}: smaller by", ratio, bound, True)
-        budgets += [] if budget is None else [budget]
-        verdict = ["", ""] if budget is None else budget.cells[2:]
-        cells.append(
-            [f"{row['net']}, {row['gradients']}", f"{row['sent']:,}", f"{row['dense']:,}", f"{ratio:.1f}", *verdict]
-        )
-    display("Bytes of a step", ["net, gradients", "bytes", "dense bytes", "smaller by", "budget", ""], cells)
-    return counted, budgets
+    return {"Bytes of a step": [_payload_row(**row) for row in counted]}
+
+
+def _payload_row(net: str, gradients: str, sent: int, dense: int) -> Row:
+    bound, columns = SMALLER.get((net, gradients)), {"bytes": sent, "dense bytes": dense}
+    return Row(f"{net}, {gradients}", None, dense / sent, bound, True, columns=columns)
 
 
 def _count_all() -> list[dict[str, Any]]:
@@ -233,21 +196,6 @@ def _count(widths: Sequence[int], bias: bool, scheme: Mapping[str, Any], steps: 
     return {"sent": ledger.sent_bytes // ledger.steps, "dense": ledger.dense_bytes // ledger.steps}
 
 
-# Selection.
-
-
-def selection(sizes: Sizes, out: Path | None) -> Found:
-    """Time the selectors on vectors of several kinds."""
-    k, rows, budgets = math.ceil(RATIO * sizes.entries), [], []
-    for kind, values in topk_selection.vectors(sizes.entries, "cpu").items():
-        found = topk_selection.selector_rows(values, k, sizes.selections, Clock("cpu"), kind != "constant")
-        show(f"The {k} largest of {sizes.entries} float32 entries, {kind}", topk_selection.TOPK, found)
-        rows += [{"entries": kind, **asdict(row)} for row in found]
-        held = [(row, row.budget) for row in found if row.budget is not None]
-        budgets += [Budget(f"{row.name} of {topk_selection.TOPK}, {kind}", row.ratio, bound) for row, bound in held]
-    return rows, budgets
-
-
 # Steps without a slow link.
 
 
@@ -263,31 +211,26 @@ class Compression(Callback):
             self.milliseconds.append(float(trainer.callback_metrics["comm/compress_ms"]))
 
 
-def step(sizes: Sizes, out: Path | None) -> Found:
+def step(sizes: Sizes) -> Tables:
     """Time steps of two ranks on this machine."""
     found: dict[str, Any] = on_ranks(partial(_time_in_turns, sizes.rounds, sizes.steps), RANKS)
     typical = {name: median(times["ms"]) for name, times in found.items()}
     rows = [
-        {
-            "gradients": name,
-            "milliseconds": milliseconds,
-            "ratio": milliseconds / typical[DDP],
-            "compress_ms": median(found[name]["compress_ms"]) if found[name]["compress_ms"] else None,
-        }
+        Row(
+            name,
+            milliseconds,
+            milliseconds / typical[DDP],
+            baseline="" if name == DDP else DDP,
+            columns=_compress_ms(found[name]["compress_ms"]),
+        )
         for name, milliseconds in typical.items()
     ]
-    cells = [
-        [
-            r["gradients"],
-            f"{r['milliseconds']:.1f}",
-            f"{r['ratio']:.3f}",
-            f"{r['compress_ms']:.1f}" if r["compress_ms"] else "",
-        ]
-        for r in rows
-    ]
-    title = f"A step of two ranks with 10.2 M parameters on one machine, {sizes.rounds} round(s) of {sizes.steps} steps"
-    display(title, ["gradients", "median ms", f"ratio to {DDP}", "comm/compress_ms"], cells)
-    return rows, [Budget("step of PowerSGDStrategy to torch's hook", typical[OURS] / typical[TORCH], STEP_BUDGET)]
+    against_torch = Row(OURS, typical[OURS], typical[OURS] / typical[TORCH], STEP_BUDGET, baseline=TORCH)
+    return {"A step of two ranks on one machine": [*rows, against_torch]}
+
+
+def _compress_ms(logged: Sequence[float]) -> dict[str, float]:
+    return {"comm/compress_ms": median(logged)} if logged else {}
 
 
 def _time_in_turns(rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
@@ -316,24 +259,28 @@ def _time_in_turns(rounds: int, steps: int) -> dict[str, dict[str, list[float]]]
 # Steps over a slow link.
 
 
-def link(sizes: Sizes, out: Path | None) -> Found:
+def link(sizes: Sizes) -> Tables:
     """Time steps over links of several speeds."""
-    if link_is_unavailable():
-        return [], []
-    found = {
-        megabits: slow_link.measure_all(STRATEGIES, megabits, 0.0, rounds, steps, settle=2)
-        for megabits, (rounds, steps) in sizes.links.items()
+    unavailable = link_is_unavailable()
+    return {
+        f"A step over {megabits:g} Mbit/s": [] if unavailable else _link_rows(megabits, *turns)
+        for megabits, turns in sizes.links.items()
     }
-    print(f"\nA step of two ranks with 10.2 M parameters over a link\n\n{slow_link.table(found)}", flush=True)
-    rows = [
-        {"megabits": megabits, "gradients": name, **asdict(measured)}
-        for megabits, speed in found.items()
-        for name, measured in speed.items()
-    ]
-    faster = {megabits: speed[DDP].milliseconds / speed["dgc"].milliseconds for megabits, speed in found.items()}
-    return rows, [
-        Budget(f"step of DGC at {megabits:g} Mbit/s: faster by", ratio, FASTER[megabits], True)
-        for megabits, ratio in faster.items()
+
+
+def _link_rows(megabits: float, rounds: int, steps: int) -> list[Row]:
+    compared = {DDP: STRATEGIES[DDP], DDP_AGAIN: STRATEGIES[DDP], **STRATEGIES}
+    found = slow_link.measure_all(compared, megabits, 0.0, rounds, steps, settle=2)
+    budgets = {"dgc": 1 / FASTER[megabits]}
+    return [
+        Row(
+            name,
+            each.milliseconds,
+            each.milliseconds / found[DDP].milliseconds,
+            budgets.get(name),
+            columns={"MB a step": each.megabytes},
+        )
+        for name, each in found.items()
     ]
 
 
@@ -431,21 +378,26 @@ def learn(gradients: str, epochs: int, **arguments: Any) -> list[Epoch]:
     return follow.epochs
 
 
-def accuracy(sizes: Sizes, out: Path | None) -> Found:
-    """Learn digits over a slow link, and print time and bytes until the goal accuracy."""
+def accuracy(sizes: Sizes) -> Tables:
+    """Learn digits over a slow link, and measure time and bytes until the goal accuracy."""
     if link_is_unavailable():
-        return [], []
+        return {ACCURACY: []}
+    found = learn_all(sizes.epochs)
+    if sizes.figure is not None:
+        draw_accuracies(found).savefig(sizes.figure, dpi=140)
+    return {ACCURACY: accuracy_rows(found)}
+
+
+def learn_all(epochs: int) -> dict[str, list[Epoch]]:
+    """Train with each of the learners over a slow link."""
     found: dict[str, list[Epoch]] = {}
     with slow_link.slow_link(SLOW) as joined:
         for name in LEARNERS:
-            task = json.dumps({"gradients": name, "epochs": sizes.epochs, "num_nodes": RANKS})
+            task = json.dumps({"gradients": name, "epochs": epochs, "num_nodes": RANKS})
             command = [sys.executable, str(Path(__file__).resolve()), CHILD, task]
             printed = joined.run(command, {"OMP_NUM_THREADS": "1"}, LIMIT_S)[0]
             found[name] = [Epoch(**epoch) for epoch in json.loads(printed.splitlines()[-1])]
-    show_accuracies(found)
-    if out is not None:
-        write_accuracies(found, out)
-    return [{"gradients": name, **asdict(epoch)} for name, epochs in found.items() for epoch in epochs], []
+    return found
 
 
 def reached(epochs: Sequence[Epoch]) -> Epoch | None:
@@ -453,33 +405,27 @@ def reached(epochs: Sequence[Epoch]) -> Epoch | None:
     return next((epoch for epoch in epochs if epoch.accuracy >= GOAL), None)
 
 
-def show_accuracies(found: Mapping[str, Sequence[Epoch]]) -> None:
-    """Print time and bytes until the goal accuracy, and the end of each training."""
-    goal = f"{100 * GOAL:g} %"
-    header = ["gradients", f"s to {goal}", "faster by", f"MB to {goal}", "less by", "s in all", "MB in all", "accuracy"]
-    baseline, rows = reached(next(iter(found.values()))), []
+def accuracy_rows(found: Mapping[str, Sequence[Epoch]]) -> list[Row]:
+    """Return time and bytes until the goal accuracy, and the end of each training; the ratio says how much sooner."""
+    goal, baseline = f"{100 * GOAL:g} %", reached(next(iter(found.values())))
+    rows = []
     for name, epochs in found.items():
-        first, last, row = reached(epochs), epochs[-1], [name]
-        for key in ("seconds", "megabytes"):
-            row.append(f"{getattr(first, key):.2f}" if first else "never")
-            row.append(f"{getattr(baseline, key) / getattr(first, key):.1f}" if first and baseline else "")
-        rows.append([*row, f"{last.seconds:.1f}", f"{last.megabytes:.1f}", f"{100 * last.accuracy:.1f} %"])
-    entries = f"{parameters() / 1e6:.2f} M parameters"
-    display(f"Digits over {SLOW:g} Mbit/s, two ranks, {entries}, {len(epochs)} epochs", header, rows)
+        first, last = reached(epochs), epochs[-1]
+        ratio = baseline.seconds / first.seconds if first and baseline else None
+        columns = {
+            f"s to {goal}": first.seconds if first else "never",
+            f"MB to {goal}": first.megabytes if first else "never",
+            "s in all": last.seconds,
+            "MB in all": last.megabytes,
+            "accuracy, %": 100 * last.accuracy,
+        }
+        rows.append(Row(name, None, ratio, columns=columns))
+    return rows
 
 
 def parameters() -> int:
     """Return the number of parameters of the network."""
     return sum(parameter.numel() for parameter in network().parameters())
-
-
-def write_accuracies(found: Mapping[str, Sequence[Epoch]], folder: Path) -> None:
-    """Write the numbers and the figure."""
-    with (folder / "communication_slow_link.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["gradients", *Epoch.__dataclass_fields__])
-        writer.writerows([name, *asdict(epoch).values()] for name, epochs in found.items() for epoch in epochs)
-    draw_accuracies(found).savefig(folder / "communication_slow_link.png", dpi=140)
 
 
 def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
@@ -516,13 +462,7 @@ def _draw_line(axes: Axes, name: str, places: Sequence[float], epochs: Sequence[
 
 # Command line.
 
-PARTS: dict[str, Callable[[Sizes, Path | None], Found]] = {
-    "payload": payload,
-    "selection": selection,
-    "step": step,
-    "link": link,
-    "accuracy": accuracy,
-}
+PARTS: dict[str, Callable[[Sizes], Tables]] = {"payload": payload, "step": step, "link": link, "accuracy": accuracy}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -534,23 +474,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)"
     )
-    parser.add_argument("--out", type=Path, help="folder for the tables (JSON), and the figure with its numbers (CSV)")
+    parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
+    parser.add_argument("--figure", type=Path, help="file for the figure of the last part")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
     prepare()
     print(machine(), flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, Any] = {"machine": machine()}
-    budgets: list[Budget] = []
+    sizes = replace(QUICK if options.quick else FULL, figure=options.figure)
+    tables: Tables = {}
     for name in options.parts:
-        tables[name], held = PARTS[name](QUICK if options.quick else FULL, options.out)
-        budgets += held
-    if budgets:
-        display("Budgets", ["what", "measured", "budget", ""], [budget.cells for budget in budgets])
-    tables["budgets"] = [{**asdict(budget), "is_kept": budget.is_kept} for budget in budgets]
+        found = PARTS[name](sizes)
+        tables |= found
+        for title, rows in found.items():
+            if rows:
+                show(title, rows)
+    show_missed(tables)
     if options.out is not None:
-        (options.out / "communication.json").write_text(json.dumps(tables, indent=1) + "\n")
+        Results(machine(), sizes.rounds, tables).write(options.out)
 
 
 if __name__ == "__main__":

@@ -31,19 +31,20 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import (
     Clock,
-    Row,
     StepTimer,
     convnet,
     in_turns,
     machine,
     quiet_trainer,
     show,
+    show_missed,
     silence,
     speed_options,
     timed_fit,
     transformer,
     write_tables,
 )
+from benchmarks.rows import AGAIN, Row
 from lightning_grad.callbacks import GradientMonitor, NormClipping, TrainingDoctor
 
 WATCH_BUDGET, AFTER_BUDGET = 1.02, 1.01
@@ -103,10 +104,11 @@ def step_rows(name: str, variant: str, doctored: Fit, budget: float, rounds: int
     plain, watched, again = (median(time for times in each for time in times) for each in zip(*found, strict=True))
     # The smallest step has no budget: a step of a real training takes far longer.
     limit = None if name == SMALLEST else budget
+    baseline = f"without, next to {variant}"
     return [
-        Row(f"without, next to {variant}", 1000 * plain, 1.0, None),
-        Row(f"TrainingDoctor, {variant}", 1000 * watched, watched / plain, limit),
-        Row("without, again", 1000 * again, again / plain, None),
+        Row(baseline, 1000 * plain, 1.0),
+        Row(f"TrainingDoctor, {variant}", 1000 * watched, watched / plain, limit, baseline=baseline),
+        Row(f"without{AGAIN}", 1000 * again, again / plain, baseline=baseline),
     ]
 
 
@@ -123,12 +125,12 @@ class _EveryStep(StepTimer):
         return [end - start for start, end in zip(self._starts, self._ends[1:], strict=False)]
 
 
-def recording_row(name: str, plain: float, rounds: int, clock: Clock) -> Row:
+def recording_row(name: str, plain: Row, rounds: int, clock: Clock) -> Row:
     """Time the batches whose events are recorded.
 
     Args:
         name: The model.
-        plain: Milliseconds of a step without the doctor.
+        plain: Steps without the doctor.
         rounds: Number of fits; the median over their recorded batches counts.
         clock: The clock.
     """
@@ -140,7 +142,9 @@ def recording_row(name: str, plain: float, rounds: int, clock: Clock) -> Row:
         trainer.fit(module, DataLoader(cast(Any, [batch] * (SKIPPED + RECORDED + 2)), batch_size=None))
         found += timer.periods[SKIPPED : SKIPPED + RECORDED]
     milliseconds = 1000 * median(found)
-    return Row("TrainingDoctor, a recorded batch", milliseconds, milliseconds / plain, None)
+    assert plain.milliseconds is not None
+    ratio = milliseconds / plain.milliseconds
+    return Row("TrainingDoctor, a recorded batch", milliseconds, ratio, baseline=plain.name)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -159,10 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ("after it has stopped", stopped, AFTER_BUDGET),
         ):
             rows += step_rows(name, variant, callbacks, budget, max(1, options.rounds // 3), clock)
-        rows.append(recording_row(name, rows[0].milliseconds, options.rounds, clock))
-        show(f"Step of {name}", "the step without it", rows)
-    over = [f"{row.name} ({table})" for table, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
+        rows.append(recording_row(name, rows[0], options.rounds, clock))
+        show(f"Step of {name}", rows)
+    show_missed(tables)
     write_tables(options, tables)
 
 

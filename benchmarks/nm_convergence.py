@@ -40,7 +40,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 from plain_project import CIFAR10, Digits, ResidualConvNet
 from plain_project.schedules import Schedule, with_schedule
 
-from benchmarks.common import machine, markdown_table, quiet_trainer, silence
+from benchmarks.common import machine, quiet_trainer, silence
+from benchmarks.rows import markdown_table
 from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import is_nm
 from lightning_grad.functional.sparsity.nm_schedule import Recipe

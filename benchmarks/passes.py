@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import lightning_grad
-from benchmarks.common import markdown_table, silence
+from benchmarks.common import silence
+from benchmarks.rows import markdown_table
 from lightning_grad import callbacks
 from lightning_grad.testing.reference import CLASSES, WIDTH, fit, make_classifier
 

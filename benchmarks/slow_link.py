@@ -51,7 +51,8 @@ from typing_extensions import override
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.common import WARM_STEPS, Clock, machine, markdown_table, rotated, silence, timed_fit
+from benchmarks.common import WARM_STEPS, Clock, machine, rotated, silence, timed_fit
+from benchmarks.rows import markdown_table
 
 RANKS = 2
 INTERFACE, NETWORK, ADDRESSES = "slow0", "10.77.0.0/24", ("10.77.0.1", "10.77.0.2")

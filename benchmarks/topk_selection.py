@@ -24,7 +24,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from benchmarks.common import Clock, Row, machine, rotated, show, speed_options, write_tables
+from benchmarks.common import Clock, machine, rotated, show, show_missed, speed_options, write_tables
+from benchmarks.rows import Row
 from lightning_grad.functional.communication.topk_selection import select_chunk, select_exact, select_sampled
 
 ENTRIES, DENSITY = 10_000_000, 1e-3
@@ -85,9 +86,8 @@ def main(arguments: Sequence[str] | None = None, entries: int = ENTRIES) -> None
     for kind, values in vectors(entries, options.device).items():
         is_held = kind != "constant" and options.device == "cpu"
         tables[kind] = selector_rows(values, k, ROUNDS * options.rounds, clock, is_held)
-        show(f"The {k} largest of {entries} float32 entries, {kind}", TOPK, tables[kind])
-    over = [f"{row.name} ({kind})" for kind, rows in tables.items() for row in rows if row.is_over]
-    print(f"\nBudgets missed: {'; '.join(over) or 'nothing'}.")
+        show(f"The {k} largest of {entries} float32 entries, {kind}", tables[kind])
+    show_missed(tables)
     write_tables(options, tables)
 
 

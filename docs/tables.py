@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
+import measured
 from catalog import write_catalog, write_llms
 from exported import (
     ROOT,
@@ -235,7 +236,9 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
     for family, members in techniques().items():
         written[f"docs/{family}.md", "techniques"] = partial(family_techniques, family)
         written |= {(f"docs/{card_of(cls)}", "works_with"): partial(card_works_with, cls) for cls in members}
-    return written
+        written |= {(f"docs/{card_of(cls)}", "memory"): partial(measured.memory_of, cls) for cls in members}
+    markers = [name for name, _ in PART.findall(_read(measured.PAGE))]
+    return written | {(measured.PAGE, name): write for name, write in measured.parts(markers).items()}
 
 
 def files() -> dict[str, Callable[[], str]]:

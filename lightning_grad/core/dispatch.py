@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MethodType
 from typing import Any
 
 Wrapper = Callable[..., Any]
@@ -127,6 +128,24 @@ def overrides(owner: object, name: str) -> bool:
     """
     definer = next(cls for cls in type(owner).__mro__ if name in vars(cls))
     return definer.__name__ not in _LIGHTNING
+
+
+def is_empty_hook(method: Callable[..., Any]) -> bool:
+    """Return True for one of Lightning's empty hooks; False for methods of other classes, functions and wrappers.
+
+    A wrapper gets the method that it wraps, which may be a function on the instance. :func:`overrides` sees only classes.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import Timer
+        >>> timer = Timer()
+        >>> is_empty_hook(timer.on_train_start), is_empty_hook(timer.on_before_optimizer_step), is_empty_hook(print)
+        (False, True, False)
+    """
+    if not isinstance(method, MethodType):
+        return False
+    definers = [cls for cls in type(method.__self__).__mro__ if cls.__name__ in _LIGHTNING]
+    # functools.wraps copies the name of a hook to its wrapper, so compare the functions.
+    return any(vars(cls).get(method.__name__) is method.__func__ for cls in definers)
 
 
 def wrap_method(owner: object, name: str, wrapper: Wrapper, order: WrapOrder = WrapOrder.WEIGHTS) -> Callable[[], None]:

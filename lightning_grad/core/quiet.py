@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
-from lightning_grad.core.module_state import Snapshot
+from lightning_grad.core.module_state import Snapshot, buffers_of, parameters_of, put_back
 from lightning_grad.core.views.weight_view import close_windows, open_windows
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
 
@@ -63,18 +63,22 @@ def quiet(
         RuntimeError: If the step changed a trained parameter, or lazy layers have no parameters
             yet.
     """
-    _refuse_lazy(pl_module, display_name)
-    parameters = list(pl_module.parameters())
-    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    modules = list(pl_module.modules())
+    parameters = parameters_of(modules)
+    _refuse_lazy(pl_module, parameters, display_name)
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     # Frozen parameters are copied if they are no larger than the trained ones: they may be a teacher
     # that the step updates. A copy of a large frozen base model would cost too much memory.
-    copied = frozen <= sum(p.numel() for p in parameters if p.requires_grad)
+    if frozen and 2 * sum(p.numel() for p in frozen) > sum(p.numel() for p in parameters):
+        frozen = []
     with ExitStack() as stack:
-        stack.enter_context(_parameters_as_they_are(pl_module, check, copied, advice, display_name))
-        stack.enter_context(unseen(trainer, pl_module, copied))
+        if check:
+            stack.enter_context(_parameters_checked(pl_module, frozen, advice, display_name))
+        stack.enter_context(_gradients_hidden(parameters))
+        stack.enter_context(_unseen(trainer, modules, frozen))
         if evaluate:
             stack.enter_context(eager())
-            if torch.backends.cudnn.enabled and any(isinstance(module, nn.RNNBase) for module in pl_module.modules()):
+            if torch.backends.cudnn.enabled and any(isinstance(module, nn.RNNBase) for module in modules):
                 # cuDNN has no backward pass for an RNN in eval mode.
                 stack.callback(setattr, torch.backends.cudnn, "enabled", True)
                 torch.backends.cudnn.enabled = False
@@ -86,29 +90,27 @@ def quiet(
 
 
 @contextmanager
-def unseen(trainer: pl.Trainer, pl_module: pl.LightningModule, copies_frozen: bool = False) -> Iterator[None]:
-    """Restore what a module's step changes except parameters and gradients, and mute its logs.
+def unseen(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Restore what a module's step changes except parameters and gradients, and mute its logs."""
+    with _unseen(trainer, list(pl_module.modules()), ()):
+        yield
 
-    Args:
-        trainer: The trainer.
-        pl_module: Its module.
-        copies_frozen: Whether frozen parameters are restored too.
-    """
-    modules = list(pl_module.modules())
-    known = set(map(id, modules))
+
+@contextmanager
+def _unseen(trainer: pl.Trainer, modules: Sequence[nn.Module], frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    pl_module = cast(pl.LightningModule, modules[0])
     with ExitStack() as stack:
         stack.enter_context(random_streams_kept())
         stack.enter_context(generators_kept(named_generators(map(type, modules))))
-        stack.enter_context(silence(trainer, pl_module))
-        for module in modules:
-            stack.callback(Snapshot(module, copies_frozen, known).restore)
+        stack.enter_context(_silence(trainer, modules))
+        stack.callback(Snapshot(modules, frozen).restore)
         stack.callback(close_windows, pl_module, open_windows(pl_module))
         yield
 
 
-def _refuse_lazy(pl_module: pl.LightningModule, display_name: str) -> None:
-    lazy = next((name for name, p in pl_module.named_parameters() if is_lazy(p)), None)
-    if lazy is not None:
+def _refuse_lazy(pl_module: pl.LightningModule, parameters: Sequence[nn.Parameter], display_name: str) -> None:
+    if any(map(is_lazy, parameters)):
+        lazy = next(name for name, p in pl_module.named_parameters() if is_lazy(p))
         raise RuntimeError(
             f"{display_name} cannot run {type(pl_module).__name__} outside training while lazy layers have no "
             f"parameters: {lazy!r} has no size yet. Run the network once on a batch, under torch.no_grad(), in the "
@@ -120,22 +122,24 @@ def _refuse_lazy(pl_module: pl.LightningModule, display_name: str) -> None:
 def aside(module: nn.Module) -> Iterator[None]:
     """Restore random streams and buffers after an extra run of a module in training; cheap enough for every step."""
     with random_streams_kept():
-        kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+        buffers = buffers_of(list(module.modules()))
+        kept = [buffer.detach().clone() for buffer in buffers]
         try:
             yield
         finally:
-            for buffer, value in kept:
-                buffer.data.copy_(value)  # .data: autograd must not see a change of a buffer that the step's graph uses
+            # .data: autograd must not see a change of a buffer that the step's graph uses
+            put_back([(buffer.data, value) for buffer, value in zip(buffers, kept, strict=True)])
 
 
 @contextmanager
-def silence(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
-    """Mute ``self.log``, ``self.log_dict``, ``self.print`` and the loggers of the module."""
+def _silence(trainer: pl.Trainer, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Mute ``self.log``, ``self.log_dict``, ``self.print`` and the loggers of the modules."""
 
     def nothing(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         return None
 
-    loud = [module for module in pl_module.modules() if hasattr(module, "log_dict")]
+    kinds = {kind for kind in set(map(type, modules)) if hasattr(kind, "log_dict")}
+    loud = [module for module in modules if type(module) in kinds or "log_dict" in vars(module)]
     with loggers_muted(trainer), ExitStack() as stack:
         for module, name in itertools.product(loud, ("log", "log_dict", "print")):
             stack.callback(wrap_method(module, name, nothing, order=WrapOrder.LOOK))
@@ -192,21 +196,27 @@ class _Mute:
 
 
 @contextmanager
-def _parameters_as_they_are(
-    pl_module: pl.LightningModule, check: bool, copied: bool, advice: str, display_name: str
-) -> Iterator[None]:
-    """Hide gradients inside, restore them afterwards, and raise if a parameter changed."""
-    parameters = dict(pl_module.named_parameters())
-    watched = {name: p for name, p in parameters.items() if p.requires_grad or not copied}
-    before = {name: _checksum(p) for name, p in watched.items()} if check else {}
-    gradients = {name: p.grad for name, p in parameters.items()}
-    for parameter in parameters.values():
+def _gradients_hidden(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let parameters have no gradients inside, and restore them afterwards."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
         parameter.grad = None  # a backward pass would add to the gradient in place
     try:
         yield
     finally:
-        for name, gradient in gradients.items():
-            parameters[name].grad = gradient
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+
+@contextmanager
+def _parameters_checked(
+    pl_module: pl.LightningModule, restored: Sequence[nn.Parameter], advice: str, display_name: str
+) -> Iterator[None]:
+    """Raise if a parameter changed that is not restored."""
+    known = set(map(id, restored))
+    watched = {name: p for name, p in pl_module.named_parameters() if id(p) not in known}
+    before = {name: _checksum(p) for name, p in watched.items()}
+    yield
     changed = [name for name, was in before.items() if not torch.equal(was, _checksum(watched[name]))]
     if changed:
         raise RuntimeError(

@@ -10,10 +10,10 @@ from plain_project import ResidualConvNet
 from torch import nn
 
 from benchmarks import adversarial
-from benchmarks.adversarial import CONVNET, FGSM, PLAIN, SMALL, TRANSFORMER, VALIDATION, Sizes
+from benchmarks.adversarial import BY_HAND, CONVNET, FGSM, MANY_LAYERS, PLAIN, SMALL, TRANSFORMER, VALIDATION, Sizes
 from benchmarks.common import Clock
 
-TINY = Sizes(steps=2, small_steps=2, samples=4, epoch=8, width=2)
+TINY = Sizes(steps=2, small_steps=2, many_layers_steps=2, samples=4, epoch=8, width=2)
 
 # What Lightning says about itself and about fits of few steps.
 pytestmark = [
@@ -55,6 +55,7 @@ def calls(monkeypatch) -> list[bool]:
     monkeypatch.setattr(adversarial, "convnet", build(3, 8))
     monkeypatch.setattr(adversarial, "transformer", build(3, 8))
     monkeypatch.setattr(adversarial, "small_convnet", build(1, 8))
+    monkeypatch.setattr(adversarial, "many_layers", build(3, 8))
     monkeypatch.setattr(adversarial, "EPOCHS", 3)
     return seen
 
@@ -63,13 +64,19 @@ def test_it_measures_everything(calls, tmp_path, capsys):
     adversarial.main(["--quick", "--out", str(tmp_path / "speed.json")])
     printed = capsys.readouterr().out
     tables = json.loads((tmp_path / "speed.json").read_text())
-    titles = [*(f"A step of {name}" for name in (SMALL, CONVNET, TRANSFORMER)), "A validation pass", "An epoch"]
+    titles = [
+        *(f"A step of {name}" for name in (SMALL, CONVNET, TRANSFORMER, MANY_LAYERS)),
+        "A validation pass",
+        "An epoch",
+    ]
     assert set(titles) <= set(tables)
     assert all(f"\n{title}\n" in printed for title in titles)
     assert all(row["ratio"] > 0 for title in titles for row in tables[title])
     budgets = {row["name"]: row["budget"] for row in tables[f"A step of {CONVNET}"]}
-    names = [PLAIN, f"{PLAIN}, again", FGSM, "PGD-2", "PGD-5", "PGD-10"]
-    assert budgets == pytest.approx(dict(zip(names, [None, None, 2.1, 3.1, 6.1, 11.1], strict=True)))
+    names = [PLAIN, f"{PLAIN}, again", BY_HAND, FGSM, "PGD-2", "PGD-5", "PGD-10"]
+    assert budgets == pytest.approx(dict(zip(names, [None, None, None, 1.95, 3.1, 6.1, 11.1], strict=True)))
+    layers = tables[f"A step of {MANY_LAYERS}"]
+    assert [(row["name"], row["baseline"]) for row in layers if row["budget"] is not None] == [(FGSM, BY_HAND)]
     compared = [(row["name"], row["baseline"]) for row in tables["A validation pass"] if row["budget"] is not None]
     assert compared == [(f"AdversarialEvaluation(steps={k})", f"by hand, steps={k}") for k in (1, 20)]
     assert "Budgets missed: " in printed
@@ -87,8 +94,8 @@ def test_steps_are_attacked_as_often_as_their_names_say(calls, monkeypatch):
     timed_fit = adversarial.timed_fit
     monkeypatch.setattr(adversarial, "timed_fit", count)
     rows = adversarial.step_rows(adversarial.convnet, 2, 1, Clock("cpu"))
-    assert list(counted.values()) == [1, 1, 2, 3, 6, 11]
-    assert [row.name for row in rows][2:] == [FGSM, "PGD-2", "PGD-5", "PGD-10"]
+    assert list(counted.values()) == [1, 1, 2, 2, 3, 6, 11]
+    assert [row.name for row in rows][2:] == [BY_HAND, FGSM, "PGD-2", "PGD-5", "PGD-10"]
 
 
 def test_a_validation_is_attacked_as_often_as_its_name_says(calls, monkeypatch):
@@ -110,7 +117,7 @@ def test_a_validation_is_attacked_as_often_as_its_name_says(calls, monkeypatch):
     found = [
         [counted[name.format(k)] for k in (1, 20)] for name in ("by hand, steps={}", "AdversarialEvaluation(steps={})")
     ]
-    assert found == [[3, 22], [4, 23]]  # at the first batch it looks for the step that has a loss
+    assert found == [[3, 22], [3, 22]]
 
 
 def test_epochs_are_counted_without_the_first_and_the_last(calls):

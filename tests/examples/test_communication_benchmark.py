@@ -1,7 +1,5 @@
 """The benchmark of compressed gradients runs, counts right, and leaves validation out of the time. Nothing about speed."""
 
-import csv
-import json
 import logging
 import signal
 import time
@@ -13,12 +11,11 @@ import pytest
 import torch
 
 from benchmarks import communication, slow_link
-from benchmarks.communication import DGC, HALF, LEARNERS, Budget, Epoch, Follow
+from benchmarks.communication import DGC, HALF, LEARNERS, Epoch, Follow
+from benchmarks.rows import Results, table_of
 from benchmarks.slow_link import Measured
 
-TINY = communication.Sizes(
-    entries=20_000, selections=1, rounds=1, steps=2, links={100.0: (1, 1), 1000.0: (1, 1)}, epochs=2
-)
+TINY = communication.Sizes(rounds=1, steps=2, links={100.0: (1, 1), 1000.0: (1, 1)}, epochs=2)
 NET = (40, 50, 30)
 
 
@@ -48,10 +45,10 @@ def small(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_bytes_are_those_of_the_formulas_and_budgets_tell_right_from_wrong(tmp_path, capsys):
-    communication.main(["--quick", "--parts", "payload", "--out", str(tmp_path)])
-    tables = json.loads((tmp_path / "communication.json").read_text())
+    communication.main(["--quick", "--parts", "payload", "--out", str(tmp_path / "results.json")])
+    (found,) = Results.read(tmp_path / "results.json").tables.values()
     flag = 4
-    rows = {(row["net"], row["gradients"]): (row["sent"], row["dense"]) for row in tables["payload"]}
+    rows = {tuple(row.name.split(", ", 1)): (*row.columns.values(),) for row in found}
     biases = 4 * 80 + flag
     assert rows == {
         ("a layer", DGC): (10 * 8 + flag, 40_000),
@@ -63,19 +60,19 @@ def test_bytes_are_those_of_the_formulas_and_budgets_tell_right_from_wrong(tmp_p
         ("a net", "PowerSGD rank 1"): (4 * (90 + 80) + biases, 4 * 3580),
         ("a net", "PowerSGD rank 4"): (4 * 4 * (90 + 80) + biases, 4 * 3580),
     }
-    assert [budget["is_kept"] for budget in tables["budgets"]] == [False, True]
+    assert [row.ratio for row in found[:2]] == pytest.approx([40_000 / 84, 40_000 / 64])
+    assert [row.is_over for row in found if row.budget is not None] == [True, False]
     printed = capsys.readouterr().out
-    assert ">= 499 | missed |" in printed
-    assert ">= 300 | ok |" in printed
+    assert ">= 499.00 | missed |" in printed
+    assert ">= 300.00 | ok |" in printed
 
 
 @pytest.mark.usefixtures("small")
-def test_selectors_and_steps_are_timed_beside_their_baselines(capsys):
-    communication.main(["--quick", "--parts", "selection", "step"])
+def test_steps_are_timed_beside_their_baselines(capsys):
+    communication.main(["--quick", "--parts", "step"])
     printed = capsys.readouterr().out
-    assert "The 20 largest of 20000 float32 entries, heavy tail" in printed
-    assert "| sampled of torch.topk, normal |" in printed
-    assert "| step of PowerSGDStrategy to torch's hook |" in printed
+    assert "| ddp, again |" in printed
+    assert "| powersgd_torch | <= 1.05 |" in printed
 
 
 @pytest.mark.usefixtures("small")
@@ -99,7 +96,7 @@ def test_a_rank_that_fails_is_an_error_here():
         communication.on_ranks(fail, 1)
 
 
-def test_steps_over_links_are_held_to_what_they_shall_save(monkeypatch, capsys):
+def test_steps_over_links_are_held_to_what_they_should_save(monkeypatch):
     asked = []
 
     def measure_all(compared, megabits, delay_ms, rounds, steps, settle):
@@ -109,18 +106,24 @@ def test_steps_over_links_are_held_to_what_they_shall_save(monkeypatch, capsys):
 
     monkeypatch.setattr(slow_link, "measure_all", measure_all)
     monkeypatch.setattr(slow_link, "why_unavailable", lambda: None)
-    rows, budgets = communication.link(TINY, None)
+    tables = communication.link(TINY)
     assert asked == [(100.0, 1, 1), (1000.0, 1, 1)]
-    assert len(rows) == 2 * len(communication.STRATEGIES)
-    assert [(budget.measured, budget.bound, budget.is_kept) for budget in budgets] == [(4, 10, False), (4, 2, True)]
-    assert "ms at 100 Mbit/s" in capsys.readouterr().out
+    assert {*tables} == {"A step over 100 Mbit/s", "A step over 1000 Mbit/s"}
+    held = [row for rows in tables.values() for row in rows if row.budget is not None]
+    assert [(row.name, row.ratio, row.budget, row.is_over) for row in held] == [
+        ("dgc", 0.25, 0.1, True),
+        ("dgc", 0.25, 0.5, False),
+    ]
+    assert all(len(rows) == len(communication.STRATEGIES) + 1 for rows in tables.values())
 
 
 def test_without_namespaces_two_parts_are_skipped(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(slow_link, "why_unavailable", lambda: "a slow link needs root")
-    communication.main(["--parts", "link", "accuracy", "--out", str(tmp_path)])
+    communication.main(["--parts", "link", "accuracy", "--out", str(tmp_path / "results.json")])
     assert capsys.readouterr().out.count("Skipped: a slow link needs root.") == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["communication.json"]
+    tables = Results.read(tmp_path / "results.json").tables
+    assert len(tables) == 3
+    assert not any(tables.values())
 
 
 class SlowValidation(Follow):
@@ -162,31 +165,15 @@ def test_strategies_that_compress_count_for_themselves():
     assert found[0]["megabytes"] == pytest.approx(11 * 4 * (4 * 80 + 458 + 1) / 1e6)
 
 
-def test_what_it_took_is_shown_and_written(tmp_path, capsys):
+def test_what_it_took_is_shown_and_drawn():
     slow = [Epoch(1, 0.5, 10.0, 100.0), Epoch(2, 0.95, 20.0, 200.0), Epoch(3, 0.94, 30.0, 300.0)]
     found = {
         name: [replace(epoch, seconds=epoch.seconds / (i + 1)) for epoch in slow] for i, name in enumerate(LEARNERS)
     }
     found["fp16"] = [replace(epoch, accuracy=0.9) for epoch in slow]
-    communication.show_accuracies(found)
-    printed = capsys.readouterr().out
-    assert "| dense | 20.00 | 1.0 | 200.00 | 1.0 | 30.0 | 300.0 | 94.0 % |" in printed
-    assert "| fp16 | never |  | never |  | 30.0 | 300.0 | 90.0 % |" in printed
-    assert f"| {DGC} | 5.00 | 4.0 | 200.00 | 1.0 | 7.5 | 300.0 | 94.0 % |" in printed
-    communication.write_accuracies(found, tmp_path)
-    with (tmp_path / "communication_slow_link.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 12
-    assert rows[1] == {"gradients": "dense", "epoch": "2", "accuracy": "0.95", "seconds": "20.0", "megabytes": "200.0"}
+    printed = table_of(communication.accuracy_rows(found))
+    assert "| dense | 20.00 | 200.00 | 30.00 | 300.00 | 94.00 | 1.000 |" in printed
+    assert "| fp16 | never | never | 30.00 | 300.00 | 90.00 |  |" in printed
+    assert f"| {DGC} | 5.00 | 200.00 | 7.50 | 300.00 | 94.00 | 4.000 |" in printed
     lines = {line.get_label(): line.get_xdata() for line in communication.draw_accuracies(found).axes[1].lines}
     assert list(lines[DGC]) == [2.5, 5.0, 7.5]
-    assert (tmp_path / "communication_slow_link.png").is_file()
-
-
-@pytest.mark.parametrize(
-    ("measured", "at_least", "kept"), [(2, False, True), (3, False, False), (3, True, True), (1, True, False)]
-)
-def test_a_budget_is_kept_on_its_own_side(measured, at_least, kept):
-    budget = Budget("a", measured, 2, at_least)
-    assert budget.is_kept == kept
-    assert budget.cells[-1] == ("ok" if kept else "missed")

@@ -6,7 +6,7 @@ shared. ``quiet`` discards changes; here the second state keeps them for its nex
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,40 +44,34 @@ class SecondState:
         memo: dict[int, Any] = {id(tensor): tensor for tensor in same}
         with torch.inference_mode(False), torch.no_grad():
             self._parts = [_Part(module, internal, memo) for module in modules]
+        self._buffers = _Buffers(modules)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Return a context in which the module has this state; afterwards it has its own again."""
         for part in self._parts:
-            part.enter()
+            part.exchange()
+        self._buffers.enter()
         try:
             yield
         finally:
-            for part in reversed(self._parts):  # in reverse, because a buffer shared by two modules is swapped twice
-                part.leave()
+            for part in self._parts:
+                part.exchange()
+            self._buffers.leave()
 
     def take_buffers(self) -> None:
         """Replace the copied buffers with copies of the module's current ones."""
-        for part in self._parts:
-            part.take_buffers()
+        self._buffers.take()
 
 
 class _Part:
-    """The state of one module without its submodules."""
+    """The state of one module without its submodules and buffers."""
 
     def __init__(self, module: nn.Module, internal: set[str], memo: dict[int, Any]) -> None:
         self._module = module
         self._internal = internal
         self._metrics = {name: _twin(metric, memo) for name, metric in self._own_metrics().items()}
         self._attributes = {name: _twin(value, memo) for name, value in self._own().items()}
-        self.take_buffers()
-
-    def take_buffers(self) -> None:
-        """Copy the buffers."""
-        self._buffers = self._copied_buffers()
-
-    def _copied_buffers(self) -> dict[str, Tensor | None]:
-        return {name: None if b is None else _clone(b) for name, b in self._module._buffers.items()}
 
     def _own(self) -> dict[str, Any]:
         # Keep code: methods may be wrapped on the instance.
@@ -87,33 +81,54 @@ class _Part:
     def _own_metrics(self) -> dict[str, Any]:
         return {name: child for name, child in self._module._modules.items() if isinstance(child, _METRICS)}
 
-    def enter(self) -> None:
-        """Swap this state into the module and store the module's own."""
-        self._exchange()
-        buffers = self._module._buffers
-        self._lent, self._contents = dict(buffers), self._copied_buffers()
-        for name, other in self._buffers.items():
-            own = buffers.get(name)
-            # Copy into the same tensor where possible: compiled code holds a reference to it.
-            if own is not None and other is not None and _alike(own, other):
-                put_back([(own, other)])
-            else:
-                buffers[name] = other
-        for name in buffers.keys() - self._buffers.keys():
-            del buffers[name]
-
-    def leave(self) -> None:
-        """Swap the module's own state back in and store this one."""
-        self._exchange()
-        self.take_buffers()
-        self._module._buffers.clear()
-        self._module._buffers.update(self._lent)
-        pairs = ((own, self._contents[name]) for name, own in self._lent.items())
-        put_back([(own, content) for own, content in pairs if own is not None and content is not None])
-
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """Swap this state and the module's."""
         self._metrics = _exchanged(self._module._modules, self._own_metrics(), self._metrics)
         self._attributes = _exchanged(vars(self._module), self._own(), self._attributes)
+
+
+class _Buffers:
+    """A second copy of the buffers of modules. All are copied at once, because this happens several times a batch."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self.take()
+
+    def take(self) -> None:
+        """Copy the buffers."""
+        self._copies = _copied_buffers(self._modules)
+
+    def enter(self) -> None:
+        """Put the copies into the modules."""
+        self._lent, self._contents = [dict(module._buffers) for module in self._modules], _copied_buffers(self._modules)
+        pairs = []
+        for module, copies in zip(self._modules, self._copies, strict=True):
+            buffers = module._buffers
+            for name, other in copies.items():
+                own = buffers.get(name)
+                # Copy into the same tensor where possible: compiled code holds a reference to it.
+                if own is not None and other is not None and _alike(own, other):
+                    pairs.append((own, other))
+                else:
+                    buffers[name] = other
+            for name in buffers.keys() - copies.keys():
+                del buffers[name]
+        put_back(pairs)
+
+    def leave(self) -> None:
+        """Store copies of what the buffers are now, and restore what they were."""
+        self.take()
+        pairs = []
+        for module, lent, contents in zip(self._modules, self._lent, self._contents, strict=True):
+            module._buffers.clear()
+            module._buffers.update(lent)
+            pairs += [(own, contents[name]) for name, own in lent.items()]
+        put_back([(own, content) for own, content in pairs if own is not None and content is not None])
+
+
+def _copied_buffers(modules: Sequence[nn.Module]) -> list[dict[str, Tensor | None]]:
+    with torch.inference_mode(False), torch.no_grad():  # an attack cannot differentiate through inference tensors
+        return [{name: None if b is None else _clone(b) for name, b in module._buffers.items()} for module in modules]
 
 
 def _exchanged(holder: dict[str, Any], own: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +147,7 @@ def _outside_metrics(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Mod
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # an attack cannot differentiate through inference tensors
-        return dressed(plain_tensor(tensor).detach().clone(), tensor)
+    return dressed(plain_tensor(tensor).detach().clone(), tensor)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -69,10 +69,14 @@ class WorstInputs:
         batch = map_tensors(batch, lambda tensor: clone_of(tensor) if tensor.is_inference() else tensor)
         torch.clear_autocast_cache()  # older versions of torch would reuse weights cast in inference mode
         steps = _steps(trainer, step, batch_idx)
-        if loader not in self._places:
-            self._places[loader] = self._place_of(trainer.lightning_module, batch, steps)
-        place, name = self._places[loader]
         purpose = f"{loader}/{batch_idx}/{trainer.global_rank}"
+        if loader not in self._places:
+            place = self._place_of(trainer.lightning_module, batch, steps)
+            name, inputs = self._first(trainer, place, batch, steps, purpose)
+            self._places[loader] = place, name
+            if inputs is not None:
+                return place, inputs
+        place, name = self._places[loader]
         try:
             return place, self._worst(trainer, place, batch, steps[name], purpose)
         except Exception as error:
@@ -86,12 +90,25 @@ class WorstInputs:
             )
             raise
 
-    def _place_of(self, pl_module: pl.LightningModule, batch: Any, steps: Mapping[str, Step]) -> tuple[Place, str]:
+    def _place_of(self, pl_module: pl.LightningModule, batch: Any, steps: Mapping[str, Step]) -> Place:
         place = find_place(pl_module, batch, self.input_key, self.needed_by)
-        clean = place.inputs(batch, next(iter(steps.values())))
-        self.attack.refuse_inputs(clean, self.needed_by)
+        self.attack.refuse_inputs(place.inputs(batch, next(iter(steps.values()))), self.needed_by)
+        return place
+
+    def _first(
+        self, trainer: pl.Trainer, place: Place, batch: Any, steps: Mapping[str, Step], purpose: str
+    ) -> tuple[str, Tensor | None]:
+        """Attack with the first step at once. Only if this fails, look for a step that shows its loss.
+
+        Returns:
+            tuple: The name of the step, and the attacked inputs, or ``None`` if the first attack failed.
+        """
+        name, step = next(iter(steps.items()))
+        with suppress(Exception):  # the search below names the reason
+            return name, self._worst(trainer, place, batch, step, purpose)
+        clean = place.inputs(batch, step)
         with place.shown(copy_of(batch), clean.clone().requires_grad_()) as shown:
-            return place, self._find_step(steps, shown, len(clean))
+            return self._find_step(steps, shown, len(clean)), None
 
     def _find_step(self, steps: Mapping[str, Step], batch: Any, samples: int) -> str:
         """Return the name of the first step that shows its loss, with several restarts the loss of each sample.

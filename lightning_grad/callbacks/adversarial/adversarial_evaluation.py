@@ -19,7 +19,7 @@ from lightning_grad.callbacks.adversarial._second_state import SecondState
 from lightning_grad.callbacks.adversarial._worst_inputs import WorstInputs
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import AVERAGED, WHOLE_WEIGHTS, Compatibility, manual, yes
-from lightning_grad.core.dispatch import WrapOrder, overrides, wrap_method
+from lightning_grad.core.dispatch import WrapOrder, is_empty_hook, overrides, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.quiet import is_quiet, loggers_muted, quiet
 from lightning_grad.data.random_streams import random_streams_kept
@@ -42,11 +42,13 @@ class Evaluation:
     Args:
         second: State of the module in its second run.
         fresh: The same at the start of the epoch.
+        is_prepared: Whether a hook of the module runs before each batch.
         attacked: Output of the step on the attacked batch, and that batch.
     """
 
     second: SecondState
     fresh: SecondState | None = None
+    is_prepared: bool = False
     attacked: tuple[Any, Any] | None = None
 
 
@@ -268,14 +270,18 @@ class AdversarialEvaluation(GradCallback):
             output = inner(*args, **kwargs)
             evaluation.attacked = self._step(trainer, evaluation, inner, kept, *rest, **kwargs)
             return output
+        is_own = not is_empty_hook(inner)
         if hook.endswith("_epoch_start"):
             evaluation.second.take_buffers()  # weight averaging may have swapped the buffers since
-        again = copy_of(args) if hook.endswith("_batch_start") and overrides(pl_module, hook) else args
+        if hook.endswith("_batch_start"):
+            evaluation.is_prepared = is_own
+        again = copy_of(args) if evaluation.is_prepared and hook.endswith("_batch_start") else args
         output = inner(*args, **kwargs)
         if hook.endswith("_batch_end") and evaluation.attacked is not None:
             again = (*evaluation.attacked, *args[2:])
-        with self._as_second(trainer, evaluation.second):
-            inner(*again, **kwargs)
+        if is_own:
+            with self._as_second(trainer, evaluation.second):
+                inner(*again, **kwargs)
         if hook.endswith("_epoch_start"):  # it may create the lists that a step appends to
             with evaluation.second.used():
                 evaluation.fresh = SecondState(pl_module)
@@ -293,26 +299,25 @@ class AdversarialEvaluation(GradCallback):
             with self._as_second(trainer, now.second):
                 return run(None), None
         batch_idx, loader = (*args, 0, 0)[:2]
-        with self._in_scratch_state(trainer, now):
+        with self._in_attack_state(trainer, now):
             place, inputs = self._search.run(trainer, run, batch, batch_idx, loader)
         with place.shown(batch, inputs) as shown, self._as_second(trainer, now.second):
             return run(shown), shown
 
     @contextmanager
-    def _in_scratch_state(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
-        """Return a context for running the module with gradients, in a scratch copy of its second state."""
-        pl_module, state = trainer.lightning_module, evaluation.second
-        # Copy the state from the start of the epoch rather than the outputs gathered since, which would cost more with
-        # each batch, unless a hook before each batch may have set something that the step needs.
-        stage = "test" if trainer.testing else "validation"
-        if evaluation.fresh is not None and not overrides(pl_module, f"on_{stage}_batch_start"):
-            state = evaluation.fresh
+    def _in_attack_state(self, trainer: pl.Trainer, evaluation: Evaluation) -> Iterator[None]:
+        """Return a context for running the module with gradients; its second state stays as it is."""
+        pl_module, state = trainer.lightning_module, evaluation.fresh
         # Inference tensors have no gradient, and metric states created in inference mode cannot be updated
         # outside of it.
         with torch.inference_mode(False), torch.enable_grad():
-            with state.used():
-                scratch = SecondState(pl_module)
-            with scratch.used(), quiet(trainer, pl_module, check=False, display_name=self.display_name):
+            # Use the state from the start of the epoch, which quiet restores. A copy of the outputs gathered
+            # since would cost more with each batch. It is only needed if a hook before each batch may have
+            # set something that the step needs.
+            if state is None or evaluation.is_prepared:
+                with evaluation.second.used():
+                    state = SecondState(pl_module)
+            with state.used(), quiet(trainer, pl_module, check=False, display_name=self.display_name):
                 yield
 
     @contextmanager

@@ -109,7 +109,7 @@ class SpikeClipping(GradientConditioner):
         clip_spikes_(gradients, moments, step.threshold)
         if not step.measured:
             return {}
-        return {"clipped_entries": share_of([g != b for g, b in zip(gradients, before, strict=True)])}
+        return {"clipped_entries": share_of(g != b for g, b in zip(gradients, before, strict=True))}
 
     def _pauses(self, step: GradientStep) -> bool:
         since = [reset.steps_since_reset(step.index) for reset in self._resets]

@@ -82,4 +82,4 @@ class ValueClipping(GradientConditioner):
         clip_value_(step.gradients, step.threshold)
         if not step.measured:
             return {}
-        return {"clipped_entries": share_of([g.abs() >= step.threshold for g in step.gradients])}
+        return {"clipped_entries": share_of(g.abs() >= step.threshold for g in step.gradients)}

@@ -41,6 +41,7 @@ class Passes:
     _has_checked: bool = field(default=False, init=False)
     # What errors say about scores_by="sample": None until its cost is measured, "" if it does not help.
     _by_sample: str | None = field(default=None, init=False)
+    _memory: dict[str, Any] = field(default_factory=dict, init=False)  # what one pass keeps for the next
 
     @property
     def training_set(self) -> TrainingSet:
@@ -87,7 +88,8 @@ class Passes:
     def _look(self, measure: Measure, title: str, rehearsal: bool = False) -> Mapping[str, Tensor]:
         asked = self.asked if rehearsal else replace(self.asked, kind=self._checked_kind)
         own = (self.trainer, self.pl_module, self.training_set, measure, title, asked, self.dataset)
-        return look_at_all(*own, self.callback.seed, rehearsal, one_by_one=self._runs_single_samples)
+        memory = self._memory
+        return look_at_all(*own, self.callback.seed, rehearsal, self._runs_single_samples, memory)
 
     @property
     def asked(self) -> LossRequest:

@@ -112,7 +112,7 @@ class LossReweighting(LossWeighting):
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
     _trainer = during_fit[pl.Trainer]()
-    _effective = until_next_fit[Tensor | None](lambda _: None)
+    _weights = until_next_fit[tuple[Tensor, Tensor] | None](lambda _: None)  # of the global batch, and their number
     _first = during_fit[Any](lambda _: None)
     _rehearsals_left = during_fit[int](lambda _: _REHEARSALS)
     _now = during_fit[float](lambda _: math.inf)
@@ -189,7 +189,7 @@ class LossReweighting(LossWeighting):
             first, self._first = self._first, None
             is_done = self._rehearse(trainer, pl_module, first)
             self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
-        if self._effective is not None and is_log_step(trainer):
+        if self._weights is not None and is_log_step(trainer):
             self.log_scalars(pl_module, {"temperature": self._now, "effective_samples": self._effective})
         super().on_train_batch_end(trainer, pl_module, *args)
 
@@ -217,9 +217,16 @@ class LossReweighting(LossWeighting):
         everyone = self._of_all_ranks(losses.losses)
         weights = loss_weights(everyone.flatten(), self.rule, self._now).reshape(everyone.shape)
         counted = everyone.isfinite().sum()
-        self._effective = 1.0 / (weights.square().sum() * counted)
+        self._weights = weights, counted
         # The step and DDP average, so scale the weights by n: equal weights of 1 / n must change nothing.
         return weights[self._trainer.global_rank, : len(losses.losses)] * counted
+
+    @property
+    def _effective(self) -> Tensor:
+        """Effective share of the samples: 1 if their weights are equal. Computed only for the logs."""
+        assert self._weights is not None
+        weights, counted = self._weights
+        return 1.0 / (weights.square().sum() * counted)
 
     def _of_all_ranks(self, losses: Tensor) -> Tensor:
         """Return the losses of the global batch, (ranks, B), padded with nan where a rank has fewer samples."""

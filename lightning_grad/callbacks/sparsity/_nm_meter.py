@@ -46,7 +46,7 @@ class SparsityMeter:
     """Compares the masks of two log steps, and the gradients of a log step with the gradients of the step before."""
 
     def __init__(self) -> None:
-        self._logged_masks: dict[str, Tensor] = {}
+        self._logged_masks: dict[str, Tensor] = {}  # as _stored returns them
         self._previous: dict[str, Tensor] = {}
         self._variances: list[tuple[Tensor, Tensor, SparseWeight]] = []
 
@@ -79,9 +79,10 @@ class SparsityMeter:
             mask, before = weight.mask, self._logged_masks.pop(weight.name, None)
             if mask is None:
                 continue
-            self._logged_masks[weight.name] = mask != 0
+            kept = mask != 0
+            self._logged_masks[weight.name] = _stored(kept)
             if before is not None:
-                flips.append(mask_distance(mask != 0, before) * mask.numel())
+                flips.append(mask_distance(kept, _restored(before, kept)) * mask.numel())
                 entries += mask.numel()
         return {"flips": torch.stack(flips).sum() / entries} if flips else {}
 
@@ -92,7 +93,7 @@ class SparsityMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the masks of the last log step, packed, and the gradients that the next step is compared with."""
-        masks = {name: pack_bits(mask) for name, mask in self._logged_masks.items()}
+        masks = {name: mask if _is_packed(mask) else pack_bits(mask) for name, mask in self._logged_masks.items()}
         return {"logged_masks": masks, "previous_gradients": dict(self._previous)}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Sequence[SparseWeight]) -> None:
@@ -100,9 +101,22 @@ class SparsityMeter:
         masks, gradients = state.get("logged_masks", {}), state.get("previous_gradients", {})
         for weight in weights:
             if weight.name in masks:
-                self._logged_masks[weight.name] = unpack_bits(masks[weight.name], weight.parameter)
+                self._logged_masks[weight.name] = _stored(unpack_bits(masks[weight.name], weight.parameter))
             if weight.name in gradients:
                 self._previous[weight.name] = gradients[weight.name].to(weight.parameter.device)
+
+
+def _stored(mask: Tensor) -> Tensor:
+    """Return a bool mask in the form that is kept until the next log step: bits on a CPU; packing would make a GPU wait."""
+    return pack_bits(mask) if mask.is_cpu else mask
+
+
+def _restored(stored: Tensor, like: Tensor) -> Tensor:
+    return unpack_bits(stored, like) if _is_packed(stored) else stored
+
+
+def _is_packed(stored: Tensor) -> bool:
+    return stored.dtype == torch.uint8
 
 
 def _mean(name: str, parts: Sequence[tuple[Tensor, float]]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from lightning_grad.core.ranks import first_of_ranks, mean_over_ranks
 from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.data.borrowed_workers import BorrowedWorkers
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, seed_streams
+from lightning_grad.functional import PerSampleGradientNorms
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
 from lightning_grad.utilities.reporting import listed
@@ -38,6 +39,7 @@ def look_at_all(
     seed: int = 0,
     rehearsal: bool = False,
     one_by_one: bool = False,
+    memory: dict[str, Any] | None = None,
 ) -> dict[str, Tensor]:
     """Measure each sample of the training set once, in eval mode.
 
@@ -57,6 +59,8 @@ def look_at_all(
         rehearsal: Measure only one batch, to raise errors early. The returned values are
             meaningless.
         one_by_one: Measure batches of one sample.
+        memory: A dictionary that all passes over this module share, which keeps what gradient norms
+            learned of the network. They learn it again when the network has changed.
 
     Raises:
         ValueError: If the other data set has another length, there are fewer samples than ranks, or
@@ -69,7 +73,8 @@ def look_at_all(
     _refuse_data(trainer, training_set, dataset, asked.display_name)
     chunks, batches = _share_of_rank(trainer, training_set, rehearsal, one_by_one)
     loader = scoring_loader(training_set, dataset, batches, seed, in_main_process=rehearsal)
-    total, memory, collate = training_set.sampler.total, dict[str, Any](), training_set.loader.collate_fn
+    total, collate = training_set.sampler.total, training_set.loader.collate_fn
+    memory = _of_earlier_passes({} if memory is None else memory)
     found = _Found(total, trainer.strategy.root_device, asked)
     looking = quiet(trainer, pl_module, advice=f", or {asked.way_out}", display_name=asked.display_name)
     with looking, generators_kept([loader.dataset, collate]), numbers_kept(collate):
@@ -93,6 +98,16 @@ def look_at_all(
             "it. Make collate_fn and training_step return something for some batches in eval mode."
         )
     return values
+
+
+def _of_earlier_passes(memory: dict[str, Any]) -> dict[str, Any]:
+    """Forget everything but the gradient norms, which check what they know: the loss may have changed."""
+    norms: PerSampleGradientNorms | None = memory.get("norms")
+    memory.clear()
+    if norms is not None:
+        norms.begin_pass()
+        memory["norms"] = norms
+    return memory
 
 
 def _refuse_data(

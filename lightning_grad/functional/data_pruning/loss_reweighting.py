@@ -67,12 +67,13 @@ def loss_weights(losses: Tensor, rule: str = "linupper", temperature: float = 1.
     if not len(losses):
         return losses
     valid = losses.isfinite()
-    low = losses.masked_fill(~valid, torch.inf).amin()
-    high = losses.masked_fill(~valid, -torch.inf).amax()
+    invalid = ~valid
+    low = losses.masked_fill(invalid, torch.inf).amin()
+    high = losses.masked_fill(invalid, -torch.inf).amax()
     # Halved first: the difference of two large numbers of opposite sign can overflow.
     spread = high / 2 - low / 2
     h = torch.where(valid & (spread > 0), (losses / 2 - low / 2) / spread * 2.0 - 1.0, 0.0)
-    weights = (RULES[rule](h) / temperature).masked_fill(~valid, -torch.inf).softmax(0)
+    weights = (RULES[rule](h) / temperature).masked_fill(invalid, -torch.inf).softmax(0)
     return torch.where(valid, weights, 0.0)
 
 

@@ -143,4 +143,4 @@ def zero_share(gradients: Sequence[Tensor]) -> Tensor:
         >>> zero_share([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0])])
         tensor(0.2500)
     """
-    return share_of([gradient == 0 for gradient in gradients])
+    return share_of(gradient == 0 for gradient in gradients)

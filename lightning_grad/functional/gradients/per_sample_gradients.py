@@ -24,6 +24,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.gradients._ghost import graph
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
+from lightning_grad.functional.gradients._ghost.outline import Outline, outline_of
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
 from lightning_grad.functional.gradients._ghost.tracer import Key, Leaf, Tracer, Use
 
@@ -45,11 +46,9 @@ class PerSampleGradientNorms:
     losses, and which parameters no rule covers. Gradients, hooks and flags are restored after each call, even after an
     exception.
 
-    **Cost.** One forward and one backward pass. On one CPU thread this takes 1.2 to 1.5 times a plain pass for residual
-    networks with BatchNorm, and 1.1 times for a transformer of width 256, with about the memory of the plain pass.
-    ``vmap(grad(...))`` on a ResNet-18 of half width with 64 images takes 3.1 times as long and 6.7 times as much
-    memory. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``, ``einsum``,
-    custom autograd functions) cost one backward pass per sample.
+    **Cost.** One forward and one backward pass, with about the memory of a plain pass: see docs/benchmarks.md, also for
+    ``vmap(grad(...))``. The first batch takes a few more passes. Parameters without a rule (recurrent layers, ``bmm``,
+    ``einsum``, custom autograd functions) cost one backward pass per sample.
 
     Args:
         module: The module whose trainable parameters are measured; in eval mode if it has BatchNorm.
@@ -84,13 +83,18 @@ class PerSampleGradientNorms:
         _trainable(module)
         self._module = module
         self._fallback = fallback
+        self._coverage: dict[str, str] = {}
+        self._outline: Outline | None = None
+        self._is_new_pass = True
+        self._forget()
+
+    def _forget(self) -> None:
         self._excluded: set[str] = set()
         self._batchless: set[Key] = set()
         self._mixing: dict[str, str] = {}
         self._silent: set[Key] = set()
         self._folded: set[Key] = set()
         self._layouts: dict[tuple[Key, int], Layout] = {}
-        self._coverage: dict[str, str] = {}
 
     @property
     def coverage(self) -> Mapping[str, str]:
@@ -100,6 +104,14 @@ class PerSampleGradientNorms:
         "unused".
         """
         return self._coverage
+
+    def begin_pass(self) -> None:
+        """Compare the network with what was learned from it in the next call, and learn it again if it has changed.
+
+        Call it if the module may have changed since the last call: parameters were unfrozen, or it now runs other
+        operations. The comparison reads the autograd graph of one batch and takes no backward pass.
+        """
+        self._is_new_pass = True
 
     def __call__(self, compute_losses: Callable[[], Tensor]) -> Tensor:
         """Return the norms, (B,).
@@ -128,13 +140,34 @@ class PerSampleGradientNorms:
                 with tracer:
                     losses = _checked(compute_losses())
                 tracer.finish(losses)
-                if not self._learn(tracer):
+                if not self._is_stale(tracer) and not self._learn(tracer):
+                    self._remember(tracer)
                     return self._measure(tracer)
             rewind()
         raise RuntimeError(
             "compute_losses must do the same in each call, but its operations differ between calls. Draw random "
             "numbers only from torch's global generators, and keep no state between calls."
         )
+
+    def _is_stale(self, tracer: Tracer) -> bool:
+        """Forget what an earlier pass learned if the network has changed; return True if it must then run again."""
+        if not self._is_new_pass or self._outline is None:
+            return False
+        was_traced_otherwise = bool(self._excluded or self._batchless)
+        if outline_of(tracer) == self._outline:
+            # The outline shows these uses only; those of batches with other shapes are learned again.
+            seen = {(use.key, len(use.shape)) for use in tracer.uses}
+            self._layouts = {place: layout for place, layout in self._layouts.items() if place in seen}
+            self._is_new_pass = False
+            return False
+        self._forget()
+        self._outline = None
+        return was_traced_otherwise
+
+    def _remember(self, tracer: Tracer) -> None:
+        """Keep the outline of the first batch of a pass."""
+        if self._is_new_pass:
+            self._outline, self._is_new_pass = outline_of(tracer), False
 
     def _learn(self, tracer: Tracer) -> bool:
         """Learn from a forward pass; return True if it must run again with the new knowledge."""

@@ -179,11 +179,12 @@ def multiply_(tensors: Sequence[Tensor], factor: Tensor) -> None:
         torch._foreach_mul_(group, factor.to(group[0].device))
 
 
-def share_of(flags: Sequence[Tensor]) -> Tensor:
-    """Return the fraction of true entries in all flags, as a scalar.
+def share_of(flags: Iterable[Tensor]) -> Tensor:
+    """Return the fraction of true entries in all flags, as a scalar. From a generator, only one flag exists at a time.
 
     Example:
         >>> share_of([torch.tensor([True, False]), torch.tensor([False, False])])
         tensor(0.2500)
     """
-    return stack([whole(flag.sum()) for flag in flags]).sum() / sum(flag.numel() for flag in flags)
+    counts = [(whole(flag.sum()), flag.numel()) for flag in flags]
+    return stack([count for count, _ in counts]).sum() / sum(size for _, size in counts)

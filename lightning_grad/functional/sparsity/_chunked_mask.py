@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional.sparsity._group_top import top_of_groups
+from lightning_grad.functional.sparsity._native_mask import native_mask
 from lightning_grad.functional.sparsity._selection_network import network
 
 _ROW = 1 << 13  # entries of a row of a chunk, if the chunk then has _CHUNK entries
@@ -34,6 +35,8 @@ def chunked_mask(grouped: Tensor, n: int) -> Tensor | None:
     Returns:
         Tensor | None: The mask, contiguous; ``None`` if ``top_of_groups`` is faster, because of ties or the shape.
     """
+    if (native := native_mask(grouped, n)) is not None:
+        return native
     groups, m, positions = grouped.shape
     if m * positions > _LARGEST:
         return None

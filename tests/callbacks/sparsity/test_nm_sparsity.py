@@ -787,6 +787,27 @@ def test_figure_and_histograms_reach_tensorboard(tmp_path):
     assert "sparsity/decay" in events.Tags()["scalars"]
 
 
+def test_masks_of_the_last_log_step_are_kept_as_bits_and_compared_as_masks() -> None:
+    module = Regression(linear_net())
+    callback = NMSparsity("1:4", "ste", finetune_fraction=0.0, include=["*"])
+    seen: list[tuple[float, float]] = []
+
+    class Compare(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            masks = torch.cat([(weight.mask != 0).flatten() for weight in callback.weights])
+            kept = sum(mask.nbytes for mask in callback._meter._logged_masks.values())
+            assert kept == sum(-(-weight.parameter.numel() // 8) for weight in callback.weights)
+            if before:
+                wanted = (masks != before.pop()).float().mean()
+                seen.append((float(trainer.callback_metrics["sparsity/flips"]), float(wanted)))
+            before.append(masks)
+
+    before: list[Tensor] = []
+    trainer(callback, Compare(), log_every_n_steps=1).fit(module, data())
+    assert [flips for flips, _ in seen] == pytest.approx([wanted for _, wanted in seen])
+    assert any(wanted > 0 for _, wanted in seen)
+
+
 def test_logged_values_are_what_they_say():
     seen: dict[str, list[float]] = {}
 

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_to, candidates
+from lightning_grad.functional.gradients._ghost.sums import connected
+from lightning_grad.functional.gradients._ghost.tracer import Source
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
 from tests.cases import cases
 
@@ -658,6 +660,13 @@ def test_layouts_put_samples_first(layout: Layout) -> None:
     gradient = layout.split(torch.zeros_like(laid), 3)  # a view of the zeros, as nothing is merged
     gradient[1] = 1
     assert split.shape[0] == gradient.shape[0] == 3
+
+
+def test_sources_that_share_parameters_are_one_group_in_any_order() -> None:
+    roots = ["a", "b", "ab", "c", "d", "cd", "bd", "e", "a"]
+    sources = [Source(torch.zeros(()), frozenset(names), 0) for names in roots]
+    groups = [["".join(sorted(source.roots)) for source in group] for group in connected(sources)]
+    assert sorted(sorted(group) for group in groups) == [["a", "a", "ab", "b", "bd", "c", "cd", "d"], ["e"]]
 
 
 def test_a_gradient_elsewhere_denies_a_layout() -> None:

@@ -1,5 +1,7 @@
 """Lists of gradients as one thing: what the rules are made of."""
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -94,6 +96,21 @@ def test_tensors_of_any_dtype_are_multiplied_in_place() -> None:
 def test_the_share_is_of_entries_and_not_of_tensors() -> None:
     flags = [torch.tensor([True]), torch.tensor([[False, False, True], [False] * 3])]
     assert share_of(flags).item() == pytest.approx(2 / 7)
+
+
+def test_flags_of_a_generator_do_not_pile_up() -> None:
+    def flags() -> Iterator[torch.Tensor]:
+        for _ in range(4):
+            alive.append(sum(made() is not None for made in found))
+            flag = torch.ones(3, dtype=torch.bool)
+            found.append(weakref.ref(flag))
+            yield flag
+            del flag
+
+    found: list[Any] = []
+    alive: list[int] = []
+    assert share_of(flags()).item() == 1.0
+    assert max(alive) == 1
 
 
 def sharded_lists(rank: int, mesh: Any) -> None:

@@ -218,6 +218,11 @@ def sum_of_rows(gradient: Tensor, rows: Rows) -> Contribution:
     return Dense(flat(gradient, rows).sum(1))
 
 
+def side_by_side(split: Tensor) -> Tensor:
+    """Make the channels of all samples those of one: (B, M, C, ...) to (M, B C, ...)."""
+    return split.transpose(0, 1).flatten(1, 2)
+
+
 def per_channel(split: Tensor) -> Tensor:
     """Sum (B, M, C, ...) to (B, C)."""
     return split.flatten(3).sum((1, 3)) if split.dim() > 3 else split.sum(1)

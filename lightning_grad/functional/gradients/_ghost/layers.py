@@ -24,6 +24,7 @@ from lightning_grad.functional.gradients._ghost.contributions import (
     flat,
     given,
     per_channel,
+    side_by_side,
     sum_of_rows,
 )
 
@@ -89,9 +90,31 @@ def _normalization(
 def batch_norm(call: Any) -> Binding | None:
     if call.running_mean is None or call.running_var is None or call.training:
         return None  # it mixes samples, for which the tracer has raised an error
-    mean = call.running_mean.detach().clone().view(-1, *(1,) * (call.input.dim() - 2))
-    scale = (call.running_var.detach() + call.eps).rsqrt()
-    return _normalization(call, first, per_channel, lambda x: x - mean, scale)
+    mean, variance = call.running_mean.detach().clone(), call.running_var.detach().clone()
+    if call.input.device.type == "cpu":
+        return _batch_norm_on_cpu(call, mean, variance)
+    column = mean.view(-1, *(1,) * (call.input.dim() - 2))
+    return _normalization(call, first, per_channel, lambda x: x - column, (variance + call.eps).rsqrt())
+
+
+def _batch_norm_on_cpu(call: Any, mean: Tensor, variance: Tensor) -> Binding:
+    """Take both gradients of all samples from one call of the kernel, which reads each tensor only once."""
+    kept, known = call.input.detach(), list[tuple[Tensor, list[Tensor]]]()
+
+    def both(gradient: Tensor, rows: Rows) -> list[Tensor]:
+        if not (known and known[0][0] is gradient):
+            split = rows(gradient)
+            samples, kind = len(split), split.dtype
+            statistics = [values.to(kind).repeat(samples) for values in (mean, variance)]
+            images = [side_by_side(values).contiguous() for values in (split, rows(kept))]
+            found = torch.ops.aten.native_batch_norm_backward(
+                *images, None, *statistics, None, None, False, call.eps, [False, True, True]
+            )
+            known[:] = [(gradient, [values.view(samples, -1) for values in found[1:]])]
+        return known[0][1]
+
+    scale, shift = ((lambda gradient, rows, i=i: Dense(both(gradient, rows)[i])) for i in range(2))
+    return Binding(given((call.weight, scale), (call.bias, shift)), first, (call.input,))
 
 
 def instance_norm(call: Any) -> Binding | None:

@@ -43,8 +43,8 @@ class SquaredNorms:
         self.total = torch.zeros_like(like)
         self._group_of: dict[int, _Group] = {}
         sources = [source for use in uses for source, _ in use.terms]
-        for connected in _connected(sources):
-            self._open(connected)
+        for group in connected(sources):
+            self._open(group)
 
     def _open(self, sources: list[Source]) -> None:
         """Group sources that share parameters: by disjoint parts of a parameter if possible, else all in one group."""
@@ -114,19 +114,18 @@ def _carried(tensor: Tensor, leaves: list[Tensor], rows: Tensor) -> list[Tensor 
     return rows_of_jacobian(tensor, leaves, rows.to(tensor.dtype))
 
 
-def _connected(sources: list[Source]) -> list[list[Source]]:
+def connected(sources: list[Source]) -> list[list[Source]]:
     """Group sources that share parameters, directly or through other sources."""
-    groups: list[tuple[set[str], list[Source]]] = []
+    group_of: dict[str, list[Source]] = {}  # by root
     for source in sources:
-        roots, members = set(source.roots), [source]
-        apart = []
-        for group in groups:
-            if group[0] & roots:
-                roots, members = roots | group[0], group[1] + members
-            else:
-                apart.append(group)
-        groups = [*apart, (roots, members)]
-    return [members for _, members in groups]
+        known = {id(group): group for root in source.roots if (group := group_of.get(root)) is not None}
+        joined = max(known.values(), key=len, default=[])
+        for group in known.values():
+            if group is not joined:
+                joined += group
+        joined.append(source)
+        group_of |= {root: joined for member in (joined if len(known) > 1 else [source]) for root in member.roots}
+    return list({id(group): group for group in group_of.values()}.values())
 
 
 def _are_disjoint(places: set[Place]) -> bool:

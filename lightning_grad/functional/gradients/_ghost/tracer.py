@@ -1,6 +1,5 @@
 """Intercept every use of a parameter in a forward pass, and detach the parameters of uses that have a rule."""
 
-import inspect
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +45,7 @@ class Use:
         dims: Dimensions of the output that may contain the samples.
         is_batchless: Whether no input except parameters requires grad: it may not depend on samples.
         kept: Tensors that the contributions need, with their versions.
+        node: The node of the output in the autograd graph.
         layout: The layout of the samples, once known.
     """
 
@@ -55,6 +55,7 @@ class Use:
     dims: Sequence[int]
     is_batchless: bool
     kept: list[tuple[Tensor, int]]
+    node: Any = None
     layout: Layout | None = None
 
     @property
@@ -71,8 +72,8 @@ class Use:
             )
 
     def release(self) -> None:
-        """Release all tensors that were kept."""
-        self.terms, self.kept = [], []
+        """Release all tensors that were kept, and the graph."""
+        self.terms, self.kept, self.node = [], [], None
 
 
 OnGradient = Callable[[Use, Tensor], None]
@@ -140,7 +141,6 @@ def _transparent(function: Any) -> Any:
     return copy
 
 
-_BATCH_NORM = inspect.signature(F.batch_norm)
 _ATTENTION = _transparent(F.multi_head_attention_forward)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -264,7 +264,7 @@ class Tracer(TorchFunctionMode):
         if not out.requires_grad:  # only the detached sources required grad, so no gradient would reach the hook
             out = _Root.apply(out.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
         batchless = not any(tensor.requires_grad for tensor in others)
-        use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept)
+        use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept, out.grad_fn)
         self.uses.append(use)
         self._handles.append(out.register_hook(lambda gradient: self._receive(use, gradient)))
         return out
@@ -308,7 +308,7 @@ class Tracer(TorchFunctionMode):
 
 
 def _refuse_batch_statistics(*args: Any, **kwargs: Any) -> None:
-    if _BATCH_NORM.bind(*args, **kwargs).arguments.get("training"):
+    if kwargs.get("training", args[5] if len(args) > 5 else False):
         raise RuntimeError(
             "Per-sample gradient norms are undefined if batch_norm uses the statistics of the batch, because each loss "
             "then depends on all samples. Call module.eval(), and use BatchNorm layers that track running statistics."
