@@ -339,11 +339,14 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @override
     def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
-        for gradient, (indices, values) in zip(gradients, self._sent, strict=True):
+        sent, self._sent = self._sent, []
+        unknown = None if arrived.is_cpu else arrived  # on a CPU this test needs no sync
+        if unknown is None and not arrived.numpy():
+            return
+        for gradient, (indices, values) in zip(gradients, sent, strict=True):
             memory = self.memory[gradient.name]
             velocity = memory.get(_VELOCITY) if self.momentum_masking else None
-            rules.remove_sent_(memory[_RESIDUAL], indices, values, velocity, arrived)
-        self._sent = []
+            rules.remove_sent_(memory[_RESIDUAL], indices, values, velocity, unknown)
 
     @override
     def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
@@ -351,9 +354,10 @@ class DGCStrategy(CompressedDDPStrategy):
         for gradient in gradients:
             gradient.values.zero_()
         for pairs in everyone:  # all ranks add in rank order and so get the same bits
-            unpacked = rules.unpack_pairs(pairs, counts, self._value_type)
-            for gradient, (indices, values) in zip(gradients, unpacked, strict=True):
-                rules.add_pairs_(gradient.values, indices, values + failure.to(values.dtype), 1.0 / len(everyone))
+            indices, values = zip(*rules.unpack_pairs(pairs, counts, self._value_type), strict=True)
+            failed = torch.split(torch.cat(values) + failure.to(self._value_type), counts)
+            for gradient, index, value in zip(gradients, indices, failed, strict=True):
+                rules.add_pairs_(gradient.values, index, value, 1.0 / len(everyone))
 
     @override
     def unsent(self) -> Iterator[Tensor]:

@@ -5,7 +5,13 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import (
+    low_rank_numel,
+    matrix_shape,
+    subtract_product_,
+    thin_product,
+    write_product_,
+)
 
 SHAPES = [(4, 3), (64, 3, 5, 5), (10, 1), (1, 10), (5, 2, 3)]
 
@@ -75,6 +81,25 @@ def test_several_matrices_at_once() -> None:
     factors = torch.randn(5, 20, 3, generator=torch.Generator().manual_seed(0))
     for factor, basis in zip(factors, orthonormalize(factors), strict=True):
         torch.testing.assert_close(spanned(basis), spanned(orthonormalize(factor)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 700), (5, 70_000), (70_000, 3)])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_products_are_those_of_torch(shape: tuple[int, int], rank: int) -> None:
+    """Of a matrix and its transpose, in pieces and whole."""
+    matrix, left, right = (torch.randn(s).double() for s in (shape, (shape[0], rank), (shape[1], rank)))
+    torch.testing.assert_close(thin_product(matrix, right), matrix @ right)
+    torch.testing.assert_close(thin_product(matrix.t(), left), matrix.t() @ left)
+    torch.testing.assert_close(subtract_product_(matrix.clone(), left, right), matrix - left @ right.t())
+    torch.testing.assert_close(
+        write_product_(matrix.clone(), left, right, torch.tensor(2.0).double()), left @ right.t() + 2
+    )
+
+
+def test_a_nan_in_place_of_the_scalar_reaches_all_entries() -> None:
+    assert (
+        write_product_(torch.ones(3, 4), torch.ones(3, 1), torch.ones(4, 1), torch.tensor(float("nan"))).isnan().all()
+    )
 
 
 def test_a_few_steps_of_the_power_method_find_the_best_approximation() -> None:
