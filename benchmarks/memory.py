@@ -46,6 +46,7 @@ from benchmarks.rows import AGAIN, HELD, MOST, PEAK, Row
 from benchmarks.slow_link import RANKS
 from lightning_grad import callbacks, strategies
 from lightning_grad.cli.check.memory import can_fork, peak_of
+from lightning_grad.functional.plain_tensors import is_opaque
 
 LAYERS, WIDTH, CLASSES, TOKENS, BATCH = 4, 512, 10, 4, 8
 BATCHES, EPOCHS = 6, 3
@@ -137,7 +138,8 @@ def bytes_of_tensors() -> int:
 
 def _tensors() -> Iterator[Tensor]:
     for found in gc.get_objects():
-        if issubclass(type(found), Tensor) and found.layout == torch.strided:  # isinstance would wake lazy objects
+        # isinstance would wake lazy objects; a tensor of a compiler has no memory.
+        if issubclass(type(found), Tensor) and not is_opaque(found) and found.layout == torch.strided:
             yield found
             if found.is_leaf and found.grad is not None:  # a gradient that Python has not asked for
                 yield found.grad
