@@ -351,8 +351,7 @@ class DGCStrategy(CompressedDDPStrategy):
     @override
     def write(self, gradients: Sequence[Gradient], message: Message, failure: Tensor) -> None:
         counts, everyone = self._counts(gradients), message[_PAIRS]
-        for gradient in gradients:
-            gradient.values.zero_()
+        torch._foreach_zero_([gradient.values for gradient in gradients])
         for pairs in everyone:  # all ranks add in rank order and so get the same bits
             indices, values = zip(*rules.unpack_pairs(pairs, counts, self._value_type), strict=True)
             failed = torch.split(torch.cat(values) + failure.to(self._value_type), counts)

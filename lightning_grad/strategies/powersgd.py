@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, orthonormalize
 from lightning_grad.functional.communication.powersgd import (
+    batched,
     low_rank_numel,
     matrix_shape,
     subtract_product_,
@@ -175,10 +176,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def send(self, gradients: Sequence[Gradient]) -> Message:
         matrices = [_as_matrix(self.memory[g.name][_ERROR], g.parameter) for g in gradients]
         rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
-        left = _joined([thin_product(matrix, right) for matrix, right in zip(matrices, rights, strict=True)])
+        left = _joined(batched(thin_product, matrices, rights))
         means = self._parts(gradients, self.ranks.mean_(left), 0)
-        lefts = [orthonormalize(mean.to(matrix.dtype)) for mean, matrix in zip(means, matrices, strict=True)]
-        right = _joined([thin_product(matrix.t(), part) for matrix, part in zip(matrices, lefts, strict=True)])
+        lefts = batched(orthonormalize, [mean.to(one.dtype) for mean, one in zip(means, matrices, strict=True)])
+        right = _joined(batched(thin_product, [matrix.t() for matrix in matrices], lefts))
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
 
     def _rank_of(self, gradient: Gradient) -> int:

@@ -1,7 +1,8 @@
 """The mathematics of PowerSGD: approximate a matrix by a product of two thin ones, with one power iteration."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,18 +79,18 @@ def thin_product(matrix: Tensor, factor: Tensor) -> Tensor:
     this one takes 1 to 3 times as long. Results are equal up to rounding.
 
     Args:
-        matrix: (n, m), contiguous or transposed.
-        factor: (m, r), any strides.
+        matrix: (..., n, m), contiguous or transposed.
+        factor: (..., m, r), any strides.
 
     Returns:
-        Tensor: (n, r), transposed in memory.
+        Tensor: (..., n, r), transposed in memory.
 
     Example:
         >>> thin_product(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0], [10.0]]))
         tensor([[21.],
                 [43.]])
     """
-    return (factor.t().contiguous() @ matrix.t()).t()
+    return (factor.mT.contiguous() @ matrix.mT).mT
 
 
 def subtract_product_(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -134,7 +135,38 @@ def write_product_(matrix: Tensor, left: Tensor, right: Tensor, plus: Tensor) ->
     return matrix
 
 
-def _pieces(matrix: Tensor, left: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows of a matrix and of the left factor, few enough to stay in the cache of a CPU."""
-    rows = max(1, _PIECE // matrix.shape[1]) if matrix.is_cpu else matrix.shape[0]
+def _pieces(matrix: Tensor, left: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return rows of a matrix and of the left factor, few enough to stay in the cache of a CPU."""
+    if matrix.numel() <= _PIECE or not matrix.is_cpu:
+        return [(matrix, left)]
+    rows = max(1, _PIECE // matrix.shape[1])
     return zip(torch.split(matrix, rows), torch.split(left, rows), strict=True)
+
+
+def batched(function: Callable[..., Tensor], *arguments: Sequence[Tensor]) -> list[Tensor]:
+    """Map a function over lists of matrices, with one call for all small matrices of equal shape.
+
+    Args:
+        function: Accepts matrices, (..., n, m), and returns one.
+        arguments: Lists of equal length, one for each argument of the function.
+
+    Returns:
+        list: The results, one for each place of the lists.
+
+    Example:
+        >>> batched(torch.matmul, [torch.ones(1, 2), torch.ones(1, 3)], [torch.ones(2, 1), torch.ones(3, 1)])
+        [tensor([[2.]]), tensor([[3.]])]
+    """
+    groups: dict[Any, list[int]] = {}
+    for place, given in enumerate(zip(*arguments, strict=True)):
+        small = max(one.numel() for one in given) <= _PIECE
+        key = tuple((one.shape, one.dtype, one.device) for one in given) if small else place
+        groups.setdefault(key, []).append(place)
+    results: dict[int, Tensor] = {}
+    for places in groups.values():
+        if len(places) == 1:
+            results[places[0]] = function(*(list_[places[0]] for list_ in arguments))
+        else:
+            stacks = [torch.stack([list_[place] for place in places]) for list_ in arguments]
+            results |= zip(places, function(*stacks), strict=True)
+    return [results[place] for place in range(len(results))]

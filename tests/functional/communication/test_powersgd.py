@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_grad.functional import initial_factor, orthonormalize
 from lightning_grad.functional.communication.powersgd import (
+    batched,
     low_rank_numel,
     matrix_shape,
     subtract_product_,
@@ -113,3 +114,21 @@ def test_a_few_steps_of_the_power_method_find_the_best_approximation() -> None:
         basis = orthonormalize(matrix @ factor)
         factor = matrix.t() @ basis
     torch.testing.assert_close(basis @ factor.t(), best, rtol=0, atol=1e-4)
+
+
+def test_small_matrices_of_equal_shape_share_a_call() -> None:
+    shapes = [(6, 4), (300, 300), (5, 4), (6, 4), (300, 300), (6, 4)]
+    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    matrices[3] = matrices[3].double()
+    factors = [torch.randn(m.shape[1], 2, dtype=m.dtype) for m in matrices]
+    given: list[torch.Size] = []
+
+    def noting(matrix: Tensor, factor: Tensor) -> Tensor:
+        given.append(matrix.shape)
+        return thin_product(matrix, factor)
+
+    found = batched(noting, matrices, factors)
+    assert given == [(2, 6, 4), (300, 300), (5, 4), (6, 4), (300, 300)], "large ones and another dtype stand alone"
+    torch.testing.assert_close(found, [m @ f for m, f in zip(matrices, factors, strict=True)])
+    for basis, factor in zip(batched(orthonormalize, found), found, strict=True):
+        assert torch.equal(basis, orthonormalize(factor))
