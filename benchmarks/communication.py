@@ -220,6 +220,7 @@ def step(sizes: Sizes) -> Tables:
             name,
             milliseconds,
             milliseconds / typical[DDP],
+            STEP_BUDGET if name in (OURS, "dgc") else None,
             baseline="" if name == DDP else DDP,
             columns=_compress_ms(found[name]["compress_ms"]),
         )
