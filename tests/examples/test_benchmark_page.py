@@ -6,7 +6,17 @@ import measured
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import adversarial, clipping, communication, data_pruning, diagnostics, memory, rows, topk_selection
+from benchmarks import (
+    adversarial,
+    clipping,
+    communication,
+    data_pruning,
+    diagnostics,
+    memory,
+    rows,
+    small_layers,
+    topk_selection,
+)
 from benchmarks.rows import RESULTS, SCRIPTS, Results, Row, marker_of
 from lightning_grad.callbacks import NMSparsity, ZClip
 
@@ -23,13 +33,17 @@ TITLES = {
         *("A scoring pass", "Epochs", "Steps read", "Steps read, loss by hand"),
     ),
     "adversarial": (
-        *(f"A step of {name}" for name in (adversarial.SMALL, adversarial.CONVNET, adversarial.TRANSFORMER)),
+        *(
+            f"A step of {name}"
+            for name in (adversarial.SMALL, adversarial.CONVNET, adversarial.TRANSFORMER, adversarial.MANY_LAYERS)
+        ),
         *("A validation pass", "An epoch"),
     ),
     "communication": (
         *("Bytes of a step", "A step of two ranks on one machine", communication.ACCURACY),
         *(f"A step over {megabits:g} Mbit/s" for megabits in communication.FULL.links),
     ),
+    "small_layers": (*small_layers.LAYERS, "growth"),
     "topk_selection": tuple(topk_selection.vectors(10, "cpu")),
     "memory": (memory.CALLBACKS, memory.STRATEGIES),
 }
