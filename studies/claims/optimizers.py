@@ -125,7 +125,7 @@ def state_share(optimizer: torch.optim.Optimizer) -> float:
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     kept = [each for weight in weights for each in optimizer.state[weight].values() if isinstance(each, torch.Tensor)]
-    return sum(each.nbytes for each in kept) / sum(weight.nbytes for weight in weights)
+    return float(sum(each.nbytes for each in kept) / sum(weight.nbytes for weight in weights))
 
 
 CLAIMS = (
