@@ -36,8 +36,8 @@ def check_options(options: Mapping[str, Any], make: Make) -> None:
         >>> import torch
         >>> check_options({"beta": (0.9, 0.99)}, torch.optim.AdamW)
         Traceback (most recent call last):
-        ValueError: options must be among those of AdamW; got 'beta'. Did you mean 'betas'? It has amsgrad, betas, capturable, \
-differentiable, eps, foreach, fused, maximize, weight_decay.
+        ValueError: options must be among those of AdamW; got 'beta'. Did you mean 'betas'? It has amsgrad, betas, \
+capturable, differentiable, eps, foreach, fused, maximize, weight_decay.
     """
     known = sorted(defaults_of(make))
     for name in options:
