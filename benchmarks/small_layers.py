@@ -61,7 +61,7 @@ STEPS = 20
 # A doctor stops watching, and its first batches only count events; here it times every batch.
 SETTINGS: dict[str, dict[str, Any]] = {"TrainingDoctor": {"batches": 10**9, "host_syncs": False, "figure": False}}
 STEP_BUDGETS = {"NMSparsity": 1.10}
-# What adds less than this with few parameters is left out of the growth, because the noise is as large.
+# What adds less than this with few parameters is not in the table of growth, because the noise is as large.
 _NOTICEABLE, _NOTICEABLE_START = 0.05, 4.0  # of a plain step; milliseconds
 Fit = Callable[[Callable[[], None]], list[float]]
 

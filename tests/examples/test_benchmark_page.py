@@ -15,6 +15,7 @@ from benchmarks import (
     memory,
     optimizers,
     rows,
+    small_layers,
     topk_selection,
 )
 from benchmarks.rows import RESULTS, SCRIPTS, Results, Row, marker_of
@@ -34,13 +35,17 @@ TITLES = {
         *("A scoring pass", "Epochs", "Steps read", "Steps read, loss by hand"),
     ),
     "adversarial": (
-        *(f"A step of {name}" for name in (adversarial.SMALL, adversarial.CONVNET, adversarial.TRANSFORMER)),
+        *(
+            f"A step of {name}"
+            for name in (adversarial.SMALL, adversarial.CONVNET, adversarial.TRANSFORMER, adversarial.MANY_LAYERS)
+        ),
         *("A validation pass", "An epoch"),
     ),
     "communication": (
         *("Bytes of a step", "A step of two ranks on one machine", communication.ACCURACY),
         *(f"A step over {megabits:g} Mbit/s" for megabits in communication.FULL.links),
     ),
+    "small_layers": (*small_layers.LAYERS, "growth"),
     "topk_selection": tuple(topk_selection.vectors(10, "cpu")),
     "memory": (memory.CALLBACKS, memory.STRATEGIES),
 }

@@ -118,9 +118,10 @@ def test_a_few_steps_of_the_power_method_find_the_best_approximation() -> None:
 
 def test_small_matrices_of_equal_shape_share_a_call() -> None:
     shapes = [(6, 4), (300, 300), (5, 4), (6, 4), (300, 300), (6, 4)]
-    matrices = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
-    matrices[3] = matrices[3].double()
-    factors = [torch.randn(m.shape[1], 2, dtype=m.dtype) for m in matrices]
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator).double() for shape in shapes]
+    matrices[3] = matrices[3].float()
+    factors = [torch.randn(m.shape[1], 2, generator=generator).to(m.dtype) for m in matrices]
     given: list[torch.Size] = []
 
     def noting(matrix: Tensor, factor: Tensor) -> Tensor:
