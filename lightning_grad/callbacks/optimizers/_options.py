@@ -34,9 +34,9 @@ def check_options(options: Mapping[str, Any], make: Make) -> None:
 
     Example:
         >>> import torch
-        >>> check_options({"beta": (0.9, 0.99)}, torch.optim.AdamW)
+        >>> check_options({"beta": 0.9}, torch.optim.AdamW)
         Traceback (most recent call last):
-        ValueError: options must be among those of AdamW; got 'beta'. Did you mean 'betas'? It has amsgrad, betas, \
+        ValueError: options must be those of AdamW; got {'beta': 0.9}. Did you mean 'betas'? It has amsgrad, betas, \
 capturable, differentiable, eps, foreach, fused, maximize, weight_decay.
     """
     known = sorted(defaults_of(make))
@@ -48,7 +48,7 @@ capturable, differentiable, eps, foreach, fused, maximize, weight_decay.
             )
         if name not in known:
             raise ValueError(
-                f"options must be among those of {name_of(make)}; got {name!r}.{hint_for(name, known)} It has "
+                f"options must be those of {name_of(make)}; got {dict(options)!r}.{hint_for(name, known)} It has "
                 f"{', '.join(known)}."
             )
 
