@@ -120,7 +120,7 @@ class Bytes:
 
 
 class Watch(Callback):
-    """Add up all tensors between steps. Must be the first callback, so that no other one has begun the next step."""
+    """Add up all tensors between steps. Must be the first callback, so no other one has begun the next step."""
 
     def __init__(self) -> None:
         self.held: list[int] = []
@@ -242,7 +242,7 @@ def _ddp() -> Strategy:
 
 
 def map_large_memory() -> None:
-    """Make glibc return each tensor's memory when it is freed, so that the peak does not depend on what was free."""
+    """Make glibc return memory to the system when a tensor is freed; otherwise the peak would depend on earlier work."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mmap_threshold = -3
         ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)

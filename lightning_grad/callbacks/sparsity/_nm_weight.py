@@ -131,7 +131,7 @@ def take_masks(weights: Sequence[SparseWeight]) -> None:
     due: dict[tuple[int, int, float], list[SparseWeight]] = {}
     for weight in weights:
         pattern = weight.phase.pattern
-        if pattern is not None and pattern.n < pattern.m and weight._factor is None:
+        if pattern is not None and weight.is_pruned and weight._factor is None:
             due.setdefault((pattern.n, pattern.m, weight.phase.decay), []).append(weight)
     for (n, m, decay), some in due.items():
         factors = nm_masks([w.incoming for w in some], n, m, [w.dim for w in some], decay)
