@@ -92,7 +92,7 @@ class Clock:
 
 
 class StepTimer(Callback):
-    """Record when each batch starts. Must be the first callback, so that the steps include all other callbacks.
+    """Record when each batch starts. Must be the first callback, so the steps include all other callbacks.
 
     Args:
         clock: The clock.
@@ -170,7 +170,7 @@ def rotated(items: Sequence[T], by: int) -> list[T]:
 
 
 def in_turns(fits: Sequence[Callable[[Callable[[], None]], list[float]]]) -> list[list[float]]:
-    """Run fits in threads, one step of one fit at a time, so that neighboring steps see the same machine.
+    """Run fits in threads, one step of one fit at a time, so neighboring steps run under the same load.
 
     Args:
         fits: Functions that train. Each gets a function to call between its steps, which returns when its turn comes.

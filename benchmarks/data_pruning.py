@@ -462,7 +462,7 @@ def evaluate(module: ResidualConvNet, shuffled: DataLoader[Any], device: str) ->
 
 
 class EpochTimer(Callback):
-    """Record when each epoch starts. Must be the first callback, so that the epochs include all other callbacks.
+    """Record when each epoch starts. Must be the first callback, so the epochs include all other callbacks.
 
     Args:
         clock: The clock.

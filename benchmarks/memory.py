@@ -46,6 +46,7 @@ from benchmarks.rows import AGAIN, HELD, MOST, PEAK, Row
 from benchmarks.slow_link import RANKS
 from lightning_grad import callbacks, strategies
 from lightning_grad.cli.check.memory import can_fork, peak_of
+from lightning_grad.functional.plain_tensors import is_opaque
 
 LAYERS, WIDTH, CLASSES, TOKENS, BATCH = 4, 512, 10, 4, 8
 BATCHES, EPOCHS = 6, 3
@@ -119,7 +120,7 @@ class Bytes:
 
 
 class Watch(Callback):
-    """Add up all tensors between steps. Must be the first callback, so that no other one has begun the next step."""
+    """Add up all tensors between steps. Must be the first callback, so no other one has begun the next step."""
 
     def __init__(self) -> None:
         self.held: list[int] = []
@@ -137,7 +138,8 @@ def bytes_of_tensors() -> int:
 
 def _tensors() -> Iterator[Tensor]:
     for found in gc.get_objects():
-        if issubclass(type(found), Tensor) and found.layout == torch.strided:  # isinstance would wake lazy objects
+        # isinstance would wake lazy objects; a tensor of a compiler has no memory.
+        if issubclass(type(found), Tensor) and not is_opaque(found) and found.layout == torch.strided:
             yield found
             if found.is_leaf and found.grad is not None:  # a gradient that Python has not asked for
                 yield found.grad
@@ -240,7 +242,7 @@ def _ddp() -> Strategy:
 
 
 def map_large_memory() -> None:
-    """Make glibc return each tensor's memory when it is freed, so that the peak does not depend on what was free."""
+    """Make glibc return memory to the system when a tensor is freed; otherwise the peak would depend on earlier work."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         mmap_threshold = -3
         ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)

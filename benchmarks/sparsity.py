@@ -55,7 +55,7 @@ from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Gradient
 
 TIMED_STEPS = 10  # a multiple of mask_every_n_steps
-TRANSFORMER_BUDGETS, EXACT_BUDGET, SPACED_BUDGET = {"2:4": 1.05, "1:16": 1.08}, 1.20, 1.08
+TRANSFORMER_BUDGETS, EXACT_BUDGET, SPACED_BUDGET, MANY_BUDGET = {"2:4": 1.05, "1:16": 1.08}, 1.20, 1.08, 1.10
 MASK_SHAPE = (768, 3072)
 SORT = "a stable argsort"
 MASK_BUDGETS = {(2, 4): 0.16, (4, 8): 0.26, (1, 8): 0.20, (1, 16): 0.20}
@@ -229,7 +229,7 @@ def many_layers_variants() -> list[Variant]:
     return [
         Variant(),
         Variant(again=True),
-        *(Variant("2:4", recipe, gradient) for recipe, gradient in METHODS),
+        *(Variant("2:4", recipe, gradient, exact_budget=MANY_BUDGET) for recipe, gradient in METHODS),
     ]
 
 

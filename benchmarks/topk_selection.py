@@ -26,11 +26,16 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import Clock, machine, rotated, show, show_missed, speed_options, write_tables
 from benchmarks.rows import Row
-from lightning_grad.functional.communication.topk_selection import select_chunk, select_exact, select_sampled
+from lightning_grad.functional.communication.topk_selection import (
+    select_blocks,
+    select_chunk,
+    select_exact,
+    select_sampled,
+)
 
 ENTRIES, DENSITY = 10_000_000, 1e-3
 ROUNDS = 5  # of the selectors in one round of the command line
-BUDGETS = {"sampled": 0.35}
+BUDGETS = {"sampled": 0.35, "blocks": 0.30}
 TOPK = "torch.topk"
 
 
@@ -44,6 +49,7 @@ SELECTORS: dict[str, Callable[[Tensor, int], Tensor]] = {
     f"{TOPK}, again": magnitude_topk,
     "exact": select_exact,
     "sampled": select_sampled,
+    "blocks": select_blocks,
     "chunk": select_chunk,
 }
 

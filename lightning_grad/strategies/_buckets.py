@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+_SMALL = 65_536  # entries up to which a copy costs less than a call
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -81,8 +83,14 @@ def _hook(collector: BucketCollector, bucket: dist.GradBucket) -> torch.futures.
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return whether all entries are finite, as a 0-dimensional bool tensor."""
     # Sums overflow, and maximum norms take 20 times as long on a CPU.
-    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in torch.aminmax(tensor)]
-    return torch.stack([extreme.isfinite() for extreme in extremes]).all()
+    extremes = [extreme for tensor in _small_ones_joined(tensors) for extreme in torch.aminmax(tensor)]
+    return torch.stack(extremes).isfinite().all()
+
+
+def _small_ones_joined(tensors: Sequence[Tensor]) -> list[Tensor]:
+    small = [tensor for tensor in tensors if tensor.numel() <= _SMALL]
+    joined = [torch.cat(small)] if any(tensor.numel() for tensor in small) else []
+    return [tensor for tensor in tensors if tensor.numel() > _SMALL] + joined
 
 
 def concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:
@@ -93,8 +101,7 @@ def concatenated(flat: Sequence[Tensor], last: Tensor) -> Tensor:
 
 def write_dense(gradients: Sequence[Gradient], flat: Tensor) -> None:
     """Write the output of :func:`concatenated` back into the gradients, adding its last entry (0 or NaN) to all values."""
-    start = 0
-    for gradient in gradients:
-        end = start + gradient.values.numel()
-        torch.add(flat[start:end], flat[-1], out=gradient.values)
-        start = end
+    if gradients:
+        values = [gradient.values for gradient in gradients]
+        parts = torch.split(flat[:-1] + flat[-1], [part.numel() for part in values])
+        torch._foreach_copy_(values, list(parts))

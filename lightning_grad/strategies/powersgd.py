@@ -13,7 +13,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import (
+    batched,
+    low_rank_numel,
+    matrix_shape,
+    subtract_product_,
+    thin_product,
+    write_product_,
+)
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._scheme import Message, ResidualPolicy
 from lightning_grad.strategies.compressed_ddp import DEFAULT_TIMEOUT, CompressedDDPStrategy, StartMethod
@@ -169,10 +176,10 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def send(self, gradients: Sequence[Gradient]) -> Message:
         matrices = [_as_matrix(self.memory[g.name][_ERROR], g.parameter) for g in gradients]
         rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
-        left = _joined([matrix @ right for matrix, right in zip(matrices, rights, strict=True)])
+        left = _joined(batched(thin_product, matrices, rights))
         means = self._parts(gradients, self.ranks.mean_(left), 0)
-        lefts = [orthonormalize(mean.to(matrix.dtype)) for mean, matrix in zip(means, matrices, strict=True)]
-        right = _joined([matrix.t() @ part for matrix, part in zip(matrices, lefts, strict=True)])
+        lefts = batched(orthonormalize, [mean.to(one.dtype) for mean, one in zip(means, matrices, strict=True)])
+        right = _joined(batched(thin_product, [matrix.t() for matrix in matrices], lefts))
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
 
     def _rank_of(self, gradient: Gradient) -> int:
@@ -194,7 +201,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
             memory = self.memory[gradient.name]
             left, right = left.to(memory[_ERROR].dtype), right.to(memory[_ERROR].dtype)
             error = _as_matrix(memory[_ERROR], gradient.parameter)
-            error.addmm_(left, torch.where(arrived, right, 0.0).t(), alpha=-1)
+            subtract_product_(error, left, torch.where(arrived, right, 0.0))
             memory[_RIGHT].copy_(right)
 
     @override
@@ -202,7 +209,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         for gradient, left, right in self._factors(gradients, message):
             kind = gradient.values.dtype
             matrix = _as_matrix(gradient.values, gradient.parameter)
-            torch.addmm(failure.to(kind), left.to(kind), right.to(kind).t(), out=matrix)
+            write_product_(matrix, left.to(kind), right.to(kind), failure.to(kind))
 
     @override
     def unsent(self) -> Iterator[Tensor]:

@@ -6,7 +6,18 @@ import measured
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import adversarial, clipping, communication, data_pruning, diagnostics, memory, rows, topk_selection
+from benchmarks import (
+    adversarial,
+    clipping,
+    communication,
+    data_pruning,
+    diagnostics,
+    memory,
+    optimizers,
+    rows,
+    small_layers,
+    topk_selection,
+)
 from benchmarks.rows import RESULTS, SCRIPTS, Results, Row, marker_of
 from lightning_grad.callbacks import NMSparsity, ZClip
 
@@ -14,6 +25,7 @@ CLIPPING, PRUNING = tuple(clipping.SHAPES), (data_pruning.CONVNET, data_pruning.
 TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
+    "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),
@@ -23,13 +35,17 @@ TITLES = {
         *("A scoring pass", "Epochs", "Steps read", "Steps read, loss by hand"),
     ),
     "adversarial": (
-        *(f"A step of {name}" for name in (adversarial.SMALL, adversarial.CONVNET, adversarial.TRANSFORMER)),
+        *(
+            f"A step of {name}"
+            for name in (adversarial.SMALL, adversarial.CONVNET, adversarial.TRANSFORMER, adversarial.MANY_LAYERS)
+        ),
         *("A validation pass", "An epoch"),
     ),
     "communication": (
         *("Bytes of a step", "A step of two ranks on one machine", communication.ACCURACY),
         *(f"A step over {megabits:g} Mbit/s" for megabits in communication.FULL.links),
     ),
+    "small_layers": (*small_layers.LAYERS, "growth"),
     "topk_selection": tuple(topk_selection.vectors(10, "cpu")),
     "memory": (memory.CALLBACKS, memory.STRATEGIES),
 }

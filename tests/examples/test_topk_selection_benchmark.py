@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import topk_selection
 from benchmarks.common import Clock
-from benchmarks.topk_selection import SELECTORS, TOPK, magnitude_topk, selector_rows, vectors
+from benchmarks.topk_selection import BUDGETS, SELECTORS, TOPK, magnitude_topk, selector_rows, vectors
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +28,7 @@ def test_it_measures_everything(tmp_path, capsys):
         assert [row["name"] for row in tables[kind]] == list(SELECTORS)
         budgets = {row["name"]: row["budget"] for row in tables[kind]}
         assert budgets["sampled"] == (None if kind == "constant" else 0.35)
+        assert budgets["blocks"] == (None if kind == "constant" else 0.30)
 
 
 def test_every_selector_selects_as_many_and_the_baseline_the_largest():
@@ -44,4 +45,4 @@ def test_ratios_are_to_torch_and_only_what_is_held_has_a_budget():
         rows = {row.name: row for row in selector_rows(values, 10, 2, Clock("cpu"), is_held)}
         assert rows[TOPK].ratio == 1.0
         assert rows["exact"].ratio == pytest.approx(rows["exact"].milliseconds / rows[TOPK].milliseconds)
-        assert [name for name, row in rows.items() if row.budget is not None] == (["sampled"] if is_held else [])
+        assert [name for name, row in rows.items() if row.budget is not None] == (list(BUDGETS) if is_held else [])

@@ -88,8 +88,9 @@ class Passes:
     def _look(self, measure: Measure, title: str, rehearsal: bool = False) -> Mapping[str, Tensor]:
         asked = self.asked if rehearsal else replace(self.asked, kind=self._checked_kind)
         own = (self.trainer, self.pl_module, self.training_set, measure, title, asked, self.dataset)
-        memory = self._memory
-        return look_at_all(*own, self.callback.seed, rehearsal, self._runs_single_samples, memory)
+        return look_at_all(
+            *own, self.callback.seed, rehearsal, one_by_one=self._runs_single_samples, memory=self._memory
+        )
 
     @property
     def asked(self) -> LossRequest:

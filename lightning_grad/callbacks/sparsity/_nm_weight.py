@@ -6,15 +6,18 @@ Used only by :class:`lightning_grad.callbacks.NMSparsity`.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
-from lightning_grad.functional import NMPattern, NMPhase, is_nm, nm_mask, prune_weight, scale_weight
+from lightning_grad.functional import NMPattern, NMPhase, add_sr_ste_, is_nm, nm_mask, prune_weight, scale_weight
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim, nm_masks
 from lightning_grad.utilities.parameters import clean_name
+
+_SMALL = 1 << 15  # entries of a gradient; for a larger one, a call of its own costs little
 
 
 class SparseWeight(ViewedWeight):
@@ -38,18 +41,27 @@ class SparseWeight(ViewedWeight):
         self._mask_age = 0
 
     @property
+    def is_pruned(self) -> bool:
+        """Whether the current pattern has entries outside the mask."""
+        pattern = self.phase.pattern
+        return pattern is not None and pattern.n < pattern.m
+
+    @property
     def factor(self) -> Tensor | None:
         """Factor of the weight: 1 in the mask and D outside; ``None`` while nothing is pruned."""
-        if self._factor is None and self.phase.pattern is not None:
+        if self._factor is None and self.is_pruned:
             take_masks([self])
         return self._factor
 
     @property
     def mask(self) -> Tensor | None:
-        """Current mask, in the weight's dtype; ``None`` while nothing is pruned."""
-        if self.factor is None or self.phase.decay == 0.0:
-            return self.factor
-        return None if self.phase.decay >= 1.0 else (self.factor == 1.0).to(self.factor.dtype)
+        """Current mask, in the weight's dtype; ``None`` in a dense phase."""
+        factor, decay = self.factor, self.phase.decay
+        if factor is None:
+            return None if self.phase.pattern is None or decay >= 1.0 else torch.ones_like(self.parameter.detach())
+        if decay == 0.0:
+            return factor
+        return None if decay >= 1.0 else (factor == 1.0).to(factor.dtype)
 
     @property
     def share_in_mask(self) -> float:
@@ -69,16 +81,16 @@ class SparseWeight(ViewedWeight):
     @override
     def stored(self, weight: Tensor) -> Tensor:
         # Compute a fresh mask: the current one may be some steps old (mask_every_n_steps), and weight averaging passes
-        # other weights.
+        # other weights, some of which it copies past the version counter.
         pattern = self.phase.pattern
-        if pattern is None:
+        if pattern is None or not self.is_pruned:
             return weight
         mask = nm_mask(weight, pattern.n, pattern.m, self.dim)
         return prune_weight(weight, mask.clamp_(min=self.phase.decay) if self.phase.decay > 0.0 else mask)
 
     def follow(self, phase: NMPhase, mask_every_n_steps: int = 1) -> None:
         """Set the phase, and drop the mask unless it is recent enough; D is always updated."""
-        is_recent = self._mask_age + 1 < mask_every_n_steps and phase.pattern == self.phase.pattern
+        is_recent = self._mask_age + 1 < mask_every_n_steps and phase.pattern == self.phase.pattern and self.is_pruned
         mask = self.mask if is_recent else None
         self.phase = phase
         self._mask_age = 0 if mask is None else self._mask_age + 1
@@ -86,10 +98,11 @@ class SparseWeight(ViewedWeight):
 
     def clear_pruned(self, state: Mapping[str, Any]) -> None:
         """Zero an optimizer's state of pruned entries, once the pattern is final."""
-        if self.phase.final and self.mask is not None:
+        mask = self.mask if self.phase.final and self.is_pruned else None
+        if mask is not None:
             for value in state.values():
                 if isinstance(value, Tensor) and value.is_floating_point() and value.shape == self.parameter.shape:
-                    value.mul_(self.mask)
+                    value.mul_(mask)
 
     @property
     @override
@@ -104,7 +117,7 @@ class SparseWeight(ViewedWeight):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state and self.phase.pattern is not None:
+        if state and self.is_pruned:
             mask = unpack_bits(state["mask"], self.parameter).to(self.parameter.dtype)
             self._factor, self._mask_age = mask.clamp_(min=self.phase.decay), int(state["age"])
 
@@ -118,12 +131,32 @@ def take_masks(weights: Sequence[SparseWeight]) -> None:
     due: dict[tuple[int, int, float], list[SparseWeight]] = {}
     for weight in weights:
         pattern = weight.phase.pattern
-        if pattern is not None and weight._factor is None:
+        if pattern is not None and weight.is_pruned and weight._factor is None:
             due.setdefault((pattern.n, pattern.m, weight.phase.decay), []).append(weight)
     for (n, m, decay), some in due.items():
         factors = nm_masks([w.incoming for w in some], n, m, [w.dim for w in some], decay)
         for weight, factor in zip(some, factors, strict=True):
             weight._factor = factor
+
+
+@torch.no_grad()
+def add_sr_ste(weights: Sequence[SparseWeight], strength: float) -> None:
+    """Add the SR-STE term to the gradients of the weights that are pruned, with joined calls for the small ones."""
+    joined: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for weight in weights:
+        dense, mask = weight.parameter, None if weight.factor is None else weight.mask
+        gradient = dense.grad
+        if gradient is None or mask is None:
+            continue
+        if type(gradient) is Tensor and gradient.numel() <= _SMALL:
+            joined.setdefault((mask.dtype, mask.device), []).append((gradient, dense, mask))
+        else:
+            add_sr_ste_(gradient, dense, mask, strength)
+    for some in joined.values():
+        gradients, denses, masks = map(list, zip(*some, strict=True))
+        outside = 1 - torch._utils._flatten_dense_tensors(masks)  # type: ignore[no-untyped-call]
+        parts = torch._utils._unflatten_dense_tensors(outside, masks)  # type: ignore[no-untyped-call]
+        torch._foreach_addcmul_(gradients, parts, denses, value=strength)
 
 
 def dimension_of_groups(found: FoundWeight, axis: Axis) -> int | None:

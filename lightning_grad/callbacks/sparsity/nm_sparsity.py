@@ -24,13 +24,19 @@ from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
 from lightning_grad.callbacks.sparsity import _nm_record
 from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, current_patterns, phase_name, sparsity_totals
 from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
-from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight, dimension_of_groups, lacking, take_masks
+from lightning_grad.callbacks.sparsity._nm_weight import (
+    SparseWeight,
+    add_sr_ste,
+    dimension_of_groups,
+    lacking,
+    take_masks,
+)
 from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallback, WeightChoice, is_log_step
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.functional import NMPattern, NMPhase, add_sr_ste_
+from lightning_grad.functional import NMPattern, NMPhase
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.arguments import plain
@@ -369,14 +375,13 @@ class NMSparsity(WeightCallback[SparseWeight]):
         measure, keep = is_log_step(trainer), is_log_step(trainer, ahead=1)
         if not (measure or keep or self._adds_sr_ste):
             return
-        for weight in self.owned_by(optimizer):
-            gradient = weight.parameter.grad
-            if gradient is None:
-                continue
-            if (measure or keep) and not gradients_are_scaled(trainer, optimizer):
-                self._meter.add_gradient(weight, gradient, measure, keep)
-            if self._adds_sr_ste and weight.mask is not None:
-                add_sr_ste_(gradient, weight.parameter, weight.mask, self.sr_ste_lambda)
+        owned = self.owned_by(optimizer)
+        if (measure or keep) and not gradients_are_scaled(trainer, optimizer):
+            for weight in owned:
+                if weight.parameter.grad is not None:
+                    self._meter.add_gradient(weight, weight.parameter.grad, measure, keep)
+        if self._adds_sr_ste:
+            add_sr_ste(owned, self.sr_ste_lambda)
 
     @override
     @torch.no_grad()

@@ -66,6 +66,8 @@ class Chain:
     def before(self, weight: ViewedWeight) -> Tensor:
         """Return the training output of the stages before that of a view."""
         value = self.dense
+        if len(self.stages) < 2:
+            return value
         for other in takewhile(lambda other: other is not weight, self.stages.values()):
             with torch.no_grad():
                 value = other.value(value)
@@ -73,6 +75,8 @@ class Chain:
 
     def after(self, weight: ViewedWeight) -> list[ViewedWeight]:
         """Return the views of later stages."""
+        if len(self.stages) < 2:
+            return []
         weights = self.weights
         return weights[weights.index(weight) + 1 :] if weight in weights else []
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 _INDEX_BYTES = 4
 _ALIGNMENT = 4
@@ -58,12 +59,13 @@ def pack_pairs(
     total = sum(counts)
     message = torch.zeros(pairs_bytes(counts, value_dtype), dtype=torch.uint8, device=values[0].device)
     all_indices, all_values = _views(message, total, value_dtype)
-    start = 0
-    for index, value, count in zip(indices, values, counts, strict=True):
-        all_indices[start : start + len(index)] = index
-        all_values[start : start + len(value)] = value
-        start += count
+    all_indices.copy_(torch.cat([_filled(index, count) for index, count in zip(indices, counts, strict=True)]))
+    all_values.copy_(torch.cat([_filled(value, count) for value, count in zip(values, counts, strict=True)]))
     return message
+
+
+def _filled(part: Tensor, count: int) -> Tensor:
+    return part if len(part) == count else pad(part, (0, count - len(part)))
 
 
 def unpack_pairs(

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import clip_adaptively_
+from lightning_grad.functional.clipping import adaptive_gradient_clipping
 from lightning_grad.functional.clipping.adaptive_gradient_clipping import unit_norms
 from tests.cases import cases
 from tests.functional.clipping.gradients import DTYPES, INF, NAN, SHAPES, assert_same_bits, copies, draw
+from tests.functional.sparsity.test_joined_masks import Computed
 
 
 def timm_unit_norms(x: Tensor) -> Tensor:
@@ -133,3 +135,26 @@ def test_an_infinite_ratio_leaves_gradients_alone_even_if_they_are_not_finite(va
     (coefficients,) = clip_adaptively_([gradient], [torch.ones(2, 2)], INF)
     assert_same_bits([gradient], [torch.tensor([[value, 1.0], [2.0, 3.0]])])
     assert coefficients.tolist() == [[1.0], [1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_joined_norms_change_no_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    shapes = [(), (1,), (33,), (32, 32), (5, 3), (1, 40), (40, 1), (8, 4, 3, 3), (3, 2, 2, 2, 2), (64, 80)]
+    torch.manual_seed(0)
+    drawn = [torch.randn(shape).mul(10 ** (3 * torch.rand(()) - 1)).to(dtype) for shape in shapes * 5]
+    drawn += [torch.randn(9, 7, dtype=dtype).t() for _ in range(3)]  # stacked, they would be summed in another order
+    weights = [torch.randn(tensor.shape).to(dtype) for tensor in drawn]
+    dims = [i // 20 % 2 if tensor.ndim > 1 else 0 for i, tensor in enumerate(drawn)]
+
+    def clipped() -> list[Tensor]:
+        gradients = [tensor.clone(memory_format=torch.preserve_format) for tensor in drawn]
+        return [*clip_adaptively_(gradients, weights, 0.5, 1e-3, dims), *gradients]
+
+    with Computed() as computed:
+        joined = clipped()
+    monkeypatch.setattr(adaptive_gradient_clipping, "_SMALL", -1)
+    separate = clipped()
+    assert all(map(torch.equal, joined, separate))
+    assert not all(map(torch.equal, joined[len(drawn) :], drawn))
+    norms = sum(n for name, n in computed.calls.items() if "linalg_vector_norm" in str(name))
+    assert norms < 1.1 * len(drawn)  # of gradients and weights; separate ones are twice as many

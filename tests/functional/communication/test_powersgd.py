@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import initial_factor, orthonormalize
-from lightning_grad.functional.communication.powersgd import low_rank_numel, matrix_shape
+from lightning_grad.functional.communication.powersgd import (
+    batched,
+    low_rank_numel,
+    matrix_shape,
+    subtract_product_,
+    thin_product,
+    write_product_,
+)
 
 SHAPES = [(4, 3), (64, 3, 5, 5), (10, 1), (1, 10), (5, 2, 3)]
 
@@ -77,6 +84,25 @@ def test_several_matrices_at_once() -> None:
         torch.testing.assert_close(spanned(basis), spanned(orthonormalize(factor)))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (300, 700), (5, 70_000), (70_000, 3)])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_products_are_those_of_torch(shape: tuple[int, int], rank: int) -> None:
+    """Of a matrix and its transpose, in pieces and whole."""
+    matrix, left, right = (torch.randn(s).double() for s in (shape, (shape[0], rank), (shape[1], rank)))
+    torch.testing.assert_close(thin_product(matrix, right), matrix @ right)
+    torch.testing.assert_close(thin_product(matrix.t(), left), matrix.t() @ left)
+    torch.testing.assert_close(subtract_product_(matrix.clone(), left, right), matrix - left @ right.t())
+    torch.testing.assert_close(
+        write_product_(matrix.clone(), left, right, torch.tensor(2.0).double()), left @ right.t() + 2
+    )
+
+
+def test_a_nan_in_place_of_the_scalar_reaches_all_entries() -> None:
+    assert (
+        write_product_(torch.ones(3, 4), torch.ones(3, 1), torch.ones(4, 1), torch.tensor(float("nan"))).isnan().all()
+    )
+
+
 def test_a_few_steps_of_the_power_method_find_the_best_approximation() -> None:
     """What the strategy does with a gradient that stays: its product nears that of the singular vectors."""
     generator = torch.Generator().manual_seed(0)
@@ -88,3 +114,22 @@ def test_a_few_steps_of_the_power_method_find_the_best_approximation() -> None:
         basis = orthonormalize(matrix @ factor)
         factor = matrix.t() @ basis
     torch.testing.assert_close(basis @ factor.t(), best, rtol=0, atol=1e-4)
+
+
+def test_small_matrices_of_equal_shape_share_a_call() -> None:
+    shapes = [(6, 4), (300, 300), (5, 4), (6, 4), (300, 300), (6, 4)]
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator).double() for shape in shapes]
+    matrices[3] = matrices[3].float()
+    factors = [torch.randn(m.shape[1], 2, generator=generator).to(m.dtype) for m in matrices]
+    given: list[torch.Size] = []
+
+    def noting(matrix: Tensor, factor: Tensor) -> Tensor:
+        given.append(matrix.shape)
+        return thin_product(matrix, factor)
+
+    found = batched(noting, matrices, factors)
+    assert given == [(2, 6, 4), (300, 300), (5, 4), (6, 4), (300, 300)], "large ones and another dtype stand alone"
+    torch.testing.assert_close(found, [m @ f for m, f in zip(matrices, factors, strict=True)])
+    for basis, factor in zip(batched(orthonormalize, found), found, strict=True):
+        assert torch.equal(basis, orthonormalize(factor))

@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_grad.functional.communication import topk_selection
 from lightning_grad.functional.communication.topk_selection import (
+    AUTO_BLOCKS_FROM,
+    AUTO_BLOCKS_SHARE,
     AUTO_SAMPLED_FROM,
     SELECTORS,
+    select_blocks,
     select_chunk,
     select_exact,
     select_largest,
@@ -36,7 +39,7 @@ KINDS = [
     "negative",
     "tiny",
 ]
-TOP_K = {"exact": select_exact, "sampled": select_sampled}
+TOP_K = {"exact": select_exact, "sampled": select_sampled, "blocks": select_blocks}
 
 
 def draw(n: int, kind: str = "normal", dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -104,7 +107,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return notes
 
 
-# Both selectors of the k largest.
+# All selectors of the k largest.
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -276,7 +279,7 @@ def test_a_tensor_without_differences_takes_one_pass(
     passes: list[int], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values, ranked = draw(100_000, kind), []
-    monkeypatch.setattr(topk_selection, "select_exact", lambda v, k: (ranked.append(v), select_exact(v, k))[1])
+    monkeypatch.setattr(topk_selection, "select_blocks", lambda v, k: (ranked.append(v), select_blocks(v, k))[1])
     assert_top_k(select_sampled(values, 100), values, 100)
     assert len(passes) == 1
     assert [v is values for v in ranked] == [True], "all are looked at where they are, without a copy of those found"
@@ -362,21 +365,62 @@ def test_chunks_are_used_up_to_k_where_k_is_small() -> None:
         ("exact", 10, "select_exact"),
         ("sampled", 10, "select_sampled"),
         ("chunk", 10, "select_chunk"),
-        ("auto", AUTO_SAMPLED_FROM - 1, "select_exact"),
-        ("auto", AUTO_SAMPLED_FROM, "select_sampled"),
+        ("auto", AUTO_BLOCKS_FROM - 1, "select_exact"),
+        ("auto", AUTO_BLOCKS_FROM, "select_blocks"),
     ],
 )
 def test_the_name_decides_who_selects(selector: str, n: int, called: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert called_by(selector, n, 3, monkeypatch) == [(called, (3, 5) if called == "select_sampled" else (3,))]
+
+
+@pytest.mark.parametrize("n", [AUTO_SAMPLED_FROM - 1, AUTO_SAMPLED_FROM])
+def test_blocks_select_up_to_two_entries_in_a_thousand(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    most = n // AUTO_BLOCKS_SHARE
+    assert called_by("auto", n, most, monkeypatch)[0][0] == "select_blocks"
+    above = called_by("auto", n, most + 1, monkeypatch)[0][0]
+    assert above == ("select_sampled" if n >= AUTO_SAMPLED_FROM else "select_exact")
+
+
+def called_by(selector: str, n: int, k: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     calls: list[tuple[str, tuple[Any, ...]]] = []
-    for name in ("select_exact", "select_sampled", "select_chunk"):
+    for name in ("select_exact", "select_sampled", "select_chunk", "select_blocks"):
         monkeypatch.setattr(topk_selection, name, lambda *args, name=name: calls.append((name, args[1:])))
-    select_largest(torch.zeros(n), 3, selector, 5)
-    assert calls == [(called, (3, 5) if called == "select_sampled" else (3,))]
+    select_largest(torch.zeros(n), k, selector, 5)
+    return calls
+
+
+# The selector by blocks: how many entries it looks at again.
+
+
+@pytest.mark.parametrize("kind", ["normal", "constant", "zero", "all nan"])
+def test_of_few_blocks_alone_are_entries_looked_at_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass finds the largest of each block; what the second looks at depends on k only, whatever the values are."""
+    looked_at: list[int] = []
+    original = torch.topk
+
+    def topk(values: Tensor, k: int, **options: Any) -> Any:
+        looked_at.append(values.numel())
+        return original(values, k, **options)
+
+    monkeypatch.setattr(torch, "topk", topk)
+    n, k = 100_000, 50
+    select_blocks(draw(n, kind), k)
+    blocks, again = looked_at
+    assert blocks == n // 64
+    assert again <= (k + 1) * 64
+
+
+def test_the_last_entries_after_the_whole_blocks_can_win() -> None:
+    for place in (0, 63, 64, 99_967, 99_968, 99_999):
+        values = draw(100_000)
+        values[place] = 1e3
+        assert place in select_blocks(values, 1).tolist()
 
 
 def test_auto_is_the_default_and_every_selector_is_known() -> None:
     values = draw(AUTO_SAMPLED_FROM, "ties")
-    assert torch.equal(select_largest(values, 1000), select_sampled(values, 1000))
+    assert torch.equal(select_largest(values, 3000), select_sampled(values, 3000))
+    assert torch.equal(select_largest(values, 1000), select_blocks(values, 1000))
     for selector in SELECTORS:
         assert len(select_largest(values, 1000, selector)) == 1000
 
@@ -426,6 +470,13 @@ def test_the_host_does_not_wait(select: Callable[[Tensor, int], Tensor]) -> None
     values = draw(10_007)
     with NoSync():
         select(values, 10)
+
+
+def test_the_host_does_not_wait_for_the_blocks_of_a_device() -> None:
+    """On a CPU it counts entries; tensors of the device "meta" have no content that could be counted."""
+    values = torch.zeros(100_007, device="meta")
+    with NoSync():
+        assert select_blocks(values, 10).shape == (10,)
 
 
 def test_the_sampled_selector_is_known_to_wait() -> None:

@@ -1,0 +1,87 @@
+"""The benchmark of many small layers runs with every callback, and nothing grows faster than the number of layers."""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback
+
+from benchmarks import small_layers
+from benchmarks.common import Clock
+from benchmarks.passes import _COUNTED
+from benchmarks.small_layers import AGAIN, PLAIN, Times, growth_rows, timed_fit, variants
+from lightning_grad import callbacks
+
+# What Lightning says about itself, and about fits of a few steps.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*the run stopped at 50 % of its schedule.*:UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_layers, "STEPS", 2)
+
+
+def test_it_measures_every_callback(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(small_layers, "LAYERS", dict.fromkeys(small_layers.LAYERS, (3, 8)))
+    monkeypatch.setattr(small_layers, "STEP_BUDGETS", {})
+    small_layers.main(["--quick", "--out", str(tmp_path / "speed.json")])
+    assert "Budgets missed:" in capsys.readouterr().out
+    tables = json.loads((tmp_path / "speed.json").read_text())
+    for name in small_layers.LAYERS:
+        assert [row["name"] for row in tables[name]] == [PLAIN, *callbacks.__all__, AGAIN]
+        assert all(row["milliseconds"] > 0 for row in tables[name])
+
+
+def test_growth_counts_what_a_callback_adds():
+    few = {PLAIN: Times(10.0, 1000.0), AGAIN: Times(10.0, 1000.0), "A": Times(12.0, 1500.0)}
+    many = {PLAIN: Times(40.0, 4000.0), AGAIN: Times(40.0, 4000.0), "A": Times(48.0, 12000.0)}
+    step, start = growth_rows(few, many)
+    assert (step.ratio, start.ratio) == (4.0, 16.0)
+    assert growth_rows({**few, "A": Times(10.1, 1001.0)}, many) == []
+
+
+def calls_of_a_fit(with_callbacks: Callable[[], list[Callback]], layers: int) -> int:
+    """Count the calls of functions in this package and in torch, and what these call that is not written in Python."""
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        nonlocal found
+        found += event in ("call", "c_call") and frame.f_code.co_filename.startswith(_COUNTED)
+
+    found, before = 0, sys.getprofile()
+    gc.collect()
+    gc.disable()  # what it finds depends on the tests before
+    sys.setprofile(count)
+    try:
+        timed_fit((layers, 8), with_callbacks, Clock("cpu"), lambda: None)
+    finally:
+        sys.setprofile(before)
+        gc.enable()
+    return found
+
+
+def is_linear(with_callbacks: Callable[[], list[Callback]]) -> bool:
+    calls_of_a_fit(with_callbacks, 3)  # imports
+    small, middle, large = (calls_of_a_fit(with_callbacks, layers) for layers in (12, 24, 36))
+    return large - middle == pytest.approx(middle - small, rel=0.04)
+
+
+@pytest.mark.parametrize("name", callbacks.__all__)
+def test_calls_grow_in_proportion_to_the_layers(name: str) -> None:
+    assert is_linear(variants([name])[name])
+
+
+def test_a_list_of_all_parameters_for_each_of_them_does_not() -> None:
+    class Naive(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            for parameter in pl_module.parameters():
+                [other for other in pl_module.parameters() if other is not parameter]
+
+    assert not is_linear(lambda: [Naive()])
