@@ -62,7 +62,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         weight_bits: Bits b of a weight, 1 to 8; None quantizes no weight.
             "ste" needs at least 2, which is ternary.
         quantizer: "ste", "quest" or "statsq". Only "ste" has the level 0, which sparse weights need.
-            At 4 and 2 bits none was better than "ste" beyond noise in our comparison (docs/benchmarks.md).
+            At 4 and 2 bits, none was better than "ste" beyond noise in a small comparison on digits.
         hadamard: With "quest": round in the basis of a Hadamard transform, as the paper does.
             The weights are then on no integer grid of the layer itself, so they cannot be exported as integers.
         start: Share of the run before weights are quantized.
