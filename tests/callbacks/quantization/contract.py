@@ -18,6 +18,8 @@ _WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"annealing_start": -0.1}, "at least 0"),
     ({"annealing_start": 0.5, "annealing_width": 0.0}, "above 0"),
     ({"annealing_start": 0.5, "quantizer": "quest"}, "Set hadamard=False"),
+    ({"activation_bits": 9}, "activation_bits must be an integer from 1 to 8; got 9"),
+    ({"activation_quantizer": "affin"}, "Did you mean 'affine'"),
     ({"freeze_batchnorm_at": 2.0}, "below 1"),
     ({"total_steps": 0}, "at least 1"),
 )
@@ -29,10 +31,14 @@ def _quantized(variant: str = "", **arguments: Any) -> Technique:
         "QuantizationAwareTraining",
         variant,
         arguments=both,
-        neutral={"weight_bits": None, **({"freeze_batchnorm_at": None} if variant == "late" else {})},
+        neutral={
+            "weight_bits": None,
+            "activation_bits": None,
+            **({"freeze_batchnorm_at": None} if variant == "late" else {}),
+        },
         needs_end={"start": 0.5},
         second={**both, "include": ["head"], "name": "head"},
-        compile=variant in ("", "quest"),
+        compile=variant in ("", "quest", "activations"),
         broad=variant in ("", "quest"),
         together=not variant,
         wrong=() if variant else _WRONG,
@@ -43,5 +49,6 @@ ENTRIES = [
     _quantized(),
     _quantized("quest", quantizer="quest", weight_bits=2, start=0.3),
     _quantized("annealed", quantizer="statsq", weight_bits=2, annealing_start=0.5, annealing_width=0.1),
+    _quantized("activations", activation_bits=8, start=0.3),
     _quantized("late", start=0.5, freeze_batchnorm_at=0.7),
 ]
