@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_grad.callbacks.optimizers._names import Make, Named
+from lightning_grad.callbacks.optimizers._names import Make, entry_of
 from lightning_grad.callbacks.optimizers._options import class_of, name_of
 
 _NOT_REPLACED: Mapping[str, str] = {  # by class name, because derived classes count too
@@ -35,6 +35,8 @@ def refuse_old(display_name: str, index: int, old: Optimizer) -> None:
     reason = next((_NOT_REPLACED[name] for name in names if name in _NOT_REPLACED), None)
     if reason is None and "param_groups" not in vars(old):
         reason = f"{names[0]} wraps another optimizer, which holds the parameter groups"
+    if reason is None and not all(isinstance(group.get("lr"), (int, float, Tensor)) for group in old.param_groups):
+        reason = f"the groups of {names[0]} have no learning rate that another optimizer could take over"
     if reason is not None:
         raise ValueError(
             f"{display_name} cannot replace optimizers[{index}]: {reason}. Return a plain optimizer, such as "
@@ -42,13 +44,13 @@ def refuse_old(display_name: str, index: int, old: Optimizer) -> None:
         )
 
 
-def refuse_new(display_name: str, make: Make, named: Named | None, old: Optimizer, module: nn.Module) -> None:
+def refuse_new(display_name: str, make: Make, old: Optimizer, module: nn.Module) -> None:
     """Raise if a class cannot move the parameters of an optimizer.
 
     Raises:
         ValueError: With the reason.
     """
-    kind, name = class_of(make), name_of(make)
+    kind, name, named = class_of(make), name_of(make), entry_of(class_of(make))
     parameters = [parameter for group in old.param_groups for parameter in group["params"]]
     if name == "LBFGS":
         raise ValueError(
@@ -83,17 +85,28 @@ def _name_in(module: nn.Module, parameter: Tensor) -> str:
 
 
 def refuse_scheduler(display_name: str, schedulers: Iterable[Any], old: Optimizer) -> None:
-    """Raise if the rates of a scheduler cannot be scaled, because it keeps them in a form of its own.
+    """Raise if the rates of a scheduler cannot be scaled.
 
     Raises:
-        ValueError: With the name of the scheduler.
+        ValueError: If it keeps them in a form of its own, or an earlier fit scaled them.
     """
     for scheduler in schedulers:
+        if getattr(scheduler, "optimizer", None) is old and _differ(scheduler, old):
+            raise ValueError(
+                f"{display_name} would multiply the base rates of {type(scheduler).__name__} again, which an earlier fit "
+                "changed. Create the optimizer and its schedulers in configure_optimizers, so that each fit has new ones."
+            )
         if not isinstance(scheduler, LRScheduler) and any(value is old for value in vars(scheduler).values()):
             raise ValueError(
                 f"{display_name} cannot multiply the rates of {type(scheduler).__name__}, which is not derived from a "
                 "scheduler of torch. Set the rates of the new optimizer in the module, and lr_factor=1.0."
             )
+
+
+def _differ(scheduler: Any, optimizer: Optimizer) -> bool:
+    """Return True if the base rates of a scheduler are no longer those in the groups."""
+    pairs = zip(getattr(scheduler, "base_lrs", ()), optimizer.param_groups, strict=False)
+    return any(float(base) != float(group["initial_lr"]) for base, group in pairs if "initial_lr" in group)
 
 
 def refuse_wrong_groups(display_name: str, new: object, old: Optimizer) -> None:
