@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_grad.callbacks.optimizers._names import Make, entry_of
-from lightning_grad.callbacks.optimizers._options import class_of, name_of
+from lightning_grad.callbacks.optimizers._options import class_of, given_value, name_of
 
 _NOT_REPLACED: Mapping[str, str] = {  # by class name, because derived classes count too
     "LBFGS": "LBFGS evaluates the closure many times a step, so its learning rate says nothing about another optimizer",
@@ -124,3 +124,32 @@ def refuse_wrong_groups(display_name: str, new: object, old: Optimizer) -> None:
             f"{display_name}: {type(new).__name__} must have the parameter groups that it is given, because schedulers "
             "count them. Use an optimizer that wraps no other and splits no group."
         )
+
+
+def refuse_one_decay(display_name: str, decay: float | None, old: Optimizer) -> None:
+    """Raise if one weight decay would replace several different ones.
+
+    Raises:
+        ValueError: With the decays of the groups.
+    """
+    decays = dict.fromkeys(group.get("weight_decay", 0.0) for group in old.param_groups)
+    if decay is not None and len(decays) > 1:
+        raise ValueError(
+            f"{display_name}: options must not hold 'weight_decay', because the groups have different decays: "
+            f"{', '.join(f'{each:g}' for each in decays)}. Set wd_factor, which multiplies each."
+        )
+
+
+def refuse_own_values(display_name: str, make: Make, new: Optimizer) -> None:
+    """Raise if a callable sets a learning rate or weight decay, which the groups would hide.
+
+    Raises:
+        ValueError: With the value.
+    """
+    for name, word, factor in (("lr", "learning rate", "lr"), ("weight_decay", "weight decay", "wd")):
+        value = None if isinstance(make, type) else given_value(new, name)
+        if value is not None:
+            raise ValueError(
+                f"{display_name}: optimizer must not set a {word}, because each parameter group keeps its own; got "
+                f"{name}={value}. Remove it, and set {factor}_factor, which multiplies those of the groups."
+            )

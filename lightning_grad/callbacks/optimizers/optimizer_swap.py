@@ -15,7 +15,6 @@ from lightning_grad.callbacks.optimizers._options import (
     as_options,
     check_options,
     class_of,
-    given_value,
     name_of,
     own_options,
 )
@@ -23,6 +22,8 @@ from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_ot
 from lightning_grad.callbacks.optimizers._refusals import (
     refuse_new,
     refuse_old,
+    refuse_one_decay,
+    refuse_own_values,
     refuse_scheduler,
     refuse_wrong_groups,
 )
@@ -296,7 +297,7 @@ class OptimizerSwap(OptimizerNeeds):
         same = class_of(make) is type(old) and (isinstance(make, type) or isinstance(self.optimizer, str))
         options = {**(own_options(old) if same else {}), **(self.options or {})}
         factor, decay = 1.0 if self.wd_factor is None else self.wd_factor, options.pop("weight_decay", None)
-        self._check_decay(decay, old)
+        refuse_one_decay(self.display_name, decay, old)
         given = self.options or {}
         groups = [
             carried_group(group, old, same, factor, decay, given.keys() - {"weight_decay"})
@@ -310,26 +311,9 @@ class OptimizerSwap(OptimizerNeeds):
                 f"{type(error).__name__}: {error}"
             ) from error
         refuse_wrong_groups(self.display_name, new, old)
-        self._check_own_values(make, new)
+        refuse_own_values(self.display_name, make, new)
         carry_defaults_(new, old, 1.0 if self.lr_factor is None else self.lr_factor, factor, decay)
         return new
-
-    def _check_decay(self, decay: float | None, old: Optimizer) -> None:
-        decays = dict.fromkeys(group.get("weight_decay", 0.0) for group in old.param_groups)
-        if decay is not None and len(decays) > 1:
-            raise ValueError(
-                f"{self.display_name}: options must not hold 'weight_decay', because the groups have different decays: "
-                f"{', '.join(f'{each:g}' for each in decays)}. Set wd_factor, which multiplies each."
-            )
-
-    def _check_own_values(self, make: Make, new: Optimizer) -> None:
-        for name, word, factor in (("lr", "learning rate", "lr"), ("weight_decay", "weight decay", "wd")):
-            value = None if isinstance(make, type) else given_value(new, name)
-            if value is not None:
-                raise ValueError(
-                    f"{self.display_name}: optimizer must not set a {word}, because each parameter group keeps its own; "
-                    f"got {name}={value}. Remove it, and set {factor}_factor, which multiplies those of the groups."
-                )
 
     def _describe(self, index: int, old: Optimizer, groups: Sequence[dict[str, Any]], new: Optimizer) -> None:
         self._optimizers[str(index)] = description(new)

@@ -71,6 +71,7 @@ class AveragedWeights:
         self._is_resumed = is_resumed
         self._kept: dict[Tensor, Tensor] | None = None  # the training weights while the module has the averaged ones
         self.has_started = False
+        self._in_training = 0  # number of groups that were put into training mode
 
     def watch(self, undo: UndoList, undo_after_saving: UndoList) -> None:
         """Wrap validations, the saving of checkpoints, and the end of the fit. Call it in ``on_fit_start``."""
@@ -90,6 +91,9 @@ class AveragedWeights:
         """Leave the averaged weights in the module."""
         self.start()
         if self._kept is None:
+            if self._in_training < self._count_groups():  # a callback added some, which begin in the other mode
+                self._kept = self._copies()
+                self._train()
             self._kept = self._copies()
             for optimizer in self._optimizers:
                 optimizer.eval()
@@ -134,6 +138,10 @@ class AveragedWeights:
         for weight, kept in (self._kept or {}).items():
             weight.copy_(kept)
         self._kept = None
+        self._in_training = self._count_groups()
+
+    def _count_groups(self) -> int:
+        return sum(len(optimizer.param_groups) for optimizer in self._optimizers)
 
 
 def wrap_loading(pl_module: pl.LightningModule, weights_in: Callable[[Mapping[str, Any]], Any]) -> Callable[[], None]:

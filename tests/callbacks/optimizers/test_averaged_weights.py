@@ -206,6 +206,24 @@ def test_of_two_optimizers_one_averages() -> None:
     }
 
 
+def test_groups_that_are_added_later_are_averaged_too() -> None:
+    class Adds(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": pl_module.head.parameters()})
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            self.trained = pl_module.head.weight.detach().double()
+            self.z = trainer.optimizers[0].state[pl_module.head.weight].get("z")
+
+    module, adds = make_classifier(), Adds()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.hidden.parameters(), lr=1e-2)
+    fit([OptimizerSwap("schedulefree-adamw"), adds], module, max_epochs=2, limit_val_batches=0)
+    expected = (adds.trained - 0.1 * adds.z.double()) / 0.9
+    assert not torch.equal(expected, adds.trained)
+    torch.testing.assert_close(module.head.weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_works_next_to_sparse_weights(first: bool, tmp_path: Path) -> None:
     def callbacks() -> list[pl.Callback]:
