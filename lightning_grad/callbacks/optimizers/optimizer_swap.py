@@ -124,9 +124,8 @@ class OptimizerSwap(OptimizerNeeds):
     neutral: ClassVar[Mapping[str, Any] | str] = {"optimizer": None, "lr_factor": None}
 
     _optimizers = until_next_fit.of(dict[str, dict[str, Any]]).saved()  # class and options of each new optimizer
-    _in_checkpoint = during_fit[Mapping[str, Any] | None](
-        lambda _: None
-    )  # the same, from the checkpoint of a resumed fit
+    # The same, from the checkpoint of a fit that resumes.
+    _in_checkpoint = during_fit[Mapping[str, Any] | None](lambda _: None)
     _swapped = during_fit.of(dict[int, str])  # what is said about each
     _remarks = during_fit.of(list[str])
 
@@ -168,7 +167,7 @@ class OptimizerSwap(OptimizerNeeds):
 
     @override
     def answers_for(self, kind: Any) -> Compatibility:
-        answers, named = super().answers_for(kind), entry_of(kind)
+        answers, named = super().answers_for(kind), None if self.optimizer is None else entry_of(kind)
         if named is None or named.takes_sparse:
             answers = answers.but(sparse_gradients=yes("If the class supports them."))
         if named is not None and not named.takes_complex:
@@ -278,8 +277,8 @@ class OptimizerSwap(OptimizerNeeds):
         unknown = unknown_schedulers(each for each in schedulers if getattr(each, "optimizer", None) is new)
         if unknown:
             self._remarks.append(
-                f"multiplies the base rates of {', '.join(unknown)}, which is not a scheduler of torch and may compute rates "
-                "from other values too. Look at them with LearningRateMonitor"
+                f"multiplies the base rates of {', '.join(unknown)}. Schedulers outside torch may compute rates from other "
+                "values too, so look at the rates with LearningRateMonitor"
             )
 
     def make(self, old: Optimizer) -> Make:
@@ -311,6 +310,8 @@ class OptimizerSwap(OptimizerNeeds):
                 f"{type(error).__name__}: {error}"
             ) from error
         refuse_wrong_groups(self.display_name, new, old)
+        if type(new) is not type(old):
+            refuse_second_order(type(new))
         refuse_own_values(self.display_name, make, new)
         carry_defaults_(new, old, 1.0 if self.lr_factor is None else self.lr_factor, factor, decay)
         return new

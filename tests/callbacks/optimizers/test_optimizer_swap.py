@@ -135,11 +135,11 @@ def _flat(groups: list[dict[str, Any]]) -> list[Any]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-# Everybody sees the new optimizer.
+# Everything that holds the old optimizer sees the new one.
 
 
 class Holding(Net):
-    """Holds its optimizer, its list of groups, one group, and what a function encloses; steps it by none of Lightning's."""
+    """Holds its optimizer, its list of groups, one group, and a function that reads the rate."""
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -168,7 +168,7 @@ def test_whoever_holds_the_old_optimizer_sees_the_new_one() -> None:
     module = Holding()
     trainer, rates = train(module, [OptimizerSwap("lion")])
     assert [step[0][0] for step in rates] == [1e-3 * (number + 1) for number in range(len(rates))]
-    assert len(module.calls) == BATCHES + 1 or len(module.calls) == BATCHES, "its hook ran until it was removed"
+    assert len(module.calls) == BATCHES, "its hook ran until it was removed"
     assert {id(each) for each in module.calls} == {id(trainer.optimizers[0])}
     assert type(module.mine) is AdamW
     assert module.mine.param_groups[0]["lr"] == 1e-3, "after the fit it is what it was"
@@ -334,7 +334,7 @@ def test_every_name_resumes_bitwise_and_leaves_no_mark(tmp_path: Path) -> None:
         assert type(trainer.optimizers[index]) is find_class(name)
 
 
-def test_two_optimizers_and_a_choice(tmp_path: Path) -> None:
+def test_two_optimizers_and_a_choice() -> None:
     makers = {"a": lambda o: StepLR(o, 2), "b": lambda o: StepLR(o, 3)}
     trainer, _ = train(Nets(AdamW, makers), [OptimizerSwap("lion", which=[1])])
     assert [type(each) for each in trainer.optimizers] == [AdamW, Lion]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -69,10 +67,6 @@ class Warmup(kinds.LRScheduler):
         self.after_scheduler.load_state_dict(state["after"])
 
 
-def _cosine(step: int, *, steps: int) -> float:
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
 SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "LambdaLR": lambda o: kinds.LambdaLR(o, [lambda step: 0.95**step, lambda step: 0.9**step]),
     "MultiplicativeLR": lambda o: kinds.MultiplicativeLR(o, lambda _: 0.95),
@@ -94,7 +88,6 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
     "ReduceLROnPlateau": lambda o: kinds.ReduceLROnPlateau(o, mode="max", factor=0.5, patience=0),
     "nested": lambda o: Warmup(o, 3, kinds.SequentialLR(o, [kinds.ExponentialLR(o, 0.9), kinds.StepLR(o, 2)], [2])),
     "as in timm": lambda o: Timm(o, STEPS + 2),
-    "as in transformers": lambda o: kinds.LambdaLR(o, functools.partial(_cosine, steps=STEPS)),
     "timm": lambda o: _timm().CosineLRScheduler(o, STEPS, warmup_t=3, warmup_lr_init=1e-5, t_in_epochs=False),
     "transformers": lambda o: importlib.import_module("transformers").get_cosine_schedule_with_warmup(o, 3, STEPS),
 }
@@ -197,7 +190,7 @@ def test_a_factor_scales_the_whole_schedule(runs: Runs, caplog: pytest.LogCaptur
     for index, name in enumerate(known):
         whole = [step[list(THERE).index(name)] for step in runs.native.rates]
         assert [(step[index][0], step[index][4]) for step in rates] == [(s[0] * 0.5, s[4] * 0.5) for s in whole], name
-    assert "multiplies the base rates of Warmup, which is not a scheduler of torch" in caplog.text
+    assert "multiplies the base rates of Warmup. Schedulers outside torch" in caplog.text
 
 
 def test_a_factor_needs_a_scheduler_that_it_can_scale() -> None:

@@ -296,12 +296,13 @@ def test_refuses_ranks(name: str) -> None:
         ("pytorch_optimizer.AdaHessian", "Write 'adahessian'"),
         ("pytorch_optimizer.SophiaH", "Write 'sophia'"),
         (type("Adahessian", (torch.optim.SGD,), {}), "Write 'adahessian'"),  # as timm calls it
+        (lambda groups: type("Adahessian", (torch.optim.SGD,), {})(groups), "Write 'adahessian'"),
     ],
 )
 def test_refuses_those_of_libraries(optimizer: Any, words: str) -> None:
     pytest.importorskip("pytorch_optimizer")
     with pytest.raises(ValueError, match=rf"needs second derivatives, but does not say in which steps\. {words}"):
-        OptimizerSwap(optimizer, lr_factor=1.0)
+        train([OptimizerSwap(optimizer, lr_factor=1.0)], Fit(dense()))
 
 
 def test_a_tuner_trains_with_graphs(tmp_path: Path) -> None:
