@@ -38,6 +38,17 @@ _AVERAGED: Mapping[str, Any] = {
 }
 
 
+_TUNERS = (
+    "trains without this callback, which switches between training weights and averages",
+    "Find the value without OptimizerSwap",
+)
+_UNAWARE: Mapping[str, tuple[str, str]] = {  # callbacks of Lightning that an optimizer with averages breaks
+    "StochasticWeightAveraging": ("would average its training weights", "Remove it"),
+    "LearningRateFinder": _TUNERS,
+    "BatchSizeFinder": _TUNERS,
+}
+
+
 class OptimizerNeeds(GradCallback):
     """Gives optimizers what they need from the run, and refuses runs that cannot give it."""
 
@@ -54,12 +65,42 @@ class OptimizerNeeds(GradCallback):
 
     @override
     def works_with(self) -> Compatibility:
-        kind, answers = self.new_class(), super().works_with()
+        return self.answers_for(self.new_class())
+
+    def answers_for(self, kind: Any) -> Compatibility:
+        """Return what the callback works with if it creates optimizers of a class."""
+        answers = super().works_with()
         if hasattr(kind, "needs_graph"):
             answers = answers.but(**_SECOND_ORDER)
-        if hasattr(kind, "train") and hasattr(kind, "eval"):
+        if _has_modes(kind):
             answers = answers.but(**_AVERAGED)
         return answers
+
+    def refuse_run(self, kind: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if a run cannot give an optimizer what it needs.
+
+        ``setup`` does so too, but there the class is not known if a function creates the optimizer.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        self.answers_for(kind).refuse(self.display_name, trainer, pl_module)
+        names = [cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__]  # type: ignore[attr-defined]
+        found = next((name for name in names if name in _UNAWARE), None) if _has_modes(kind) else None
+        if found is not None:
+            reason, way_out = _UNAWARE[found]
+            raise ValueError(
+                f"{self.display_name} uses {kind.__name__}, which averages the weights itself, and {found} {reason}. "
+                f"{way_out}."
+            )
+
+    def keep_graphs(self, trainer: pl.Trainer) -> None:
+        """Let backward keep the graph of the gradients if an optimizer needs it.
+
+        Call it when the optimizers exist, because a tuner trains before ``on_fit_start``.
+        """
+        if any(hasattr(optimizer, "needs_graph") for optimizer in self.new_optimizers(trainer)):
+            GradientGraphs(trainer, lambda: self.new_optimizers(trainer)).watch(self.undo)
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -83,11 +124,10 @@ class OptimizerNeeds(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if any(hasattr(optimizer, "needs_graph") for optimizer in self.new_optimizers(trainer)):
-            GradientGraphs(trainer, lambda: self.new_optimizers(trainer)).watch(self.undo)
         averaging: list[Any] = [optimizer for optimizer in self.new_optimizers(trainer) if averages(optimizer)]
         if averaging:
             self._averaged = AveragedWeights(trainer, pl_module, averaging, bool(self._training_weights))
+            self.undo_after_saving.push(self._keep_averages)
             self._averaged.watch(self.undo, self.undo_after_saving)
             if has_batch_statistics(pl_module):
                 self.say(
@@ -102,6 +142,16 @@ class OptimizerNeeds(GradCallback):
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._averaged is not None:  # not yet averaged if the run had no batch left
+        if self._averaged is not None:
+            self._averaged.start()  # it has not started if the run had no batch left
+            self._keep_averages()
+
+    def _keep_averages(self) -> None:
+        """Leave the averages in the module, and keep the training weights for checkpoints."""
+        if self._averaged is not None and self._averaged.has_started:
             self._averaged.finish()
             self._training_weights = self._averaged.training_weights
+
+
+def _has_modes(kind: Any) -> bool:
+    return hasattr(kind, "train") and hasattr(kind, "eval")
