@@ -43,8 +43,14 @@ class OptimizerCallback(GradCallback):
     A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; a step
     without gradients (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in
     ``before_update`` what depends on the gradients, and store it in ``after_step``.
+
+    Class attributes:
+
+    - ``moves_weights``: whether ``after_step`` changes weights. It then comes before all other hooks
+      of the step, so views of weights and monitors see the result, whatever the order of callbacks.
     """
 
+    moves_weights: ClassVar[bool] = False
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fused_fp16=no(
             "counts optimizer steps, and {} decides inside its step whether the fp16 GradScaler skips it",
@@ -199,7 +205,11 @@ class OptimizerCallback(GradCallback):
         ends, rates = self._ends.setdefault(index, UndoList()), HeldRates(optimizer)
         self._rates[index] = rates
         ends.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, rates)).remove)
-        ends.push(optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, rates)).remove)
+        after = optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, rates))
+        if self.moves_weights:
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            hooks.move_to_end(after.id, last=False)
+        ends.push(after.remove)
         ends.push(rates.give_back)
 
     def _leave(self, indices: Iterable[int]) -> None:

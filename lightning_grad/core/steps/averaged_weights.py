@@ -1,8 +1,8 @@
-"""Optimizers whose weights for inference are an average of those that train, such as Schedule-Free.
+"""Weights for inference that are an average of those that train, as in Schedule-Free and Lookahead.
 
-Such an optimizer has methods ``train()`` and ``eval()``, which replace the weights in place. The
-second does not undo the first exactly, so the training weights are copied before ``eval()`` and
-copied back afterwards.
+An optimizer that averages has methods ``train()`` and ``eval()``, which replace the weights in
+place. The second does not undo the first exactly, so the training weights are copied before
+``eval()`` and copied back afterwards. A callback that averages uses an object with the same methods.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +20,14 @@ from lightning_grad.core.undo import UndoList
 
 @runtime_checkable
 class Averaging(Protocol):
-    """An optimizer that averages weights."""
+    """An optimizer that averages its weights, or an object that averages those of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The parameter groups of the optimizer."""
 
     def train(self) -> Any:
-        """Replace the averaged weights by the training weights."""
+        """Replace the averaged weights by the training weights, up to rounding, or do nothing."""
 
     def eval(self) -> Any:
         """Replace the training weights by the averaged weights."""
@@ -90,6 +92,11 @@ class AveragedWeights:
             self._kept = self._copies()
             for optimizer in self._optimizers:
                 optimizer.eval()
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the module has the training weights, because training has started and has not ended."""
+        return self._has_started and self._kept is None
 
     @property
     def training_weights(self) -> dict[str, Tensor]:
