@@ -1,5 +1,6 @@
 """The base of callbacks that act on optimizers: their steps, learning rates, moments and closures."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -64,6 +65,9 @@ class OptimizerCallback(GradCallback):
     _rates = during_fit.of(dict[int, HeldRates])
     _memory = until_next_fit.of(dict[int, dict[str, Any]])
     _inside = during_fit.of(set[int])  # optimizers whose step() Lightning is running now
+    _depths = during_fit.of(
+        Counter[int]
+    )  # running step() methods: a class may call that of its base, which has hooks too
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
@@ -219,6 +223,7 @@ class OptimizerCallback(GradCallback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._depths.clear()  # a step of the raw torch optimizer may have raised
         self._follow(trainer)  # for steps of the raw torch optimizer, which do not reach _step
 
     # One optimizer step.
@@ -238,6 +243,7 @@ class OptimizerCallback(GradCallback):
         index = self._number_of(optimizer)
         if index is not None and index in self._ends:
             self._inside.add(index)
+            self._depths.clear()
             if _overrides(self, "evaluate"):
                 whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.display_name)
                 closure = partial(self.evaluate, index, optimizer, whole)
@@ -253,6 +259,9 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _before_step(self, index: int, rates: HeldRates) -> None:
+        self._depths[index] += 1
+        if self._depths[index] > 1:
+            return
         if index not in self._inside:
             rates.give_back()  # left by an earlier step of the raw torch optimizer that raised
         self.before_step(index, self._seen[index])
@@ -273,6 +282,9 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _after_step(self, index: int, rates: HeldRates) -> None:
+        self._depths[index] -= 1
+        if self._depths[index] > 0:
+            return
         rates.give_back()
         optimizer = self._seen[index]
         if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):

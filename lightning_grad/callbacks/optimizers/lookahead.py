@@ -32,7 +32,8 @@ _AVERAGES = "averages the weights itself"
 _REFUSED: Mapping[str, str] = {  # by class name, because derived classes count too
     "LBFGS": "compares gradients of successive steps, between which the weights would jump",
     "Lookahead": "is Lookahead already",
-    **dict.fromkeys(("Ranger", "Ranger21", "Ranger25"), "contains Lookahead"),
+    "Ranger": "contains Lookahead",
+    "Ranger21": "contains Lookahead",
 }
 
 
