@@ -45,6 +45,7 @@ from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.ranks import mean_over_ranks, sum_over_ranks
 from lightning_grad.core.record import RunRecord
 from lightning_grad.core.samples.training_set import TrainingSet
+from lightning_grad.core.steps.averaged_weights import AveragedCopies
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
 from lightning_grad.core.steps.held_rates import HeldRates
@@ -63,6 +64,7 @@ from lightning_grad.utilities.reporting import is_log_step
 __all__ = [
     "ELEMENTWISE",
     "WHOLE_WEIGHTS",
+    "AveragedCopies",
     "AveragingCallback",
     "Chosen",
     "ChosenRates",

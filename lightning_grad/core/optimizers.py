@@ -259,8 +259,9 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _before_step(self, index: int, rates: HeldRates) -> None:
-        self._depths[index] += 1
-        if self._depths[index] > 1:
+        depths = self._depths
+        depths[index] += 1
+        if depths[index] > 1:
             return
         if index not in self._inside:
             rates.give_back()  # left by an earlier step of the raw torch optimizer that raised
@@ -282,8 +283,9 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _after_step(self, index: int, rates: HeldRates) -> None:
-        self._depths[index] -= 1
-        if self._depths[index] > 0:
+        depths = self._depths
+        depths[index] -= 1
+        if depths[index] > 0:
             return
         rates.give_back()
         optimizer = self._seen[index]

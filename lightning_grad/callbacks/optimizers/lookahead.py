@@ -1,6 +1,7 @@
 """Lookahead: the callback. The rule is :func:`lightning_grad.functional.look_ahead_`."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from typing_extensions import override
 
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
+    AveragedCopies,
     AveragingCallback,
     OptimizerCallback,
     check_above,
@@ -49,10 +51,10 @@ class Lookahead(AveragingCallback, OptimizerCallback):
     optimizer of the module has its own slow weights and its own count of steps.
 
     Args:
-        k: Number of optimizer steps between two moves of the slow weights (5 in the paper).
-        alpha: Share of the way that the slow weights move, in (0, 1] (0.5 in the paper).
+        k: Number of optimizer steps between two moves of the slow weights.
+        alpha: Share of the way that the slow weights move, in (0, 1].
         eval_weights: Weights of validation, checkpoints and the module after the fit.
-            ``"slow"``, as in the paper, or ``"fast"``. They are equal right after every k-th step.
+            ``"slow"``, as the authors evaluate, or ``"fast"``. Both are equal after every k-th step.
         name: Name of this instance, part of its state.
 
     Raises:
@@ -85,7 +87,8 @@ class Lookahead(AveragingCallback, OptimizerCallback):
 
     References:
         Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", NeurIPS 2019, arXiv
-        1907.08610, algorithm 1.
+        1907.08610, algorithm 1. The authors' code has the default ``k=5``, and an alpha of 0.8 in
+        place of 0.5, which libraries use.
     """
 
     namespace: ClassVar[str] = "lookahead"
@@ -148,7 +151,9 @@ class Lookahead(AveragingCallback, OptimizerCallback):
 
     @override
     def averaging(self, trainer: pl.Trainer) -> Sequence[Averaging]:
-        return [_SlowWeights(self, index) for index in self.watched] if self.eval_weights == "slow" else []
+        if self.eval_weights == "fast":
+            return []
+        return [AveragedCopies(partial(self._fast_and_slow, index)) for index in self.watched]
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -161,10 +166,10 @@ class Lookahead(AveragingCallback, OptimizerCallback):
 
     # The slow weights.
 
-    def slow_and_fast(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the slow weights of an optimizer, and the weights that it trains; none before the first step."""
+    def _fast_and_slow(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the weights of an optimizer that have slow weights, and these; none before the first step."""
         slow: list[Tensor] = self.memory(index).get("slow", [])
-        return slow, _weights(self._seen[index])[: len(slow)]
+        return _weights(self._seen[index])[: len(slow)], slow
 
     @override
     @torch.no_grad()
@@ -191,30 +196,7 @@ class Lookahead(AveragingCallback, OptimizerCallback):
         memory = self.memory(index)
         memory["steps"] = memory.get("steps", 0) + 1
         if memory["steps"] % self.k == 0:
-            slow, fast = self.slow_and_fast(index)
-            look_ahead_(fast, slow, self.alpha)
-
-
-class _SlowWeights:
-    """Shows the slow weights of one optimizer: what :class:`AveragingCallback` expects of an optimizer that averages."""
-
-    def __init__(self, lookahead: Lookahead, index: int) -> None:
-        self._lookahead = lookahead
-        self._index = index
-
-    @property
-    def param_groups(self) -> Sequence[Mapping[str, Any]]:
-        return self._lookahead._seen[self._index].param_groups
-
-    def train(self) -> None:
-        """Do nothing: the fast weights are copied back."""
-
-    @torch.no_grad()
-    @on_plain_tensors
-    def eval(self) -> None:
-        slow, fast = self._lookahead.slow_and_fast(self._index)
-        if slow:
-            torch._foreach_copy_(fast, slow)
+            look_ahead_(*self._fast_and_slow(index), self.alpha)
 
 
 def _weights(optimizer: Optimizer) -> list[Tensor]:

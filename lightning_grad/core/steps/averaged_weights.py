@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.undo import UndoList
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 
 @runtime_checkable
@@ -41,6 +42,40 @@ def averages(optimizer: Optimizer) -> bool:
         False
     """
     return isinstance(optimizer, Averaging)
+
+
+class AveragedCopies:
+    """Averages that a callback keeps next to the weights: an :class:`Averaging` for them.
+
+    Args:
+        pairs: Returns the weights and their averages, in the same order; nothing before there are any.
+
+    Example:
+        >>> weight, average = torch.zeros(1), torch.ones(1)
+        >>> copies = AveragedCopies(lambda: ([weight], [average]))
+        >>> copies.eval()
+        >>> weight
+        tensor([1.])
+    """
+
+    def __init__(self, pairs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+        self._pairs = pairs
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The weights that have an average, in one group."""
+        return [{"params": list(self._pairs()[0])}]
+
+    def train(self) -> None:
+        """Do nothing: :class:`AveragedWeights` copies the training weights back."""
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def eval(self) -> None:
+        """Copy the averages into the weights."""
+        weights, averages = self._pairs()
+        if weights:
+            torch._foreach_copy_(list(weights), list(averages))
 
 
 class AveragedWeights:
