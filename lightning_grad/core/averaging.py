@@ -65,6 +65,12 @@ class AveragingCallback(GradCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self.watch_averages(trainer, pl_module)
+
+    def watch_averages(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show averages from now on. The base calls this in ``on_fit_start``; earlier calls are allowed."""
+        if self._averaged is not None:
+            return
         averaging = self.averaging(trainer)
         if not averaging:
             self._training_weights = {}  # of a checkpoint that was saved with other settings
@@ -74,12 +80,6 @@ class AveragingCallback(GradCallback):
         self.undo_after_saving.push(self._finish_after_exception)
         if has_batch_statistics(pl_module):
             self.say(self.about_statistics)
-
-    @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self._averaged is not None:
-            self._averaged.start()
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -169,6 +169,8 @@ class OptimizerCallback(GradCallback):
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self._memory = {int(index): dict(memory) for index, memory in state.get("memory", {}).items()}
+        for index, optimizer in self.watched.items():  # a search for a learning rate restores during the fit
+            self._move_memory(index, optimizer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -202,10 +204,7 @@ class OptimizerCallback(GradCallback):
 
     def _attach(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
         self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if index in self._memory and parameters:
-            device = parameters[0].device
-            self._memory[index] = map_tensors(self._memory[index], lambda kept: kept.to(device))
+        self._move_memory(index, optimizer)
         ends, rates = self._ends.setdefault(index, UndoList()), HeldRates(optimizer)
         self._rates[index] = rates
         ends.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, rates)).remove)
@@ -215,6 +214,13 @@ class OptimizerCallback(GradCallback):
             hooks.move_to_end(after.id, last=False)
         ends.push(after.remove)
         ends.push(rates.give_back)
+
+    def _move_memory(self, index: int, optimizer: Optimizer) -> None:
+        """Move the memory of an optimizer to the device of its parameters."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if index in self._memory and parameters:
+            device = parameters[0].device
+            self._memory[index] = map_tensors(self._memory[index], lambda kept: kept.to(device))
 
     def _leave(self, indices: Iterable[int]) -> None:
         for index in indices:

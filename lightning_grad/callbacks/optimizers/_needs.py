@@ -60,8 +60,8 @@ class OptimizerNeeds(AveragingCallback):
     def averaging(self, trainer: pl.Trainer) -> Sequence[Averaging]:
         return [optimizer for optimizer in self.new_optimizers(trainer) if isinstance(optimizer, Averaging)]
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the new optimizers what they need. Call it as soon as they exist: a search for a rate may train next."""
         if any(hasattr(optimizer, "needs_graph") for optimizer in self.new_optimizers(trainer)):
             GradientGraphs(trainer, lambda: self.new_optimizers(trainer)).watch(self.undo)
-        super().on_fit_start(trainer, pl_module)
+        self.watch_averages(trainer, pl_module)

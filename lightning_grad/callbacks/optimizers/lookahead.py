@@ -137,6 +137,11 @@ class Lookahead(AveragingCallback, OptimizerCallback):
             raise ValueError("Use only one Lookahead per Trainer: each would move the weights away from the other's.")
 
     @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        self._shapes.clear()
+
+    @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
         names = [cls.__name__ for cls in type(optimizer).__mro__]
         reason = next(

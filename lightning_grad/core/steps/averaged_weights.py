@@ -107,14 +107,19 @@ class AveragedWeights:
         self._has_started = False
 
     def watch(self, undo: UndoList, undo_after_saving: UndoList) -> None:
-        """Wrap validations, the saving of checkpoints, and the end of the fit. Call it in ``on_fit_start``."""
+        """Wrap validations, the saving of checkpoints, and the start and the end of the training.
+
+        Call it in ``on_fit_start`` at the latest. Hooks of callbacks would not do, because a search for
+        a learning rate trains without the callbacks.
+        """
         loop = self._trainer.fit_loop
+        undo.push(wrap_method(loop, "on_run_start", self._begin))
         undo.push(wrap_method(loop.epoch_loop.val_loop, "run", self._show))
         undo.push(wrap_method(loop, "on_run_end", self._end))
         undo_after_saving.push(wrap_method(self._trainer, "save_checkpoint", self._show))
 
-    def start(self) -> None:
-        """Put the optimizers into training mode. Call it in ``on_train_start``, when all states are restored."""
+    def _start(self) -> None:
+        """Put the optimizers into training mode, when all states are restored."""
         if not self._has_started:
             self._has_started = True
             self._kept = self._copies() if self._is_resumed else None
@@ -122,7 +127,7 @@ class AveragedWeights:
 
     def finish(self) -> None:
         """Leave the averaged weights in the module."""
-        self.start()
+        self._start()
         if self._kept is None:
             self._kept = self._copies()
             for optimizer in self._optimizers:
@@ -154,6 +159,13 @@ class AveragedWeights:
     def _show(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.shown():
             return inner(*args, **kwargs)
+
+    def _begin(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._kept is not None:  # a search for a learning rate trained before, and the weights were loaded again
+            self._kept = self._copies()
+            self._train()
+        self._start()
+        return inner(*args, **kwargs)
 
     def _end(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.finish()

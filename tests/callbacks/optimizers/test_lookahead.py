@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_grad.callbacks import SAM, Lookahead, NMSparsity, NormClipping, OptimizerSwap, ZerothOrder
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
+from tests.callbacks.optimizers.swapped import assert_searches_change_nothing
 from tests.core.test_step_window import DATA, Manual, Module, Plain, run, same
 
 K, ALPHA, STEPS = 5, 0.5, 18
@@ -311,6 +312,11 @@ def test_weights_that_are_added_later_start_as_they_are_then() -> None:
     assert torch.equal(after[5], start)
     assert torch.equal(after[9], torch.lerp(start, before_moves[9], ALPHA))
     assert not torch.equal(after[9], before_moves[9])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_search_for_a_learning_rate_leaves_no_trace(first: bool) -> None:
+    assert_searches_change_nothing(lambda: Lookahead(4), first)
 
 
 def test_an_average_of_fast_weights_is_possible() -> None:
