@@ -25,13 +25,14 @@ from lightning_grad.core import (
     wrap_method,
     yes,
 )
+from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.roles import conditioners
 from lightning_grad.functional import move_along_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import check_finite
 from lightning_grad.utilities.optimizers import OptimizerCounts
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, selects, why_none_left
-from lightning_grad.utilities.reporting import counted
+from lightning_grad.utilities.reporting import counted, listed
 
 _NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")
 _ONE_STEP = 2**20  # seeds of the runs that use neighboring values of seed do not meet
@@ -50,8 +51,8 @@ class ZerothOrder(OptimizerCallback):
     Both passes see the same batch and the same random numbers (dropout). Ranks draw the same
     direction, and d is the mean over the ranks. The direction z is drawn again from a seed whenever it
     is needed. With SGD without momentum, the step ``w - lr (d z + weight_decay w)`` is made in place,
-    so that nothing of the size of the weights is stored. Any other optimizer, and any clipping, gets
-    the gradient d z.
+    so that nothing of the size of the weights is stored. For other optimizers, clipping and callbacks
+    of this package that read gradients, the gradient d z is stored.
 
     Args:
         epsilon: Length of the move (1e-3 in the paper).
@@ -146,8 +147,9 @@ class ZerothOrder(OptimizerCallback):
             why = why_none_left(pl_module, self.include, self.exclude or [])
             raise ValueError(f"{self.display_name} has no parameter to train. {why}")
         words = f"trains {counted(len(names), 'parameter')} without backward"
-        if not all(self._steps_in_place(optimizer) for optimizer in self.watched.values()):
-            words += ", and writes gradients; with SGD without momentum and without clipping it would need none"
+        readers = list(dict.fromkeys(who for optimizer in self.watched.values() for who in self._readers(optimizer)))
+        if readers:
+            words += f", but stores gradients for {listed(readers)}. SGD without momentum needs none"
         self.announce(words, "parameters", names)
 
     def _selects(self, names: Sequence[str]) -> bool:
@@ -162,10 +164,20 @@ class ZerothOrder(OptimizerCallback):
             )
         return True
 
-    def _steps_in_place(self, optimizer: Optimizer) -> bool:
-        """Return True if a step needs nothing but the learning rate and the weight decay of the optimizer."""
-        plain = type(optimizer) is SGD and not any(group["momentum"] for group in optimizer.param_groups)
-        return plain and not self._trainer.gradient_clip_val and not conditioners(self._trainer)
+    def _readers(self, optimizer: Optimizer) -> list[str]:
+        """Return what reads the gradients of an optimizer; if nothing does, steps are made in place."""
+        kind, module = type(optimizer), self._trainer.lightning_module
+        options = {
+            option for group in optimizer.param_groups for option in ("momentum", "maximize") if group.get(option)
+        }
+        found = [f"{kind.__name__}{''.join(f' with {option}' for option in sorted(options))}"]
+        readers = found if kind is not SGD or options else []
+        readers += [technique.display_name for technique in conditioners(self._trainer)]
+        if self._trainer.gradient_clip_val:
+            readers.append("gradient_clip_val")
+        if overrides(module, "configure_gradient_clipping"):
+            readers.append(f"{type(module).__name__}.configure_gradient_clipping")
+        return readers
 
     def _weights(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
         """Return the parameters that move, each with its param group."""
@@ -193,7 +205,7 @@ class ZerothOrder(OptimizerCallback):
             return result
         self._move(weights, [self.epsilon] * len(weights), seed)
         derivative = self._derivative(index, closure.loss, minus)
-        if self._steps_in_place(optimizer):
+        if not self._readers(optimizer):
             self._step_in_place(weights, groups, derivative, seed)
         else:
             self._write_gradients(weights, derivative, seed)
