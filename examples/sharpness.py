@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, VisionTransformer
 
@@ -21,22 +21,21 @@ from lightning_grad.callbacks import SAM
 from lightning_grad.functional import ascend_
 
 
-def rise(module: LightningModule, data: Digits, rho: float = 0.2) -> float:
+def rise(module: VisionTransformer, data: Digits, rho: float = 0.2) -> float:
     """Return how much the training loss rises if weights move up its gradient by a length of rho."""
-    images, labels, weights = *data.train_set[:], [*module.eval().parameters()]
+    images, labels = data.train_set[:]
+    weights = list(module.eval().parameters())
     loss = module.loss(module(images), labels)
     ascend_(weights, torch.autograd.grad(loss, weights), rho)
-    return float(module.loss(module(images), labels) - loss)
+    risen: float = (module.loss(module(images), labels) - loss).item()
+    return risen
 
 
 def train(name: str, callbacks: list[Callback], epochs: int, output: Path) -> None:
     """Train a small transformer; print its accuracy, and how much the loss rises near its weights."""
     seed_everything(0, verbose=False)
-    quiet = {"enable_model_summary": False, "enable_progress_bar": False}
     logger = CSVLogger(output, name=name, version="")
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", log_every_n_steps=10, callbacks=callbacks, logger=logger, **quiet
-    )
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", log_every_n_steps=10, callbacks=callbacks, logger=logger)
     module, data = VisionTransformer(width=32, depth=2), Digits()
     trainer.fit(module, data)
     right = float(trainer.callback_metrics["val_acc"])
