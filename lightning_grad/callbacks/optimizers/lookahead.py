@@ -143,6 +143,8 @@ class Lookahead(AveragingCallback, OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
+        if self.is_neutral:
+            return False
         names = [cls.__name__ for cls in type(optimizer).__mro__]
         reason = next(
             (_REFUSED[name] for name in names if name in _REFUSED), _AVERAGES if averages(optimizer) else None
@@ -152,7 +154,7 @@ class Lookahead(AveragingCallback, OptimizerCallback):
                 f"{self.display_name} does not work with {names[0]}, which {reason}. Train with a plain optimizer, such "
                 "as SGD or AdamW, or remove the callback."
             )
-        return not self.is_neutral
+        return True
 
     @override
     def averaging(self, trainer: pl.Trainer) -> Sequence[Averaging]:
@@ -165,7 +167,9 @@ class Lookahead(AveragingCallback, OptimizerCallback):
         super().on_fit_start(trainer, pl_module)
         names = ", ".join(type(optimizer).__name__ for optimizer in self.watched.values())
         steps = "step" if self.k == 1 else f"{self.k} steps"
-        words = f"moves slow weights by {self.alpha:g} of the way of {names}, every {steps}"
+        words = (
+            f"keeps slow weights for {names}, and moves them {self.alpha:g} of the way to the fast ones every {steps}"
+        )
         listed = [f"optimizers[{index}]" for index in self.watched]
         self.announce(words if listed else "changes nothing, because alpha is 1", "optimizers", listed)
 

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lightning_grad.callbacks import SAM, Lookahead, NMSparsity, NormClipping, OptimizerSwap, ZerothOrder
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
-from tests.callbacks.optimizers.swapped import assert_searches_change_nothing
+from tests.callbacks.optimizers.swapped import searched
 from tests.core.test_step_window import DATA, Manual, Module, Plain, run, same
 
 K, ALPHA, STEPS = 5, 0.5, 18
@@ -314,9 +314,28 @@ def test_weights_that_are_added_later_start_as_they_are_then() -> None:
     assert not torch.equal(after[9], before_moves[9])
 
 
-@pytest.mark.parametrize("first", [True, False])
-def test_a_search_for_a_learning_rate_leaves_no_trace(first: bool) -> None:
-    assert_searches_change_nothing(lambda: Lookahead(4), first)
+def test_a_search_for_a_learning_rate_leaves_no_trace(tmp_path: Path) -> None:
+    assert_identical(searched(Lookahead(), tmp_path), searched(Lookahead(), tmp_path, searches=False))
+
+
+def test_a_checkpoint_from_before_the_first_step_can_be_restored_in_the_fit(tmp_path: Path) -> None:
+    """As a search for a learning rate does, if a callback starts it after the first step."""
+    callback = Lookahead(4)
+
+    class Rewinds(pl.Callback):
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "start.ckpt")
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                saved = torch.load(tmp_path / "start.ckpt", weights_only=True)
+                callback.load_state_dict(saved["callbacks"]["Lookahead"])
+                pl_module.load_state_dict(saved["state_dict"])
+
+    seen = Seen()
+    fit([Rewinds(), callback, seen], max_epochs=1)
+    assert callback.memory(0)["steps"] == 4
+    assert_identical(callback.memory(0)["slow"], list(seen.trained[5].values()))
 
 
 def test_an_average_of_fast_weights_is_possible() -> None:
