@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.callbacks import NMSparsity, TrAct, ZerothOrder
 from lightning_grad.functional import precondition
@@ -128,6 +129,15 @@ class Frozen(WithSGD):
     def __init__(self) -> None:
         super().__init__()
         self.net[0].requires_grad_(False)
+
+
+def test_a_checkpointed_layer_is_preconditioned_once() -> None:
+    class Checkpointed(WithSGD):
+        def loss(self, x: Tensor) -> Tensor:
+            return (checkpoint(self.net, x, use_reentrant=False) - x.sum(1, keepdim=True)).square().mean()
+
+    _, module = run(TrAct(0.2), module=Checkpointed(), epochs=1)
+    assert close(module, by_hand(0.2, epochs=1))
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")  # which Lightning says once in a process
