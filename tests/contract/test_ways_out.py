@@ -147,7 +147,7 @@ SPARSITY = [
     Row(
         "one weight twice",
         lambda _: fit(nm(), nm(name="b")),
-        r"both choose hidden.weight .*Separate them with include= or exclude=",
+        r"both choose hidden.weight .*Separate them: set include= or exclude=",
         lambda _: fit(nm(), nm(name="b", include=["encoder"])),
     ),
     Row(
@@ -248,7 +248,7 @@ QUANTIZATION = [
     Row(
         "one weight on two grids",
         lambda _: fit(qat(), qat(8, name="b")),
-        r"both choose hidden.weight .*Separate them with include=",
+        r"both choose hidden.weight .*Separate them: set include=",
         lambda _: fit(qat(), qat(8, name="b", include=["head"])),
     ),
 ]
