@@ -24,6 +24,7 @@ from lightning_grad.callbacks.quantization._grid_weight import (
     GridWeight,
     HeldWeights,
     dimension_of_outputs,
+    follow,
     off_the_grid,
 )
 from lightning_grad.callbacks.quantization._meter import FrozenNorms, LevelFlips, free_share, relative_error
@@ -279,8 +280,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     @override
     def refresh(self, weights: Sequence[GridWeight]) -> None:
-        for weight in weights:
-            weight.follow(self._is_due)
+        follow(weights, self._is_due)
 
     @override
     def step(self, weights: Sequence[GridWeight]) -> None:
