@@ -119,8 +119,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     **State.** Progress, the selected weights with their grids (also as ``formats``), and the dense weights, which a
     checkpoint's quantized weights lack; resuming is bit-exact. Every setting may change on resume.
 
-    **Cost.** A few passes over each weight per optimizer step, and with ``hadamard=True`` four transforms. A checkpoint
-    holds the dense weights too; see docs/benchmarks.md.
+    **Cost.** A few passes over each weight per optimizer step, and with ``hadamard=True`` four transforms. Annealing
+    copies the weights in each step. A checkpoint holds the dense weights too; see docs/benchmarks.md.
 
     During the fit, ``layer.weight.grad`` of a selected layer is None; read the gradient from ``named_parameters()``.
 
