@@ -12,6 +12,7 @@ from pathlib import Path
 SCRIPTS = (
     "sparsity",
     "clipping",
+    "optimizers",
     "diagnostics",
     "data_pruning",
     "adversarial",

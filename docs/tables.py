@@ -194,13 +194,14 @@ def api_page(family: str) -> str:
     """Return the API page of a family: its classes and its functions."""
     members = techniques()[family]
     classes = [f".. autoclass:: {cls.__name__}" for cls in members]
-    functions = [_entry(name) for name in getattr(functional, family).__all__]
+    functions = [_entry(name) for name in getattr(getattr(functional, family, None), "__all__", [])]
+    listed = f"\n## Functions\n\n{_reference('lightning_grad.functional', functions)}" if functions else ""
     return (
         f"# API: {title_of(family)}\n\n"
-        f"All arguments and functions. To choose a technique, read the [page of the family](../{family}.md) or a card:\n\n"
+        f"All arguments{' and functions' if functions else ''}. To choose a technique, read the "
+        f"[page of the family](../{family}.md) or a card:\n\n"
         f"{write_descriptions(members, '../')}"
-        f"\n## Classes\n\n{_reference(package_of(members[0]), classes)}"
-        f"\n## Functions\n\n{_reference('lightning_grad.functional', functions)}"
+        f"\n## Classes\n\n{_reference(package_of(members[0]), classes)}{listed}"
     )
 
 

@@ -46,6 +46,7 @@ from lightning_grad.core.samples.training_set import TrainingSet
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
 from lightning_grad.core.steps.held_rates import HeldRates
+from lightning_grad.core.steps.replacement import replace_optimizer
 from lightning_grad.core.steps.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.undo import UndoList
@@ -108,6 +109,7 @@ __all__ = [
     "no",
     "quiet",
     "read_losses",
+    "replace_optimizer",
     "reweight_losses",
     "run_progress",
     "stand_in",

@@ -10,8 +10,9 @@ from studies.claims import (
     communication,
     data_pruning,
     label_errors,
+    optimizers,
     sparsity,
 )
 
-FAMILIES = (sparsity, clipping, clipping_spikes, data_pruning, label_errors, adversarial, communication)
+FAMILIES = (sparsity, clipping, clipping_spikes, data_pruning, label_errors, adversarial, communication, optimizers)
 CLAIMS: dict[str, Claim[Any]] = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}

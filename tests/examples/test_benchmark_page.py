@@ -13,6 +13,7 @@ from benchmarks import (
     data_pruning,
     diagnostics,
     memory,
+    optimizers,
     rows,
     small_layers,
     topk_selection,
@@ -24,6 +25,7 @@ CLIPPING, PRUNING = tuple(clipping.SHAPES), (data_pruning.CONVNET, data_pruning.
 TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
+    "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),

@@ -8,6 +8,7 @@ from typing import Any
 import adversarial
 import communication
 import diagnostics
+import optimizers
 import plain_project
 import pytest
 import schedules
@@ -17,6 +18,7 @@ from lightning_grad.callbacks import (
     DataPruning,
     GradientMonitor,
     NMSparsity,
+    OptimizerSwap,
     SkipNonFinite,
     ZClip,
 )
@@ -52,6 +54,16 @@ def test_schedule_is_cut_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_threshold_of_ones_own_cuts_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     schedules.main(["--epochs", "4", "--threshold", "-1", "--output", str(tmp_path)])
     assert "0 cuts: the learning rate ended at 1 times its first value" in capsys.readouterr().out
+
+
+def test_another_optimizer_moves_the_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pytorch_optimizer")
+    optimizers.main(["--epochs", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    usual, swapped = ([part for part in line.split("  ") if part] for line in printed.splitlines() if line[:2] == "0:")
+    assert (usual[0], swapped[0]) == ("0: AdamW", "0: Lion")
+    assert float(usual[-1].split()[0]) == pytest.approx(2 * float(swapped[-1].split()[0]), rel=0.02)
+    assert str(tmp_path) in printed
 
 
 def test_diagnosis_names_the_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,10 +108,11 @@ def test_two_processes_send_less(
     [
         ("schedules", AccuracyGradientLR, "accuracy_gradient_lr.png"),
         ("diagnostics", GradientMonitor, "gradient_monitor.png"),
+        ("optimizers", OptimizerSwap, None),
     ],
 )
 def test_yaml_runs_on_the_command_line(
-    family: str, kind: type, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, kind: type, figure: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("jsonargparse")
     from train import main
@@ -110,7 +123,7 @@ def test_yaml_runs_on_the_command_line(
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     cli = main(["fit", "--config", str(EXAMPLES / f"{family}.yaml"), *short, *quiet])
     assert [type(callback) for callback in cli.trainer.callbacks if isinstance(callback, kind)] == [kind]
-    check_files(tmp_path / f"runs/{family}_yaml/version_0", figure)
+    check_files(tmp_path / f"runs/{family}_yaml/version_0", *([figure] if figure else []))
 
 
 @pytest.mark.parametrize("path", sorted([*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.yaml")]), ids=lambda path: path.name)

@@ -17,7 +17,7 @@ from lightning_grad.core import Chosen
 
 Status = Literal["runs", "refused", "FAILED", "in use", "not tried"]
 
-_REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError)
+_REFUSALS = (ValueError, TypeError, RuntimeError, LookupError, OSError, ImportError)
 _PACKAGE = Path(lightning_grad.__file__).parent
 _HERE = Path(__file__).parent
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
-from lightning_grad.testing.checks.trained import assert_trained
+from lightning_grad.testing.checks.trained import assert_trained, replaces_optimizers
 from lightning_grad.testing.lines import line_of_class
 from lightning_grad.testing.rows import REFUSES
 from lightning_grad.testing.states import assert_identical
@@ -118,14 +118,24 @@ def g4_with_weight_averaging(subject: Subject) -> str:
 
 @check("full")
 def g4_a_run_without_it_continues(subject: Subject) -> None:
-    """A run without the callback resumes from its checkpoint."""
+    """A run without the callback resumes from its checkpoint, unless that holds the state of other optimizers."""
+    if replaces_optimizers(subject):
+        raise NotApplicableError("It trains with other optimizers, whose state those of the module cannot load.")
     subject.plain.run(ckpt=_half_way(subject))
 
 
 @check("full")
-def g4_continues_a_run_without_it(subject: Subject) -> None:
-    """A run with the callback resumes from the checkpoint of a run without it."""
-    assert_trained(subject.run(ckpt=_half_way(subject.plain)), subject.plain.bare())
+def g4_continues_a_run_without_it(subject: Subject) -> str:
+    """A run with the callback resumes from the checkpoint of a run without it; with other optimizers, it may refuse to."""
+    path = _half_way(subject.plain)
+    try:
+        run = subject.run_or_refuse(subject.built(), ckpt=path)
+    except RefusedError as refusal:
+        if not replaces_optimizers(subject):
+            raise GuaranteeError(str(refusal)) from refusal
+        return f"It refuses the state of the module's optimizers: {refusal}"
+    assert_trained(run, subject.plain.bare())
+    return ""
 
 
 def _half_way(subject: Subject) -> Path:

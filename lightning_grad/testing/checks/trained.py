@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from lightning_grad.testing.checks.registry import GuaranteeError
@@ -45,6 +47,15 @@ def assert_no_number_drawn(without: Run, run: Run) -> None:
         raise GuaranteeError(
             "It draws numbers from torch's global random generator, which changes those of the module."
         )
+
+
+def replaces_optimizers(subject: Subject) -> bool:
+    """Return whether the callback trains with optimizers of other classes than the module's."""
+    return _optimizer_classes(subject.bare()) != _optimizer_classes(subject.plain.bare())
+
+
+def _optimizer_classes(run: Run) -> list[Any]:
+    return [optimizer["class"] for optimizer in run.traces["trainer"]["optimizers"]]
 
 
 def state_varies(subject: Subject) -> bool:

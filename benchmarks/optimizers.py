@@ -1,0 +1,147 @@
+"""The cost of OptimizerSwap: bytes of optimizer state, and steps next to those of a module with the same optimizer.
+
+Bytes are counted after one step of a transformer that returns AdamW, and are exact. Steps of a fit with the callback, of a
+module that returns the new optimizer itself, and of that module "again", which shows the noise, take turns step by step.
+The rows of short names need the extra ``optimizers``.
+
+With one thread the script measures processor time, which excludes the time that other processes get.
+
+::
+
+    python benchmarks/optimizers.py --quick
+    python benchmarks/optimizers.py --out optimizers.json
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from benchmarks.common import (
+    Clock,
+    SmallTransformer,
+    in_turns,
+    machine,
+    quiet_trainer,
+    show,
+    show_missed,
+    silence,
+    speed_options,
+    timed_fit,
+    write_tables,
+)
+from benchmarks.rows import AGAIN, Row
+from lightning_grad.callbacks import OptimizerSwap
+from lightning_grad.utilities import optimizer_report
+
+STATE, STEPS_OF = "state", "steps of a transformer"  # titles of the tables
+STATE_BUDGETS: dict[str, float | None] = {"lion": 0.50, "adafactor": 0.01, "adabelief": 1.0, "came": None}
+STEP_BUDGET = 1.02
+STEPPED = ("lion", "adabelief", "adafactor")
+STEPS = 12
+RATE = 1e-4
+
+
+def batch_of() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a batch for the transformer."""
+    return torch.randn(4, 256, 256), torch.randn(4, 256, 256)
+
+
+def state_bytes(callbacks: list[Callback], device: str) -> int:
+    """Train for one step, and return the bytes of the optimizer's state."""
+    seed_everything(0, verbose=False)
+    trainer = quiet_trainer(device, max_steps=1, callbacks=callbacks)
+    trainer.fit(SmallTransformer(), DataLoader(cast(Any, [batch_of()]), batch_size=None))
+    return optimizer_report(trainer).state_bytes
+
+
+def state_rows(device: str) -> list[Row]:
+    """Compare the bytes of all states with those of AdamW."""
+    plain = state_bytes([], device)
+    rows = [Row("AdamW", None, 1.0, columns={"MB": plain / 1e6})]
+    for name, budget in STATE_BUDGETS.items():
+        held = state_bytes([OptimizerSwap(name, lr_factor=1.0)], device)
+        rows.append(Row(f"OptimizerSwap({name!r})", None, held / plain, budget, columns={"MB": held / 1e6}))
+    return rows
+
+
+class Native(SmallTransformer):
+    """The transformer with an optimizer of its own.
+
+    Args:
+        kind: Class of the optimizer.
+    """
+
+    def __init__(self, kind: Callable[..., Optimizer]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer."""
+        return self.kind(self.parameters(), lr=RATE, weight_decay=0.01)
+
+
+def step_rows(name: str, rounds: int, clock: Clock) -> list[Row]:
+    """Time steps with the callback and of a module with the same optimizer in turn."""
+    kind = _class_of(name)
+    variants: list[Callable[[], tuple[LightningModule, list[Callback]]]] = [
+        lambda: (Native(kind), []),
+        lambda: (SmallTransformer(), [OptimizerSwap(name, lr_factor=1.0)]),
+        lambda: (Native(kind), []),
+    ]
+    found: list[list[list[float]]] = []
+    for _ in range(rounds):
+        found.append(in_turns([partial(_steps, variant, clock) for variant in variants]))
+    plain, swapped, again = (median(time for times in each for time in times) for each in zip(*found, strict=True))
+    baseline = f"{name} in the module"
+    return [
+        Row(baseline, 1000 * plain, 1.0),
+        Row(f"OptimizerSwap({name!r})", 1000 * swapped, swapped / plain, STEP_BUDGET, baseline=baseline),
+        Row(f"{baseline}{AGAIN}", 1000 * again, again / plain, baseline=baseline),
+    ]
+
+
+def _class_of(name: str) -> Callable[..., Optimizer]:
+    """Return the class behind a short name, from an optimizer that the callback creates."""
+    old = torch.optim.AdamW([torch.zeros(2, 2, requires_grad=True)])
+    swap = OptimizerSwap(name, lr_factor=1.0)
+    return type(swap.create(swap.make(old), old))
+
+
+def _steps(make: Callable[[], tuple[LightningModule, list[Callback]]], clock: Clock, pause: Any) -> list[float]:
+    seed_everything(0, verbose=False)
+    module, callbacks = make()
+    return timed_fit(module, batch_of(), STEPS, callbacks, clock, pause)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the tables and write them."""
+    assert __doc__ is not None
+    options = speed_options(__doc__, arguments, quick="one round of one optimizer: a rough answer in seconds")
+    silence()
+    torch.set_num_threads(options.threads)
+    clock = Clock(options.device)
+    print(f"{machine(options.device)}; {options.rounds} rounds")
+    tables = {STATE: state_rows(options.device), STEPS_OF: list[Row]()}
+    show("State of the optimizers", tables[STATE])
+    for name in STEPPED[: 1 if options.quick else None]:
+        tables[STEPS_OF] += step_rows(name, options.rounds, clock)
+    show("Steps of a transformer", tables[STEPS_OF])
+    show_missed(tables)
+    write_tables(options, tables)
+
+
+if __name__ == "__main__":
+    main()

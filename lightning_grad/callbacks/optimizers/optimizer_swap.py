@@ -1,0 +1,345 @@
+"""Another optimizer for a module that is not changed."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_, forget_marks
+from lightning_grad.callbacks.optimizers._names import NAMES, Make, entry_of, find_class, refuse_second_order
+from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
+from lightning_grad.callbacks.optimizers._options import (
+    as_options,
+    check_options,
+    class_of,
+    name_of,
+    own_options,
+)
+from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_other_scale, remarks
+from lightning_grad.callbacks.optimizers._refusals import (
+    refuse_new,
+    refuse_old,
+    refuse_one_decay,
+    refuse_own_values,
+    refuse_scheduler,
+    refuse_wrong_groups,
+)
+from lightning_grad.callbacks.optimizers._saved import WAY_OUT, description, refuse_other_optimizers
+from lightning_grad.core import GradCallback, as_indices, during_fit, no, until_next_fit, wrap_method
+from lightning_grad.core.compatibility import Compatibility, yes
+from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_, unknown_schedulers
+from lightning_grad.core.steps.replacement import held_schedulers, replace_optimizer
+from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one
+
+Option = bool | float | str | Sequence[float | None] | None
+
+_SCALED = "the checkpoint holds rates and decays that were multiplied by the old value"
+_SHARDED = no(
+    "uses an optimizer that needs whole parameters, and {} shards them",
+    "Use an elementwise optimizer, such as lion, adabelief or diffgrad, or train with strategy='ddp'",
+)
+_COMPLEX = no(
+    "uses an optimizer for real parameters, and {} holds complex numbers",
+    "Use lion, adabelief, adamp or diffgrad, or skip its optimizer with which=[...]",
+)
+
+
+class OptimizerSwap(OptimizerNeeds):
+    r"""Train with another optimizer than ``configure_optimizers`` returns.
+
+    The new optimizer takes over the parameter groups with their names, learning rates and weight
+    decays. Schedulers, and all other objects that hold the module's optimizer, follow the new one.
+
+    Args:
+        optimizer: Short name, dotted path of a class, or callable; None keeps the module's class.
+            Short names are ``adafactor``, ``adabelief``, ``adahessian``, ``adam``, ``adamp``,
+            ``adamw``, ``came``, ``diffgrad``, ``lion``, ``muon``, ``prodigy``,
+            ``schedulefree-adamw``, ``sgd``, ``sgdp``, ``soap``, ``sophia`` and ``spam``. A callable
+            takes a list of parameter groups; in YAML, write ``class_path`` and ``init_args``.
+        options: Options of the constructor, such as betas; the others get the defaults of the class.
+            If a name or a class is that of the module's optimizer, they get the values of that one.
+            ``weight_decay`` replaces a decay that all groups share. Learning rates are no options.
+        lr_factor: Factor of all learning rates, also those of schedulers; None leaves them unchanged.
+            None raises an error if the usual rates of the two classes differ, as from SGD to AdamW;
+            1.0 does not.
+        wd_factor: Factor of all weight decays; None leaves them unchanged.
+        which: Indices of the optimizers to replace; None replaces all.
+        name: Name of this instance, needed if two are used.
+
+    Raises:
+        ValueError: In the constructor for an unknown name or option, and for a factor out of range.
+            Before the first batch if an optimizer cannot be replaced (none, LBFGS,
+            ``ZeroRedundancyOptimizer``, under DeepSpeed) or cannot be created, if a callable sets a
+            learning rate or weight decay, if usual rates differ and ``lr_factor`` is None, for two
+            instances on one optimizer, and for a checkpoint with the state of another optimizer.
+        ModuleNotFoundError: In the constructor if the package of the optimizer is not installed.
+
+    **Hooks.** The strategy's ``setup_optimizers``, so all callbacks and precision plugins see the new
+    optimizer only. With an optimizer that averages weights, it shows the averages during validations,
+    ``save_checkpoint`` and after the fit. With ``adahessian`` and ``sophia``, the strategy's
+    ``backward`` keeps the graph of the gradients. Otherwise it adds nothing to a step.
+
+    **Logs.** Nothing. Lightning's ``LearningRateMonitor`` shows the rates of the new optimizer.
+
+    **State.** Class and options of each new optimizer. A run resumes only with the same ones. With an
+    optimizer that averages weights, also the training weights; the module's are the averages.
+
+    **Cost.** That of the new optimizer.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.OptimizerSwap
+                  init_args:
+                    optimizer: lion
+                    options: {betas: [0.9, 0.98]}
+                    lr_factor: 0.2
+                    wd_factor: 5.0
+
+    References:
+        Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, arXiv 2302.06675,
+        section 5: Lion needs learning rates 3 to 10 times smaller, and decays as many times larger,
+        than AdamW. The card lists the sources of the other optimizers.
+    """
+
+    namespace: ClassVar[str] = "optimizer"
+    compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        deepspeed=no(
+            "replaces the module's optimizer, and under {} the engine creates it",
+            "Train with strategy='ddp', or choose the optimizer in DeepSpeed's own config",
+        ),
+        several_optimizers=yes("`which` chooses some of them."),
+        sparse_gradients=no(
+            "uses an optimizer that takes dense gradients only, and {} computes sparse ones",
+            "Create {value} with sparse=False, or skip its optimizer with which=[...]",
+        ),
+    )
+    fixed_settings: ClassVar[Mapping[str, str]] = {"lr_factor": _SCALED, "wd_factor": _SCALED}
+    trial: ClassVar[Mapping[str, Any]] = {"optimizer": "lion", "lr_factor": 0.3}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"optimizer": None, "lr_factor": None}
+
+    _optimizers = until_next_fit.of(dict[str, dict[str, Any]]).saved()  # class and options of each new optimizer
+    # The same, from the checkpoint of a fit that resumes.
+    _in_checkpoint = during_fit[Mapping[str, Any] | None](lambda _: None)
+    _swapped = during_fit.of(dict[int, str])  # what is said about each
+    _remarks = during_fit.of(list[str])
+
+    def __init__(
+        self,
+        optimizer: str | Callable[[Iterable[Any]], Optimizer] | None,
+        options: Mapping[str, Option] | None = None,
+        lr_factor: float | None = None,
+        wd_factor: float | None = None,
+        which: Sequence[int] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self.optimizer = optimizer
+        self.options = None if options is None else as_options(options)
+        self.lr_factor = check_finite(check_above(lr_factor, 0.0, "lr_factor"), "lr_factor")
+        self.wd_factor = check_finite_at_least(wd_factor, 0.0, "wd_factor")
+        self.which = as_indices(which, "which")
+        decay = (self.options or {}).get("weight_decay")
+        check_only_one({"options: weight_decay": decay, "wd_factor": wd_factor}, "set the weight decay")
+        if self.optimizer is not None:
+            refuse_second_order(self.new_class())
+            check_options(self.options or {}, self._constructor())
+        check_finite_at_least(decay, 0.0, "options: weight_decay")
+
+    def _constructor(self) -> Make:
+        """Return the constructor of the new optimizer."""
+        if not isinstance(self.optimizer, str):
+            assert self.optimizer is not None
+            return self.optimizer
+        found, named = find_class(self.optimizer), NAMES.get(self.optimizer)
+        return partial(found, **named.options) if named and named.options else found
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether it leaves the module's optimizers as they are."""
+        unchanged = all(factor in (None, 1.0) for factor in (self.lr_factor, self.wd_factor))
+        return self.optimizer is None and not self.options and unchanged
+
+    @override
+    def answers_for(self, kind: Any) -> Compatibility:
+        answers, named = super().answers_for(kind), None if self.optimizer is None else entry_of(kind)
+        if named is None or named.takes_sparse:
+            answers = answers.but(sparse_gradients=yes("If the class supports them."))
+        if named is not None and not named.takes_complex:
+            answers = answers.but(complex_parameters=_COMPLEX)
+        if named is not None and not named.elementwise:
+            answers = answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
+        return answers
+
+    # The fit begins.
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.fitting and not self.is_neutral:
+            self._refuse_a_second(trainer)
+            # All callbacks see the new optimizer in on_fit_start, whatever their order in the list.
+            swap = partial(self._swap, trainer, pl_module)
+            self.undo.push(wrap_method(trainer.strategy, "setup_optimizers", swap))
+
+    def _refuse_a_second(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, OptimizerSwap) and other is not self and not other.is_neutral:
+                both = None if None in (self.which, other.which) else {*self.which} & {*other.which}  # type: ignore[misc]
+                if both is None or both:
+                    raise ValueError(
+                        f"{self.display_name} and {other.display_name} would replace the same optimizer. Keep one, or "
+                        "give each its own with which=[...]."
+                    )
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        # Called without a state in the checkpoint too, unlike load_state_dict.
+        is_other = checkpoint.get("optimizer_states") and self.state_key not in checkpoint.get("callbacks", {})
+        if self.fitting and not self.is_neutral and is_other:
+            raise ValueError(
+                f"{self.display_name} cannot resume: the checkpoint was written without it, so it holds the state of "
+                f"the module's own optimizer. {WAY_OUT}"
+            )
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._in_checkpoint = state["optimizers"]
+        if self._swapped or self.is_neutral:  # some strategies restore after they set up the optimizers
+            refuse_other_optimizers(self.display_name, self._in_checkpoint, self._optimizers)
+        super().restore(state)
+
+    # The swap.
+
+    def _swap(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inner: Callable[..., None], *args: Any, **kwargs: Any
+    ) -> None:
+        inner(*args, **kwargs)
+        strategy = trainer.strategy
+        optimizers = list(strategy.optimizers)
+        returned = [config.scheduler for config in strategy.lr_scheduler_configs]
+        # Under manual optimization, a module may keep schedulers that it does not return.
+        schedulers = list(held_schedulers([*returned, *vars(pl_module).values()]))
+        self._optimizers = {}
+        for index in self._indices(len(optimizers)):
+            refuse_old(self.display_name, index, optimizers[index])
+            optimizers[index] = self._replace(index, optimizers[index], schedulers, trainer, pl_module)
+        if self._in_checkpoint is not None:
+            refuse_other_optimizers(self.display_name, self._in_checkpoint, self._optimizers)
+        strategy.optimizers = optimizers  # Lightning wraps each in an object of a derived class
+        self.keep_graphs(trainer)
+
+    def _indices(self, count: int) -> Sequence[int]:
+        outside = [index for index in self.which or [] if index >= count]
+        if outside:
+            raise ValueError(
+                f"{self.display_name}: which must hold indices below {count}, the number of optimizers; got {self.which}."
+            )
+        return range(count) if self.which is None else self.which
+
+    def _replace(
+        self,
+        index: int,
+        old: Optimizer,
+        schedulers: Sequence[Any],
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+    ) -> Optimizer:
+        make = self.make(old)
+        refuse_new(self.display_name, make, old, module)
+        new, groups = self.create(make, old), [dict(group) for group in old.param_groups]
+        self.refuse_run(type(new), trainer, module)
+        parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
+        self.answers_for(type(new)).refuse_parameters(self.display_name, module, parameters)
+        if self.lr_factor is None:
+            refuse_other_scale(self.display_name, old, type(new))
+        elif self.lr_factor != 1.0:
+            refuse_scheduler(self.display_name, schedulers, old)
+        self.undo.push(partial(forget_marks, new))
+        self.undo.push(replace_optimizer(old, new, schedulers))
+        if self.lr_factor not in (None, 1.0):
+            self._scale(new, schedulers)
+        self._describe(index, old, groups, new)
+        return new
+
+    def _scale(self, new: Optimizer, schedulers: Sequence[Any]) -> None:
+        assert self.lr_factor is not None
+        chosen = [(new, list(range(len(new.param_groups))))]
+        scale_rates_(chosen, self.lr_factor)
+        scale_schedules_(chosen, schedulers, self.lr_factor)
+        unknown = unknown_schedulers(each for each in schedulers if getattr(each, "optimizer", None) is new)
+        if unknown:
+            self._remarks.append(
+                f"multiplies the base rates of {', '.join(unknown)}. Schedulers outside torch may compute rates from other "
+                "values too, so look at the rates with LearningRateMonitor"
+            )
+
+    def make(self, old: Optimizer) -> Make:
+        """Return the class or callable that creates the optimizer that replaces one of the module's."""
+        return type(old) if self.optimizer is None else self._constructor()
+
+    def create(self, make: Make, old: Optimizer) -> Optimizer:
+        """Create the optimizer that replaces one of the module's.
+
+        Args:
+            make: Class or callable.
+            old: The module's optimizer, which is not changed.
+        """
+        # A callable with options of its own decides about all of them.
+        same = class_of(make) is type(old) and (isinstance(make, type) or isinstance(self.optimizer, str))
+        options = {**(own_options(old) if same else {}), **(self.options or {})}
+        factor, decay = 1.0 if self.wd_factor is None else self.wd_factor, options.pop("weight_decay", None)
+        refuse_one_decay(self.display_name, decay, old)
+        given = self.options or {}
+        groups = [
+            carried_group(group, old, same, factor, decay, given.keys() - {"weight_decay"})
+            for group in old.param_groups
+        ]
+        try:
+            new = make(groups, **options)
+        except Exception as error:
+            raise ValueError(
+                f"{self.display_name} cannot create {name_of(make)} for the groups of {type(old).__name__}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        refuse_wrong_groups(self.display_name, new, old)
+        if type(new) is not type(old):
+            refuse_second_order(type(new))
+        refuse_own_values(self.display_name, make, new)
+        carry_defaults_(new, old, 1.0 if self.lr_factor is None else self.lr_factor, factor, decay)
+        return new
+
+    def _describe(self, index: int, old: Optimizer, groups: Sequence[dict[str, Any]], new: Optimizer) -> None:
+        self._optimizers[str(index)] = description(new)
+        self._swapped[index] = (
+            f"{type(new).__name__} in place of {type(old).__name__} ({rates_in_words(new.param_groups)})"
+        )
+        self._remarks += remarks(old, groups, new, self.lr_factor)
+
+    @override
+    def new_class(self) -> Any:
+        return None if self.optimizer is None else class_of(self._constructor())
+
+    @override
+    def new_optimizers(self, trainer: pl.Trainer) -> Sequence[Optimizer]:
+        return [trainer.optimizers[index] for index in self._swapped]
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.is_neutral and not self._swapped:
+            raise ValueError(
+                f"{self.display_name} found no optimizer to replace: {type(trainer.strategy).__name__} does not call "
+                "setup_optimizers. Train with strategy='ddp' or on one device."
+            )
+        super().on_fit_start(trainer, pl_module)
+        words = ", ".join(dict.fromkeys(self._swapped.values())) or "the module's own optimizers"
+        self.announce(f"trains with {words}", "optimizers", [f"optimizers[{index}]" for index in self._swapped])
+        for remark in dict.fromkeys(self._remarks):
+            self.say(remark)

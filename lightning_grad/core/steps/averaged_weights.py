@@ -1,0 +1,169 @@
+"""Optimizers whose weights for inference are an average of those that train, such as Schedule-Free.
+
+Such an optimizer has methods ``train()`` and ``eval()``, which replace the weights in place. The
+second does not undo the first exactly, so the training weights are copied before ``eval()`` and
+copied back afterwards.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_grad.core.dispatch import WrapOrder, wrap_method
+from lightning_grad.core.undo import UndoList
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """An optimizer that averages weights."""
+
+    param_groups: list[dict[str, Any]]
+
+    def train(self) -> Any:
+        """Replace the averaged weights by the training weights."""
+
+    def eval(self) -> Any:
+        """Replace the training weights by the averaged weights."""
+
+
+def averages(optimizer: Optimizer) -> bool:
+    """Return True if an optimizer has different weights for training and inference.
+
+    Example:
+        >>> averages(torch.optim.AdamW([torch.zeros(1)]))
+        False
+    """
+    return isinstance(optimizer, Averaging)
+
+
+class AveragedWeights:
+    """Shows the averaged weights in validation, in checkpoints and after the fit.
+
+    Everything that runs during a validation or while a checkpoint is saved sees the averaged
+    weights. Training continues from the training weights, bit for bit; checkpoints hold them in
+    :attr:`training_weights`, which the owner adds to its state.
+
+    Args:
+        trainer: The trainer.
+        pl_module: Its module.
+        optimizers: The optimizers that average.
+        is_resumed: Whether the module has training weights that :func:`wrap_loading` put into the
+            checkpoint. In that case, the optimizers only have to change their mode.
+
+    Attributes:
+        has_started: Whether the optimizers have been put into training mode.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        optimizers: Sequence[Averaging],
+        is_resumed: bool,
+    ) -> None:
+        self._trainer, self._pl_module = trainer, pl_module
+        self._optimizers = optimizers
+        self._is_resumed = is_resumed
+        self._kept: dict[Tensor, Tensor] | None = None  # the training weights while the module has the averaged ones
+        self.has_started = False
+        self._in_training = 0  # number of groups that were put into training mode
+
+    def watch(self, undo: UndoList, undo_after_saving: UndoList) -> None:
+        """Wrap validations, the saving of checkpoints, and the end of the fit. Call it in ``on_fit_start``."""
+        loop = self._trainer.fit_loop
+        undo.push(wrap_method(loop.epoch_loop.val_loop, "run", self._show))
+        undo.push(wrap_method(loop, "on_run_end", self._end))
+        undo_after_saving.push(wrap_method(self._trainer, "save_checkpoint", self._show))
+
+    def start(self) -> None:
+        """Put the optimizers into training mode. Call it in ``on_train_start``, when all states are restored."""
+        if not self.has_started:
+            self.has_started = True
+            self._kept = self._copies() if self._is_resumed else None
+            self._train()
+
+    def finish(self) -> None:
+        """Leave the averaged weights in the module."""
+        self.start()
+        if self._kept is None:
+            if self._in_training < self._count_groups():  # a callback added some, which begin in the other mode
+                self._kept = self._copies()
+                self._train()
+            self._kept = self._copies()
+            for optimizer in self._optimizers:
+                optimizer.eval()
+
+    @property
+    def training_weights(self) -> dict[str, Tensor]:
+        """The training weights by name, on the CPU."""
+        kept, trained = self._kept or {}, self._weights()
+        named = self._pl_module.named_parameters(remove_duplicate=False)
+        return {name: kept.get(weight, weight).detach().cpu().clone() for name, weight in named if weight in trained}
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Let the module have the averaged weights inside the block."""
+        is_outermost = self._kept is None
+        self.finish()
+        try:
+            yield
+        finally:
+            if is_outermost:
+                self._train()
+
+    def _show(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self.shown():
+            return inner(*args, **kwargs)
+
+    def _end(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.finish()
+        return inner(*args, **kwargs)
+
+    def _weights(self) -> set[Tensor]:
+        return {p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+
+    def _copies(self) -> dict[Tensor, Tensor]:
+        return {weight: weight.detach().clone() for weight in self._weights()}
+
+    @torch.no_grad()
+    def _train(self) -> None:
+        """Copy the training weights back, after the optimizers computed them up to rounding."""
+        for optimizer in self._optimizers:
+            optimizer.train()
+        for weight, kept in (self._kept or {}).items():
+            weight.copy_(kept)
+        self._kept = None
+        self._in_training = self._count_groups()
+
+    def _count_groups(self) -> int:
+        return sum(len(optimizer.param_groups) for optimizer in self._optimizers)
+
+
+def wrap_loading(pl_module: pl.LightningModule, weights_in: Callable[[Mapping[str, Any]], Any]) -> Callable[[], None]:
+    """From now on, replace the averaged weights of every checkpoint by its training weights before the module loads it.
+
+    Args:
+        pl_module: Module that loads the checkpoint.
+        weights_in: Returns the training weights in a checkpoint, by name, or ``None``.
+
+    Returns:
+        Callable: Undoes this.
+    """
+
+    def load(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
+        inner(checkpoint)
+        kept = weights_in(checkpoint) or {}
+        checkpoint["state_dict"].update({name: kept[name] for name in kept.keys() & checkpoint["state_dict"].keys()})
+
+    # Outermost, because the views of a WeightCallback first restore the dense form of the averaged weights.
+    return wrap_method(pl_module, "on_load_checkpoint", load, WrapOrder.LOOK)
+
+
+def has_batch_statistics(module: nn.Module) -> bool:
+    """Return True if a module collects statistics of activations, which belong to the training weights."""
+    return any(isinstance(child, nn.modules.batchnorm._BatchNorm) for child in module.modules())

@@ -1,0 +1,151 @@
+"""Report what each optimizer of a trainer moves, with rates, decays and the memory of its state."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_grad.utilities.parameters import clean_name
+from lightning_grad.utilities.reporting import format_table
+
+_HEADER = ("optimizer", "group", "parameters", "entries", "learning rate", "weight decay", "state")
+
+
+@dataclass(frozen=True)
+class MovedGroup:
+    """One parameter group of an optimizer, from :func:`optimizer_report`.
+
+    Args:
+        optimizer: Class of the optimizer, with its index.
+        group: Index of the group, or its name if it has one.
+        parameters: Names of the parameters.
+        entries: Number of entries of all parameters.
+        lr: Current learning rate, if the optimizer has one.
+        weight_decay: Current weight decay, if the optimizer has one.
+        state_bytes: Bytes of all tensors in the optimizer's state of these parameters.
+    """
+
+    optimizer: str
+    group: str
+    parameters: tuple[str, ...]
+    entries: int
+    lr: float | None
+    weight_decay: float | None
+    state_bytes: int
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table."""
+        numbers = ["-" if value is None else f"{value:g}" for value in (self.lr, self.weight_decay)]
+        first = self.parameters[0] if self.parameters else "none"
+        more = f" and {len(self.parameters) - 1} more" if len(self.parameters) > 1 else ""
+        return self.optimizer, self.group, first + more, f"{self.entries:,}", *numbers, _in_bytes(self.state_bytes)
+
+
+@dataclass(frozen=True)
+class OptimizerReport:
+    """What the optimizers of a trainer move. ``print(report)`` shows a table.
+
+    Args:
+        rows: One row for each parameter group.
+        unmoved: Names of trainable parameters that no optimizer holds.
+    """
+
+    rows: tuple[MovedGroup, ...]
+    unmoved: tuple[str, ...]
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all states."""
+        return sum(row.state_bytes for row in self.rows)
+
+    def __str__(self) -> str:
+        return format_table([row.cells for row in self.rows], _HEADER) + self._words_of_unmoved()
+
+    def markdown(self) -> str:
+        """Return the table for a page."""
+        lines = [_HEADER, ("---",) * len(_HEADER), *(row.cells for row in self.rows)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + self._words_of_unmoved()
+
+    def _words_of_unmoved(self) -> str:
+        return f"\n\nNo optimizer moves {', '.join(self.unmoved)}." if self.unmoved else ""
+
+
+def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
+    """Report what each optimizer moves, with rates, decays and bytes of state.
+
+    Call it during a fit or afterwards. Before the first step, most optimizers have no state. It
+    waits for the device if learning rates are tensors.
+
+    Args:
+        trainer: A trainer that is fitting, or has fitted, a module.
+
+    Returns:
+        OptimizerReport: One row for each parameter group; it prints as a table.
+
+    Raises:
+        ValueError: If the trainer has no optimizers yet.
+
+    Example:
+        >>> from lightning_grad.testing import fit
+        >>> trainer, module = fit([], max_epochs=1)
+        >>> print(optimizer_report(trainer))
+        optimizer  group  parameters         entries  learning rate  weight decay  state
+        0: AdamW   0      mix.w and 18 more  3,220    0.00853553     0.01          25.8 kB
+    """
+    if not trainer.optimizers:
+        raise ValueError(
+            "The trainer has no optimizers yet. Call optimizer_report during a fit or after it, for example in "
+            "on_train_end."
+        )
+    named: dict[Tensor, str] = {
+        parameter: clean_name(name) for name, parameter in trainer.lightning_module.named_parameters()
+    }
+    rows = tuple(
+        _row(f"{index}: {type(optimizer).__name__}", str(number), optimizer, group, named)
+        for index, optimizer in enumerate(trainer.optimizers)
+        for number, group in enumerate(optimizer.param_groups)
+    )
+    moved = {name for row in rows for name in row.parameters}
+    left = [name for parameter, name in named.items() if parameter.requires_grad and name not in moved]
+    return OptimizerReport(rows, tuple(left))
+
+
+def _row(
+    optimizer: str, number: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]
+) -> MovedGroup:
+    parameters = group["params"]
+    return MovedGroup(
+        optimizer,
+        str(group.get("name", number)),
+        tuple(named.get(parameter, "a parameter outside the module") for parameter in parameters),
+        sum(parameter.numel() for parameter in parameters),
+        _number(group.get("lr")),
+        _number(group.get("weight_decay")),
+        sum(_bytes(of.state[parameter]) for parameter in parameters if parameter in of.state),
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float, Tensor)) else None
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes of all tensors in a state, which may hold lists and dictionaries of them."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def _in_bytes(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.3g} {unit}"
