@@ -188,12 +188,18 @@ class SAM(OptimizerCallback):
     # One optimizer step.
 
     @override
+    def evaluates_again(self) -> bool:
+        return any(self._is_sharp(index, optimizer) for index, optimizer in self.watched.items())
+
+    def _is_sharp(self, index: int, optimizer: Optimizer) -> bool:
+        return bool(self._choose(index, optimizer)) and self._steps[index] % self.every_n_steps == 0
+
+    @override
     def evaluate(self, index: int, optimizer: Optimizer, closure: StepClosure) -> Any:
-        chosen = self._choose(index, optimizer)
-        if not chosen or self._steps[index] % self.every_n_steps:
+        if not self._is_sharp(index, optimizer):
             return closure()
         result = closure(synchronized=self.sync_ascent)
-        kept = self._ascend([(p, rho) for p, rho in chosen.items() if p.grad is not None])
+        kept = self._ascend([(p, rho) for p, rho in self._choose(index, optimizer).items() if p.grad is not None])
         try:
             loss = closure.again()
         finally:

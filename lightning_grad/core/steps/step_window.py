@@ -45,10 +45,11 @@ class StepWindow:
     Args:
         trainer: The trainer.
         pl_module: Its module.
+        is_needed: Returns False if the current step is not run again. Then nothing is kept.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer, self._pl_module = trainer, pl_module
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_needed: Callable[[], bool]) -> None:
+        self._trainer, self._pl_module, self._is_needed = trainer, pl_module, is_needed
         self._evaluations: list[_Evaluation] = []
         self._is_again = False
 
@@ -60,6 +61,8 @@ class StepWindow:
         """
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
+            if not self._is_needed():
+                return inner(*args)
             # Batches are distinguished by their number: an optimizer may call its closure several
             # times for one batch, and a loader may return the same tensor for several batches.
             number = self._trainer.fit_loop.batch_idx
@@ -169,7 +172,7 @@ class StepClosure:
     _display_name: str
 
     def __post_init__(self) -> None:
-        self._states = random_states()
+        self._states = random_states() if self._window is None else ()
 
     def __call__(self, synchronized: bool = True) -> Any:
         """Compute the gradients and return what the closure returns. Return it from ``evaluate``.
