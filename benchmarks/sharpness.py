@@ -5,7 +5,7 @@ twice; with ``every_n_steps=5`` the mean over a cycle counts, which is the mean 
 hand are modules with manual optimization that do what published code does.
 
 ``ZerothOrder`` trains a transformer on tokens with SGD. Its baseline is a forward pass without a graph. Peak memory is that of
-a process of its own, in addition to what a fit of a tiny network has taken before, so it includes the weights.
+a process of its own, in addition to what the same on a tiny batch has taken before, and includes the weights.
 
 All variants take turns step by step, and rows "again" show the noise. With one thread the script measures processor time,
 which excludes the time that other processes get.
@@ -62,6 +62,7 @@ EVERY = 5  # steps of a cycle
 STEPS = 2 * EVERY
 SHARP_BUDGET, CYCLE_BUDGET, TRACT_BUDGET, HAND_BUDGET, MEMORY_BUDGET = 2.05, 1.2, 1.05, 1.05, 1.1
 EPSILON, RATE = 1e-3, 1e-4
+VOCABULARY = 1000
 SEQUENCES = 16  # of a batch whose memory is measured
 Timed = Callable[[Callable[[], None]], list[float]]
 
@@ -108,7 +109,9 @@ class SharpByHand(SmallTransformer):
         sizes = [p.abs() + 0.01 if self.adaptive and p.ndim > 1 else torch.ones(()) for p, _ in pairs]
         norm = torch.stack([(g * size).norm() for (_, g), size in zip(pairs, sizes, strict=True)]).norm()
         scale = (0.5 if self.adaptive else 0.05) / norm
-        moves = [(p, g * size.square() * scale) for (p, g), size in zip(pairs, sizes, strict=True)]
+        moves: list[tuple[Tensor, Tensor]] = [
+            (p, g * size.square() * scale) for (p, g), size in zip(pairs, sizes, strict=True)
+        ]
         for parameter, move in moves:
             parameter.add_(move)
         return moves
@@ -177,18 +180,11 @@ def row_of(typical: Mapping[str, float], name: str, baseline: str, budget: float
 
 
 class Tokens(SmallTransformer):
-    """The transformer with an embedding and a head, trained with SGD on random tokens.
+    """The transformer with an embedding and a head, trained with SGD on random tokens."""
 
-    Args:
-        vocabulary: Number of tokens.
-        layers: Number of layers.
-    """
-
-    def __init__(self, vocabulary: int = 1000, layers: int = 4) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(vocabulary, 256), nn.Linear(256, vocabulary)
-        self.encoder.layers = self.encoder.layers[:layers]
-        self.encoder.num_layers = layers
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 256), nn.Linear(256, VOCABULARY)
 
     @override
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:  # type: ignore[override]
@@ -206,7 +202,7 @@ class Tokens(SmallTransformer):
 
 def tokens_of(sequences: int) -> Tensor:
     """Return a batch for it."""
-    return torch.randint(1000, (sequences, 256))
+    return torch.randint(VOCABULARY, (sequences, 256))
 
 
 def without_rows(rounds: int, clock: Clock) -> list[Row]:
@@ -290,7 +286,7 @@ def peak_memory(case: str, sequences: int, device: str) -> float:
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)  # fused layers, which torch uses in eval mode only
     # Code that is loaded on first use takes memory too, so load it before measuring.
-    kept = [_work(case, Tokens(8, 1), torch.zeros(1, 2, dtype=torch.int64), device)]
+    kept = [_work(case, Tokens(), torch.zeros(1, 2, dtype=torch.int64), device)]
     before = highest_memory(device)
     kept.append(_work(case, Tokens(), tokens_of(sequences), device))
     return highest_memory(device) - before
