@@ -1,8 +1,8 @@
-"""The cost of SAM, TrAct and zeroth-order steps: ratios to plain steps, to loops by hand, and to evaluation passes.
+"""The cost of SAM, TrAct, Lookahead and zeroth-order steps: ratios to plain steps, loops by hand and evaluation passes.
 
 Steps run in ``Trainer.fit``, from the start of one batch to the start of the next. A sharp step runs forward and backward
-twice; with ``every_n_steps=5`` the mean over a cycle counts, which is the mean of the medians of its five steps. The loops by
-hand are modules with manual optimization that do what published code does.
+twice. With ``every_n_steps=5`` and in Lookahead, the mean over a cycle counts: the mean of the medians of its five steps. The
+loops by hand are modules with manual optimization that do what published code does.
 
 ``ZerothOrder`` trains a transformer on tokens with SGD. Its baseline is a forward pass without a graph. Peak memory is that of
 a process of its own, in addition to what the same on a tiny batch has taken before, and includes the weights.
@@ -52,15 +52,17 @@ from benchmarks.common import (
 from benchmarks.data_pruning import highest_memory, in_fresh_process
 from benchmarks.memory import map_large_memory
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import SAM, TrAct, ZerothOrder
+from lightning_grad.callbacks import SAM, Lookahead, TrAct, ZerothOrder
 from lightning_grad.functional import move_along_
 
 STEPS_OF, WITHOUT, MEMORY = "steps of a transformer", "steps without gradients", "memory without gradients"  # titles
 PLAIN, EVALUATION, SGD_STEP = "plain", "an evaluation pass", "plain, SGD"
 SAM_BY_HAND, ASAM_BY_HAND, ZEROTH_BY_HAND = "SAM by hand", "ASAM by hand", "ZerothOrder by hand"
 EVERY = 5  # steps of a cycle
+LOOKAHEAD = f"Lookahead, k={EVERY}"
 STEPS = 2 * EVERY
 SHARP_BUDGET, CYCLE_BUDGET, TRACT_BUDGET, HAND_BUDGET, MEMORY_BUDGET = 2.05, 1.2, 1.05, 1.05, 1.1
+LOOKAHEAD_BUDGET = 1.02
 EPSILON, RATE = 1e-3, 1e-4
 VOCABULARY = 1000
 SEQUENCES = 16  # of a batch whose memory is measured
@@ -130,6 +132,7 @@ def step_variants() -> dict[str, Callable[[], tuple[LightningModule, list[Callba
         f"SAM, every_n_steps={EVERY}": lambda: (SmallTransformer(), [SAM(every_n_steps=EVERY)]),
         f"ASAM, every_n_steps={EVERY}": lambda: (SmallTransformer(), [SAM(adaptive=True, every_n_steps=EVERY)]),
         "TrAct": lambda: (SmallTransformer(), [TrAct()]),
+        LOOKAHEAD: lambda: (SmallTransformer(), [Lookahead(EVERY)]),
         f"{PLAIN}{AGAIN}": lambda: (SmallTransformer(), []),
     }
 
@@ -140,7 +143,7 @@ def step_rows(rounds: int, clock: Clock) -> list[Row]:
     typical = times_of(fits, rounds)
     budgets = dict.fromkeys(("SAM", "ASAM"), SHARP_BUDGET)
     budgets |= dict.fromkeys((f"{name}, every_n_steps={EVERY}" for name in ("SAM", "ASAM")), CYCLE_BUDGET)
-    budgets |= {"TrAct": TRACT_BUDGET}
+    budgets |= {"TrAct": TRACT_BUDGET, LOOKAHEAD: LOOKAHEAD_BUDGET}
     rows = [row_of(typical, name, PLAIN, budgets.get(name)) for name in typical if name != f"{SAM_BY_HAND}{AGAIN}"]
     by_hand = (("SAM", SAM_BY_HAND), ("ASAM", ASAM_BY_HAND))
     rows += [row_of(typical, name, baseline, HAND_BUDGET) for name, baseline in by_hand]

@@ -223,6 +223,7 @@ class OptimizerSwap(OptimizerNeeds):
         if saved:  # restored from a checkpoint
             refuse_other_optimizers(self.display_name, saved, self._optimizers)
         strategy.optimizers = optimizers  # Lightning wraps each in an object of a derived class
+        self.prepare(trainer, pl_module)
 
     def _indices(self, count: int) -> Sequence[int]:
         outside = [index for index in self.which or [] if index >= count]

@@ -33,7 +33,7 @@ from lightning_grad.utilities.optimizers import OptimizerCounts
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, selects, why_none_left
 from lightning_grad.utilities.reporting import counted
 
-_NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")
+_NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")  # classes of libraries
 _ONE_STEP = 2**20  # seeds of the runs that use neighboring values of seed do not meet
 
 
@@ -50,8 +50,8 @@ class ZerothOrder(OptimizerCallback):
     Both passes see the same batch and the same random numbers (dropout). Ranks draw the same
     direction, and d is the mean over the ranks. The direction z is drawn again from a seed whenever it
     is needed. With SGD without momentum, the step ``w - lr (d z + weight_decay w)`` is made in place,
-    so that nothing of the size of the weights is stored. Any other optimizer, and any clipping, gets
-    the gradient d z.
+    so that nothing of the size of the weights is stored. Any other optimizer, any clipping, and other
+    callbacks that act on optimizer steps, get the gradient d z.
 
     Args:
         epsilon: Length of the move (1e-3 in the paper).
@@ -155,7 +155,7 @@ class ZerothOrder(OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        if type(optimizer).__name__ in _NEED_GRADIENTS:
+        if type(optimizer).__name__ in _NEED_GRADIENTS or hasattr(optimizer, "needs_graph"):
             raise ValueError(
                 f"{self.display_name} does not work with {type(optimizer).__name__}, which needs exact gradients. Train "
                 "with another optimizer, such as torch.optim.SGD."
@@ -165,7 +165,14 @@ class ZerothOrder(OptimizerCallback):
     def _steps_in_place(self, optimizer: Optimizer) -> bool:
         """Return True if a step needs nothing but the learning rate and the weight decay of the optimizer."""
         plain = type(optimizer) is SGD and not any(group["momentum"] for group in optimizer.param_groups)
-        return plain and not self._trainer.gradient_clip_val and not conditioners(self._trainer)
+        return plain and not self._trainer.gradient_clip_val and not self._others
+
+    @property
+    def _others(self) -> bool:
+        """Whether other techniques change gradients, or act on steps, of which they see only those with gradients."""
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        act_on_steps = any(isinstance(each, OptimizerCallback) and each is not self for each in callbacks)
+        return act_on_steps or bool(conditioners(self._trainer))
 
     def _weights(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
         """Return the parameters that move, each with its param group."""

@@ -20,10 +20,11 @@ from lightning_grad.utilities.reporting import counted
 from lightning_grad.utilities.thresholds import Threshold, as_threshold, choose_buckets
 
 _RHO, _ADAPTIVE_RHO = 0.05, 0.5  # of the papers
-_ON_THEIR_OWN = {
+_DIFFERENTIATES = "differentiates its gradients, which belong to weights that have moved back"
+_ON_THEIR_OWN = {  # classes of libraries
     "LBFGS": "evaluates its closure many times a step itself",
-    "AdaHessian": "differentiates its gradients, which belong to weights that have moved back",
-    "SophiaH": "differentiates its gradients, which belong to weights that have moved back",
+    "AdaHessian": _DIFFERENTIATES,
+    "SophiaH": _DIFFERENTIATES,
     "SAM": "is SAM already",
     "ASAM": "is SAM already",
     "GSAM": "is SAM already",
@@ -164,7 +165,7 @@ class SAM(OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        reason = _ON_THEIR_OWN.get(type(optimizer).__name__)
+        reason = _DIFFERENTIATES if hasattr(optimizer, "needs_graph") else _ON_THEIR_OWN.get(type(optimizer).__name__)
         if reason is not None:
             raise ValueError(
                 f"{self.display_name} does not work with {type(optimizer).__name__}, which {reason}. Train with a plain "

@@ -8,6 +8,22 @@ _INF = float("inf")
 
 ENTRIES = [
     Technique(
+        "Lookahead",
+        wrong=(
+            ({"k": 0}, "k must be at least 1"),
+            ({"alpha": 0.0}, "alpha must be above 0"),
+            ({"alpha": 1.5}, "alpha must be from 0 to 1"),
+            ({"eval_weights": "slwo"}, "eval_weights must be 'slow' or 'fast'"),
+        ),
+    ),
+    Technique(
+        "Lookahead",
+        "fast",
+        arguments={"k": 4, "eval_weights": "fast"},
+        neutral={"alpha": 1.0},
+        broad=False,
+    ),
+    Technique(
         "TrAct",
         wrong=(({"damping": 0.0}, "damping must be above 0"), ({"damping": _INF}, "damping must be finite")),
     ),

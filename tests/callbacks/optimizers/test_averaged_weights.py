@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks import NMSparsity, OptimizerSwap
 from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
+from tests.callbacks.optimizers.swapped import searched
 
 pytest.importorskip("schedulefree")
 pytestmark = [
@@ -215,6 +216,13 @@ def test_says_that_statistics_belong_to_other_weights(monkeypatch: pytest.Monkey
     monkeypatch.setattr(OptimizerSwap, "say", lambda _, text: told.append(text))
     fit([swap()], max_epochs=1, limit_train_batches=1)
     assert any("statistics of BatchNorm belong to the training weights" in text for text in told)
+
+
+@pytest.mark.parametrize("name", ["schedulefree-adamw", "sophia"])
+def test_a_search_for_a_learning_rate_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    """It trains before ``on_fit_start``, and without the callbacks."""
+    first, second = (OptimizerSwap(name, lr_factor=1.0) for _ in range(2))
+    assert_identical(searched(first, tmp_path), searched(second, tmp_path, searches=False))
 
 
 def test_nothing_of_it_stays(whole: Any) -> None:

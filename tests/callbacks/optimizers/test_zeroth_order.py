@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks import SAM, NormClipping, ZerothOrder
+from lightning_grad.callbacks import SAM, NormClipping, OptimizerSwap, ZerothOrder
 from lightning_grad.functional import move_along_
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.core.test_step_window import DATA, Module, Plain, Saves, run
@@ -164,13 +164,15 @@ def test_runs_that_evaluate_otherwise_are_refused(others: list[Any], arguments: 
         run(ZerothOrder(), *others, module=ForSGD(), **arguments)
 
 
-def test_lbfgs_is_refused() -> None:
+def test_optimizers_that_need_exact_gradients_are_refused() -> None:
     class Other(ForSGD):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters())
 
     with pytest.raises(ValueError, match="does not work with LBFGS, which needs exact gradients"):
         run(ZerothOrder(), module=Other())
+    with pytest.raises(ValueError, match="does not work with Sophia, which needs exact gradients"):
+        run(ZerothOrder(), OptimizerSwap("sophia", lr_factor=1.0), module=ForSGD())
 
 
 def test_other_optimizers_get_the_gradient_and_it_can_be_clipped() -> None:

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_grad.callbacks import SAM, NMSparsity
+from lightning_grad.callbacks import SAM, NMSparsity, OptimizerSwap
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.core.test_step_window import DATA, Module, Plain, Saves, ascend, by_hand, run, same
 
@@ -197,6 +197,15 @@ def test_optimizers_that_evaluate_steps_themselves_are_refused(optimizer: Any, w
 
     with pytest.raises(ValueError, match=f"SAM does not work with {words}"):
         run(SAM(), module=Other())
+
+
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_optimizers_that_need_graphs_are_refused_when_they_are_swapped_in(name: str) -> None:
+    swap = OptimizerSwap(name, lr_factor=1.0)
+    for callbacks in ([SAM(), swap], [swap, SAM()]):
+        with pytest.raises(ValueError, match=r"SAM does not work with (AdaHessian|Sophia), which differentiates"):
+            run(*callbacks)
+    run(SAM(rho=0.05), OptimizerSwap("torch.optim.RAdam"), epochs=1)  # the way out
 
 
 def test_what_moves_nothing_is_refused() -> None:
