@@ -34,6 +34,7 @@ _AVERAGED: Mapping[str, Any] = {
         "Remove the callback that averages weights",
     ),
 }
+_STOCHASTIC = "StochasticWeightAveraging"  # by name, because both of Lightning's namespaces have their own class
 
 
 class OptimizerNeeds(AveragingCallback):
@@ -49,12 +50,32 @@ class OptimizerNeeds(AveragingCallback):
 
     @override
     def works_with(self) -> Compatibility:
-        kind, answers = self.new_class(), super().works_with()
+        return self.answers_for(self.new_class())
+
+    def answers_for(self, kind: Any) -> Compatibility:
+        """Return what the callback works with if it creates optimizers of a class."""
+        answers = super().works_with()
         if hasattr(kind, "needs_graph"):
             answers = answers.but(**_SECOND_ORDER)
-        if hasattr(kind, "train") and hasattr(kind, "eval"):
+        if _has_modes(kind):
             answers = answers.but(**_AVERAGED)
         return answers
+
+    def refuse_run(self, kind: Any, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if a run cannot give an optimizer what it needs.
+
+        ``setup`` does so too, but there the class is not known if a function creates the optimizer.
+
+        Raises:
+            ValueError: With the reason.
+        """
+        self.answers_for(kind).refuse(self.display_name, trainer, pl_module)
+        others = {cls.__name__ for callback in trainer.callbacks for cls in type(callback).__mro__}  # type: ignore[attr-defined]
+        if _has_modes(kind) and _STOCHASTIC in others:
+            raise ValueError(
+                f"{self.display_name} uses {kind.__name__}, which averages the weights itself, and {_STOCHASTIC} would "
+                "average its training weights. Remove it."
+            )
 
     @override
     def averaging(self, trainer: pl.Trainer) -> Sequence[Averaging]:
@@ -65,3 +86,7 @@ class OptimizerNeeds(AveragingCallback):
         if any(hasattr(optimizer, "needs_graph") for optimizer in self.new_optimizers(trainer)):
             GradientGraphs(trainer, lambda: self.new_optimizers(trainer)).watch(self.undo)
         self.watch_averages(trainer, pl_module)
+
+
+def _has_modes(kind: Any) -> bool:
+    return hasattr(kind, "train") and hasattr(kind, "eval")

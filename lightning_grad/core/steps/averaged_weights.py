@@ -91,6 +91,9 @@ class AveragedWeights:
         optimizers: The optimizers that average.
         is_resumed: Whether the module has training weights that :func:`wrap_loading` put into the
             checkpoint. In that case, the optimizers only have to change their mode.
+
+    Attributes:
+        has_started: Whether the optimizers have been put into training mode.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class AveragedWeights:
         self._is_resumed = is_resumed
         self._kept: dict[Tensor, Tensor] | None = None  # the training weights while the module has the averaged ones
         self._has_started = False
+        self._in_training = 0  # number of groups that were put into training mode
 
     def watch(self, undo: UndoList, undo_after_saving: UndoList) -> None:
         """Wrap validations, the saving of checkpoints, and the start and the end of the training.
@@ -129,6 +133,9 @@ class AveragedWeights:
         """Leave the averaged weights in the module."""
         self._start()
         if self._kept is None:
+            if self._in_training < self._count_groups():  # a callback added some, which begin in the other mode
+                self._kept = self._copies()
+                self._train()
             self._kept = self._copies()
             for optimizer in self._optimizers:
                 optimizer.eval()
@@ -185,6 +192,10 @@ class AveragedWeights:
         for weight, kept in (self._kept or {}).items():
             weight.copy_(kept)
         self._kept = None
+        self._in_training = self._count_groups()
+
+    def _count_groups(self) -> int:
+        return sum(len(optimizer.param_groups) for optimizer in self._optimizers)
 
 
 def wrap_loading(pl_module: pl.LightningModule, weights_in: Callable[[Mapping[str, Any]], Any]) -> Callable[[], None]:

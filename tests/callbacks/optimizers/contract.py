@@ -46,6 +46,7 @@ ENTRIES = [
             ({"optimizer": "lion", "lr_factor": 0.0}, "lr_factor must be above 0"),
             ({"optimizer": "lion", "lr_factor": float("inf")}, "lr_factor must be finite"),
             ({"optimizer": "lion", "wd_factor": -1.0}, "wd_factor must be at least 0"),
+            ({"optimizer": "lion", "options": {"weight_decay": -1.0}}, "options: weight_decay must be at least 0"),
             ({"optimizer": "lion", "which": []}, "which must hold at least one index"),
         ),
     ),

@@ -107,6 +107,41 @@ def test_the_logged_sharpness_is_the_rise_of_the_loss() -> None:
     assert min(rises) > 0.0
 
 
+def test_the_last_sharpness_is_logged_where_log_steps_are_plain() -> None:
+    """Steps 0, 4, 8, ... are sharp, and steps 2, 5, 8, ... are logged."""
+    logged: list[float] = []
+
+    class Logged(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            logged.append(float(trainer.callback_metrics.get("sam/sharpness", 0.0)))
+
+    run(SAM(0.1, every_n_steps=4), Logged(), log_every_n_steps=3, epochs=1)
+    every: list[float] = logged.copy()
+    logged.clear()
+    run(SAM(0.1, every_n_steps=4), Logged(), log_every_n_steps=1, epochs=1)
+    assert every[1] == 0.0
+    assert every[2] == logged[0] > 0.0
+    assert every[5] == logged[4] != logged[0]
+
+
+def test_a_param_group_may_change_its_length_during_the_run() -> None:
+    lengths: list[float] = []
+
+    class Warms(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().param_groups[0]["rho"] = 0.1 * batch_idx
+            self.before = torch.cat([p.detach().flatten() for p in self.parameters()])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            now = torch.cat([p.detach().flatten() for p in self.parameters()])
+            if not torch.equal(now, self.before):
+                lengths.append((now - self.before).norm().item())
+            return super().training_step(batch, batch_idx)
+
+    run(SAM(0.7), module=Warms(), epochs=1)
+    assert lengths == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], rel=1e-4)
+
+
 def test_an_exception_while_weights_are_moved_gives_them_back() -> None:
     class Fails(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -236,3 +271,17 @@ def test_a_resumed_run_continues_the_count_of_steps(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     resumed = fit([SAM(0.5, every_n_steps=4)], max_epochs=4, ckpt=tmp_path / "one.ckpt")
     assert_identical(state_of(*whole), state_of(*resumed))
+
+
+def test_a_length_that_grows_from_zero_within_a_step_moves_the_weights() -> None:
+    """All batches of the step are kept, although the length is zero at the first one."""
+
+    class Grows(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([{"params": list(self.parameters()), "rho": 0.0}], lr=1e-2)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().param_groups[0]["rho"] = 0.1 if batch_idx or self.current_epoch else 0.0
+
+    _, module = run(SAM(0.0), module=Grows(), accumulate_grad_batches=2)
+    assert same(module, by_hand(2, rho=0.1))
