@@ -66,9 +66,7 @@ class OptimizerCallback(GradCallback):
     _rates = during_fit.of(dict[int, HeldRates])
     _memory = until_next_fit.of(dict[int, dict[str, Any]])
     _inside = during_fit.of(set[int])  # optimizers whose step() Lightning is running now
-    _depths = during_fit.of(
-        Counter[int]
-    )  # running step() methods: a class may call that of its base, which has hooks too
+    _depths = during_fit.of(Counter[int])  # running step() methods: one may call that of a base class, with hooks too
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:

@@ -71,9 +71,8 @@ class StepWindow:
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
             if is_new:
-                self._evaluations.append(
-                    _Evaluation(number, copy_of(args), random_states())
-                )  # a step may write into it
+                inputs = copy_of(args)  # because a step may write into them
+                self._evaluations.append(_Evaluation(number, inputs, random_states()))
             output = inner(*args)
             if is_new:
                 loss = _loss_of(output)
