@@ -71,13 +71,15 @@ def hadamard_transform(rows: Tensor, block: int) -> Tensor:
 
 def _by_products(rows: Tensor) -> Tensor:
     """Multiply by the Kronecker product of two small matrices, one after the other: the fastest way on a CPU."""
+    if torch.is_autocast_enabled("cpu"):  # which would round the products to half precision
+        with torch.autocast("cpu", enabled=False):
+            return _by_products(rows)
     block = rows.shape[1]
     inner = min(block, 16)
-    with torch.autocast("cpu", enabled=False):
-        product: Tensor = rows.reshape(-1, inner) @ _MATRICES[inner, rows.dtype]
-        if inner == block:
-            return product
-        return _MATRICES[block // inner, rows.dtype] @ product.reshape(-1, block // inner, inner)
+    product: Tensor = rows.reshape(-1, inner) @ _MATRICES[inner, rows.dtype]
+    if inner == block:
+        return product
+    return _MATRICES[block // inner, rows.dtype] @ product.reshape(-1, block // inner, inner)
 
 
 def _by_sums(rows: Tensor) -> Tensor:
