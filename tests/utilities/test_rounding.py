@@ -134,7 +134,7 @@ def test_a_block_is_rounded_by_its_own_output(rounded: Any) -> None:
     net = copy.deepcopy(net).eval()
     names = [name for name in report if name.startswith("encoder")]
     (whole,), _ = units_of(net, batches, names, blocks=("encoder",), steps=500)
-    assert whole.relative_error < 0.8
+    assert whole.relative_error < 0.95
     parts, _ = units_of(net, batches, names, steps=60)
     assert all(each.relative_error < 1 for each in parts)
     assert len(parts) == 3
