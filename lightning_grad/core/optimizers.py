@@ -140,8 +140,7 @@ class OptimizerCallback(GradCallback):
             self._refuse_a_second(trainer)
 
     def _refuse_a_second(self, trainer: pl.Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c.display_name for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]
+        others = techniques_that_evaluate(trainer)
         if len(others) > 1:
             raise ValueError(f"{' and '.join(others)} would each evaluate every step several times. Keep one of them.")
         if getattr(trainer.strategy, "wants_to_compress", False):
@@ -271,3 +270,9 @@ class OptimizerCallback(GradCallback):
 
 def _overrides(callback: OptimizerCallback, name: str) -> bool:
     return getattr(type(callback), name) is not getattr(OptimizerCallback, name)
+
+
+def techniques_that_evaluate(trainer: pl.Trainer) -> list[str]:
+    """Return the names of the trainer's callbacks that compute the gradients of a step at other weights."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c.display_name for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
+
+
+def _matrix(size: int, dtype: torch.dtype) -> Tensor:
+    matrix = torch.ones(1, 1, dtype=dtype)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / math.sqrt(size)
+
+
+# Constants rather than a cache, which compiled code could not read.
+_MATRICES = {(size, dtype): _matrix(size, dtype) for size in (2, 4, 8, 16) for dtype in (torch.float32, torch.float64)}
 
 
 def hadamard_block(size: int, largest: int = 128) -> int:
@@ -54,8 +64,8 @@ def hadamard_transform(rows: Tensor, block: int) -> Tensor:
     if block == 1:
         return rows
     flat = rows.reshape(-1, block)
-    # Elsewhere, a product of matrices may round to TF32; compiled code must not read the cached matrices.
-    by_products = rows.is_cpu and not torch.compiler.is_compiling()
+    # On a GPU, a product of matrices may round to TF32.
+    by_products = rows.is_cpu and (2, rows.dtype) in _MATRICES
     return (_by_products(flat) if by_products else _by_sums(flat)).reshape(rows.shape)
 
 
@@ -64,10 +74,10 @@ def _by_products(rows: Tensor) -> Tensor:
     block = rows.shape[1]
     inner = min(block, 16)
     with torch.autocast("cpu", enabled=False):
-        product = rows.reshape(-1, inner) @ _matrix(inner, rows.dtype)
+        product: Tensor = rows.reshape(-1, inner) @ _MATRICES[inner, rows.dtype]
         if inner == block:
             return product
-        return _matrix(block // inner, rows.dtype) @ product.reshape(-1, block // inner, inner)
+        return _MATRICES[block // inner, rows.dtype] @ product.reshape(-1, block // inner, inner)
 
 
 def _by_sums(rows: Tensor) -> Tensor:
@@ -80,12 +90,3 @@ def _by_sums(rows: Tensor) -> Tensor:
         rows = torch.stack([first + second, first - second], 1)
         half //= 2
     return rows / math.sqrt(block)
-
-
-@functools.cache
-def _matrix(size: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        matrix = torch.ones(1, 1, dtype=dtype)
-        while len(matrix) < size:
-            matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-        return matrix / math.sqrt(size)

@@ -1,0 +1,47 @@
+"""The contract entries of this family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_grad.callbacks import QuantizationAwareTraining
+from tests.contract.entries import Technique
+
+_LAYERS = ["encoder.*", "hidden", "mix.w"]
+_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"weight_bits": 9}, "from 1 to 8; got 9"),
+    ({"weight_bits": 0}, "from 1 to 8; got 0"),
+    ({"weight_bits": 1}, "Use 2 bits"),
+    ({"quantizer": "quest2"}, "Did you mean 'quest'"),
+    ({"start": 1.0}, "below 1"),
+    ({"annealing_start": -0.1}, "at least 0"),
+    ({"annealing_start": 0.5, "annealing_width": 0.0}, "above 0"),
+    ({"annealing_start": 0.5, "quantizer": "quest"}, "Set hadamard=False"),
+    ({"freeze_batchnorm_at": 2.0}, "below 1"),
+    ({"total_steps": 0}, "at least 1"),
+)
+
+
+def _quantized(variant: str = "", **arguments: Any) -> Technique:
+    both = {**QuantizationAwareTraining.trial, "include": _LAYERS, **arguments}
+    return Technique(
+        "QuantizationAwareTraining",
+        variant,
+        arguments=both,
+        neutral={"weight_bits": None, **({"freeze_batchnorm_at": None} if variant == "late" else {})},
+        needs_end={"start": 0.5},
+        second={**both, "include": ["head"], "name": "head"},
+        compile=variant in ("", "quest"),
+        broad=variant in ("", "quest"),
+        together=not variant,
+        wrong=() if variant else _WRONG,
+    )
+
+
+ENTRIES = [
+    _quantized(),
+    _quantized("quest", quantizer="quest", weight_bits=2, start=0.3),
+    _quantized("annealed", quantizer="statsq", weight_bits=2, annealing_start=0.5, annealing_width=0.1),
+    _quantized("late", start=0.5, freeze_batchnorm_at=0.7),
+]
