@@ -96,6 +96,14 @@ class RoundedUnit:
     found: LearnedRoundings
     values: Sequence[Tensor]
 
+    @classmethod
+    def nearest(cls, weight: RoundableWeight) -> RoundedUnit:
+        """Return the rounding of a weight that no forward pass uses: to the nearest levels."""
+        start = weight.start()
+        return cls(
+            weight.name, [weight], LearnedRoundings([start.nearest], 0.0, 0.0, 0.0), [start.values(start.nearest)]
+        )
+
     @property
     def relative_error(self) -> float:
         """Error of the output, relative to that of rounding to the nearest levels; 1 if that has none."""

@@ -100,10 +100,11 @@ def round_weights(
         units, unused = find_units(module, weights, called, blocks or ())
         rounding = Reconstruction(units, runs, steps, strength, seed=seed)
         results = list(tqdm(rounding, "Rounding", len(units), leave=False, disable=not verbose))
-    _write(module, results, unused)
     if verbose:
         print(rounding_table(results, unused))
-    return report_of(results, unused)
+    results += map(RoundedUnit.nearest, unused)
+    _write(module, results)
+    return _report(results)
 
 
 def rounding_table(results: Sequence[RoundedUnit], unused: Sequence[RoundableWeight] = ()) -> str:
@@ -118,10 +119,9 @@ def rounding_table(results: Sequence[RoundedUnit], unused: Sequence[RoundableWei
     return format_table(rows, ["layer", "bits", "error / nearest", "undecided"])
 
 
-def report_of(results: Sequence[RoundedUnit], unused: Sequence[RoundableWeight]) -> dict[str, QuantizedTensor]:
+def _report(results: Sequence[RoundedUnit]) -> dict[str, QuantizedTensor]:
     """Return integers and scales by name."""
     found = {w.name: (w, q) for each in results for w, q in zip(each.weights, each.found.rounded, strict=True)}
-    found |= {weight.name: (weight, weight.start().nearest) for weight in unused}
     return {
         clean_name(name): rounded if weight.kept is None else with_outliers(rounded, weight.weight, weight.kept)
         for name, (weight, rounded) in found.items()
@@ -193,10 +193,10 @@ def _weight(
     weight = module.get_parameter(name).detach()
     dim = output_dimension(owner, attribute) or 0
     kept = outlier_mask(weight, bits, outliers, gradients.get(name), score, dim) if outliers else None
-    return RoundableWeight(name, weight, partial(_show, uses), bits, dim, kept)
+    return RoundableWeight(name, weight, partial(show_values, uses), bits, dim, kept)
 
 
-def _show(uses: Sequence[tuple[nn.Module, str]], value: Tensor | None) -> None:
+def show_values(uses: Sequence[tuple[nn.Module, str]], value: Tensor | None) -> None:
     """Let modules compute with a tensor in place of a parameter: an attribute of the instance comes first."""
     for owner, attribute in uses:
         if value is None:
@@ -238,10 +238,7 @@ def _gradients(
 
 
 @torch.no_grad()
-def _write(module: nn.Module, results: Sequence[RoundedUnit], unused: Sequence[RoundableWeight]) -> None:
+def _write(module: nn.Module, results: Sequence[RoundedUnit]) -> None:
     for each in results:
         for weight, value in zip(each.weights, each.values, strict=True):
             module.get_parameter(weight.name).copy_(value)
-    for weight in unused:
-        start = weight.start()
-        module.get_parameter(weight.name).copy_(start.values(start.nearest))

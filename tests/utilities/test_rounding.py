@@ -18,7 +18,7 @@ from lightning_grad.utilities.reconstruction import (
     called_modules,
     find_units,
 )
-from lightning_grad.utilities.rounding import _show
+from lightning_grad.utilities.rounding import show_values
 
 
 class Attention(nn.Module):
@@ -105,7 +105,7 @@ def units_of(
     weights = []
     for name in names:
         owner, attribute = net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        show = lambda value, uses=[(owner, attribute)]: _show(uses, value)  # noqa: E731
+        show = lambda value, uses=[(owner, attribute)]: show_values(uses, value)  # noqa: E731
         weights.append(RoundableWeight(name, net.get_parameter(name).detach(), show, bits=2))
     units, unused = find_units(net, weights, called_modules(net, runs[0]), blocks)
     return list(Reconstruction(units, runs, **settings)), unused
@@ -162,7 +162,7 @@ def test_the_columns_of_a_layer_give_its_output(rounded: Any, name: str) -> None
         columns, zero = error._columns(0), torch.zeros_like(weight.weight)
         by_group = weight.weight.reshape(len(columns), -1, columns.shape[-1])
         products = (columns @ by_group.mT).transpose(0, 1).flatten(1)
-        weight.show = lambda value: _show([(layer, "weight")], value)
+        weight.show = lambda value: show_values([(layer, "weight")], value)
         residual = error._residual(zero, 0)
     torch.testing.assert_close(products, -residual)
 

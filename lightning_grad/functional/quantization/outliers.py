@@ -13,7 +13,7 @@ from lightning_grad.functional.quantization.grids import QuantizedTensor, quanti
 from lightning_grad.functional.quantization.learned_rounding import mse_scales
 
 OutlierScore = Literal["gradient-error", "gradient", "magnitude"]
-_SCORES = ("gradient-error", "gradient", "magnitude")
+SCORES = ("gradient-error", "gradient", "magnitude")
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def outlier_mask(
     References:
         Shao et al., "GWQ: Gradient-Aware Weight Quantization for Large Language Models", 2024, arXiv 2411.00850.
     """
-    check_choice(score, _SCORES, "score")
+    check_choice(score, SCORES, "score")
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"share must be between 0 and 1; got {share}.")
     if gradient is None and score != "magnitude":
