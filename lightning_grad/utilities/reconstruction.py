@@ -23,6 +23,7 @@ from lightning_grad.functional import (
     flip_roundings,
     learn_rounding,
 )
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.batches import tensors_in
 from lightning_grad.utilities.forward_order import has_torch_forward
@@ -38,15 +39,16 @@ class RoundableWeight:
     Args:
         name: Full name of the parameter.
         weight: Its values.
+        owners: Modules that use it; several if it is tied.
         show: Makes the network compute with a tensor in place of the weight, or with the weight again (``None``).
         bits: Bits of its grid.
         dim: Dimension of the output channels.
         kept: Where it keeps its values.
-        start: Creates the rounding that is learned; called when its turn comes.
     """
 
     name: str
     weight: Tensor
+    owners: Sequence[nn.Module]
     show: Callable[[Tensor | None], None]
     bits: int
     dim: int = 0
@@ -76,7 +78,7 @@ class Unit:
         """Whether it is a single layer of torch that is linear in its only weight."""
         kinds = (nn.Linear, _ConvNd)
         is_linear = isinstance(self.module, kinds) and not isinstance(self.module, _ConvTransposeNd)
-        is_own = [clean_name(weight.name) for weight in self.weights] == [clean_name(f"{self.name}.weight")]
+        is_own = len(self.weights) == 1 and list(self.weights[0].owners) == [self.module]
         return is_linear and is_own and has_torch_forward(self.module)
 
 
@@ -168,31 +170,42 @@ def find_units(
     Raises:
         ValueError: If a block contains no weight to round, or the forward pass does not call it.
     """
+    paths = {module: name for name, module in root.named_modules()}
     units: dict[nn.Module, Unit] = {}
     unused, used_blocks = [], set[str]()
     for weight in weights:
-        path = weight.name.split(".")[:-1]
-        names = [".".join(path[:depth]) for depth in range(1, len(path) + 1)]  # from the outside in
-        block = next((name for name in names if blocks and _is_block(name, blocks)), None)
-        used_blocks |= {pattern for pattern in blocks if block and _is_block(block, [pattern])}
-        if block is not None and root.get_submodule(block) not in called:
-            raise ValueError(
-                f"blocks={list(blocks)!r} names {clean_name(block)}, whose forward is not called. Name modules that are "
-                "called as a whole, such as one layer of an encoder."
-            )
-        inner = [block] if block is not None else names[::-1]
-        name = next((each for each in inner if root.get_submodule(each) in called), None)
-        if name is None:
+        found = [_unit_of(paths[owner], root, called, blocks, used_blocks) for owner in weight.owners]
+        names = [name for name in found if name is not None]
+        if not names:
             unused.append(weight)
-        else:
-            module = root.get_submodule(name)
-            units.setdefault(module, Unit(name, module)).weights.append(weight)
+            continue
+        name = min(names, key=lambda each: called[root.get_submodule(each)])
+        module = root.get_submodule(name)
+        units.setdefault(module, Unit(name, module)).weights.append(weight)
     missing = [pattern for pattern in blocks if pattern not in used_blocks]
     if missing:
         raise ValueError(
             f"blocks={list(blocks)!r}: {missing[0]!r} contains no weight to round. Remove it, or include more."
         )
     return sorted(units.values(), key=lambda unit: called[unit.module]), unused
+
+
+def _unit_of(
+    path: str, root: nn.Module, called: dict[nn.Module, int], blocks: Sequence[str], used_blocks: set[str]
+) -> str | None:
+    """Return the name of the module by whose output the weights of a module are rounded."""
+    parts = path.split(".")
+    names = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]  # from the outside in
+    block = next((name for name in names if blocks and _is_block(name, blocks)), None)
+    if block is None:
+        return next((each for each in names[::-1] if root.get_submodule(each) in called), None)
+    used_blocks |= {pattern for pattern in blocks if _is_block(block, [pattern])}
+    if root.get_submodule(block) not in called:
+        raise ValueError(
+            f"blocks={list(blocks)!r} names {clean_name(block)}, whose forward is not called. Name modules that are "
+            "called as a whole, such as one layer of an encoder."
+        )
+    return block
 
 
 def _is_block(name: str, blocks: Sequence[str]) -> bool:
@@ -284,8 +297,7 @@ def _record(module: nn.Module, runs: Sequence[Run]) -> _Calls:
         calls.inputs.append(copy_of((args, kwargs)))
 
     def after(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        found = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        calls.outputs.append([tensor.detach().clone() for tensor in found])
+        calls.outputs.append([tensor.detach().clone() for tensor in _floats(output)])
 
     pre = module.register_forward_pre_hook(before, with_kwargs=True)
     post = module.register_forward_hook(after, with_kwargs=True)
@@ -324,7 +336,7 @@ class _UnitError:
             weight.show(value)
         inputs = self._inputs[batch]
         args, kwargs = inputs if self._unit.is_layer else copy_of(inputs)  # a block may change its inputs in place
-        return [tensor for tensor in tensors_in(self._unit.module(*args, **kwargs)) if tensor.is_floating_point()]
+        return _floats(self._unit.module(*args, **kwargs))
 
     # For layers that are linear in their weight.
 
@@ -359,7 +371,7 @@ class _UnitError:
         """Return what the weight is multiplied by, of shape (groups, positions, inputs of an output channel)."""
         module: Any = self._unit.module
         args, kwargs = self._inputs[batch]
-        inputs = _exact(tensors_in((args, kwargs))[0])
+        inputs = _exact(_floats((args, kwargs))[0])
         if isinstance(module, nn.Linear):
             return inputs.reshape(1, -1, inputs.shape[-1])
         shape = self._unit.weights[0].weight.shape
@@ -370,6 +382,11 @@ class _UnitError:
             patches = module._conv_forward(inputs, kernels.repeat(groups, *[1] * (len(shape) - 1)), None)
         patches = patches.movedim(-1 - _spatial(module), -1)
         return patches.reshape(-1, groups, size).transpose(0, 1)  # type: ignore[no-any-return]
+
+
+def _floats(values: Any) -> list[Tensor]:
+    """Return the floating-point tensors of arguments or outputs, without the classes of labels or units."""
+    return [plain_tensor(tensor) for tensor in tensors_in(values) if tensor.is_floating_point()]
 
 
 def _exact(tensor: Tensor) -> Tensor:

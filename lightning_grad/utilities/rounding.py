@@ -193,7 +193,7 @@ def _weight(
     weight = module.get_parameter(name).detach()
     dim = output_dimension(owner, attribute) or 0
     kept = outlier_mask(weight, bits, outliers, gradients.get(name), score, dim) if outliers else None
-    return RoundableWeight(name, weight, partial(show_values, uses), bits, dim, kept)
+    return RoundableWeight(name, weight, [owner for owner, _ in uses], partial(show_values, uses), bits, dim, kept)
 
 
 def show_values(uses: Sequence[tuple[nn.Module, str]], value: Tensor | None) -> None:

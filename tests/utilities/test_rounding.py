@@ -106,7 +106,7 @@ def units_of(
     for name in names:
         owner, attribute = net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         show = lambda value, uses=[(owner, attribute)]: show_values(uses, value)  # noqa: E731
-        weights.append(RoundableWeight(name, net.get_parameter(name).detach(), show, bits=2))
+        weights.append(RoundableWeight(name, net.get_parameter(name).detach(), [owner], show, bits=2))
     units, unused = find_units(net, weights, called_modules(net, runs[0]), blocks)
     return list(Reconstruction(units, runs, **settings)), unused
 
@@ -154,7 +154,7 @@ def test_the_columns_of_a_layer_give_its_output(rounded: Any, name: str) -> None
     net = copy.deepcopy(net).eval()
     runs = [lambda: net(batches[0])]
     layer = net.get_submodule(name)
-    weight = RoundableWeight(f"{name}.weight", layer.weight.detach(), lambda value: None, bits=3)
+    weight = RoundableWeight(f"{name}.weight", layer.weight.detach(), [layer], lambda value: None, bits=3)
     (unit,), _ = find_units(net, [weight], called_modules(net, runs[0]))
     with torch.no_grad():
         calls = _record(layer, runs)

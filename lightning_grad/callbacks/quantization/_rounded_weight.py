@@ -72,7 +72,8 @@ class RoundedWeight(ViewedWeight):
         found = self.found
         uses = [(found.module, found.attribute), *found.twins]
         show = partial(show_values, uses) if found.in_place else self._show
-        return RoundableWeight(self.name, self.before.clone(), show, self.bits, self.dim, kept)
+        owners = [module for module, _ in uses]
+        return RoundableWeight(self.name, self.before.clone(), owners, show, self.bits, self.dim, kept)
 
     def _show(self, value: Tensor | None) -> None:
         self._shown = value

@@ -15,7 +15,17 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.quantization._grid_weight import dimension_of_outputs
 from lightning_grad.callbacks.quantization._rounded_weight import RoundedWeight
-from lightning_grad.core import FoundWeight, LossRequest, ProbeLook, Reading, Stage, WeightCallback, manual, no
+from lightning_grad.core import (
+    FoundWeight,
+    LossRequest,
+    ProbeLook,
+    Reading,
+    Stage,
+    WeightCallback,
+    WeightChoice,
+    manual,
+    no,
+)
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.sample_losses import trained_loss
@@ -29,7 +39,7 @@ from lightning_grad.functional import integer_range, outlier_mask
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.quantization.outliers import SCORES, OutlierScore
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
-from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name
+from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reconstruction import Reconstruction, RoundedUnit, Run, called_modules, find_units
 from lightning_grad.utilities.reporting import counted, listed, log_many
 from lightning_grad.utilities.rounding import rounding_table
@@ -177,6 +187,16 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     def check_names(self, pl_module: pl.LightningModule) -> None:
         super().check_names(pl_module)
         check_patterns(pl_module, self.display_name, blocks=self.blocks)
+
+    @override
+    def refuse(self, trainer: pl.Trainer, choice: WeightChoice[RoundedWeight]) -> None:
+        super().refuse(trainer, choice)
+        names = [name for weight in choice.chosen for name in weight.found.names]
+        empty = [block for block in self.blocks or [] if not matches(names, [block])]
+        if empty:
+            raise ValueError(
+                f"{self.display_name}(blocks=...): {empty[0]!r} contains no weight to round. Remove it, or include more."
+            )
 
     @property
     @override
