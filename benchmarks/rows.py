@@ -13,6 +13,7 @@ SCRIPTS = (
     "sparsity",
     "clipping",
     "optimizers",
+    "quantization",
     "diagnostics",
     "data_pruning",
     "adversarial",

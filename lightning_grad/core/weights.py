@@ -139,7 +139,7 @@ class WeightCallback(GradCallback, Generic[W]):
 
     def settle(self, trainer: pl.Trainer) -> Sequence[W]:
         """Return the weights whose stored values become the module's own when the fit ends without an exception."""
-        return self.weights if trainer.global_step > 0 else []
+        return self.weights if trainer.global_step > 0 or self.has_stepped else []
 
     # The chosen weights.
 

@@ -14,6 +14,7 @@ from benchmarks import (
     diagnostics,
     memory,
     optimizers,
+    quantization,
     rows,
     small_layers,
     topk_selection,
@@ -26,6 +27,7 @@ TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
+    "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),

@@ -11,6 +11,7 @@ import diagnostics
 import optimizers
 import plain_project
 import pytest
+import quantization
 import schedules
 
 from lightning_grad.callbacks import (
@@ -19,6 +20,7 @@ from lightning_grad.callbacks import (
     GradientMonitor,
     NMSparsity,
     OptimizerSwap,
+    QuantizationAwareTraining,
     SkipNonFinite,
     ZClip,
 )
@@ -66,6 +68,14 @@ def test_another_optimizer_moves_the_weights(tmp_path: Path, capsys: pytest.Capt
     assert str(tmp_path) in printed
 
 
+def test_quantized_weights_lie_on_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantization.main(["--epochs", "1", "--bits", "2", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "net.encoder.layers.1.linear1.weight             2 bits, levels -1 to 1" in printed
+    assert "net.head" not in printed
+    check_files(tmp_path)
+
+
 def test_diagnosis_names_the_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(match="not finite|non-finite"):
         diagnostics.main(["--epochs", "1", "--output", str(tmp_path)])
@@ -109,6 +119,7 @@ def test_two_processes_send_less(
         ("schedules", AccuracyGradientLR, "accuracy_gradient_lr.png"),
         ("diagnostics", GradientMonitor, "gradient_monitor.png"),
         ("optimizers", OptimizerSwap, None),
+        ("quantization", QuantizationAwareTraining, None),
     ],
 )
 def test_yaml_runs_on_the_command_line(

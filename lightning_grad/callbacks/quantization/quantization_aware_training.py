@@ -62,7 +62,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         weight_bits: Bits b of a weight, 1 to 8; None quantizes no weight.
             "ste" needs at least 2, which is ternary.
         quantizer: "ste", "quest" or "statsq". Only "ste" has the level 0, which sparse weights need.
-            At 4 and 2 bits none was better than "ste" beyond noise in our comparison (docs/benchmarks.md).
+            At 4 and 2 bits, none was better than "ste" beyond noise in a small comparison on digits.
         hadamard: With "quest": round in the basis of a Hadamard transform, as the paper does.
             The weights are then on no integer grid of the layer itself, so they cannot be exported as integers.
         start: Share of the run before weights are quantized.
@@ -91,12 +91,12 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
             or ``ModelPruning`` has selected the same weight, or a selected weight is sparse and the grid has no 0.
         RuntimeError: If a selected weight is reparametrized during the fit.
 
-    **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
-    post-hook rounds its weights. The first ``on_train_batch_end`` selects again if the batch reached
-    the layers in a different order than they were registered. ``on_before_optimizer_step`` zeroes the gradients of
-    confident weights, before clipping. The first ``on_validation_batch_start`` switches to the weights that a checkpoint
-    would contain, after weight averaging has swapped its weights in. ``teardown`` replaces the module's parameters with
-    the quantized weights.
+    **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's post-
+    hook rounds its weights. The first ``on_train_batch_end`` selects again if the batch reached the layers in a
+    different order than they were registered. ``on_before_optimizer_step`` zeroes the gradients of confident weights,
+    before clipping; what a later callback of the list adds to them moves no weight, but its momentum. The first
+    ``on_validation_batch_start`` switches to the weights that a checkpoint would contain, after weight averaging has
+    swapped its weights in. ``teardown`` replaces the module's parameters with the quantized weights.
 
     **Logs** under ``quant/``, at log steps: ``active`` (1 when weights are quantized; also in every validation, to tell
     checkpoints apart), ``error`` (root mean square of the rounding error, relative to that of the weights), ``flips``
@@ -420,7 +420,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     @override
     def settle(self, trainer: pl.Trainer) -> Sequence[GridWeight]:
         self._monitors.is_done |= self._is_due  # Lightning skips a validation after a checkpoint of the last step
-        if trainer.global_step > 0 and self.weight_bits is not None and not self._is_due:
+        if self._progress > 0.0 and self.weight_bits is not None and not self._is_due:
             rank_zero_warn(
                 f"{self.display_name}: the run stopped at {100 * self._progress:.0f} % of its length, before "
                 f"start={self.start}, so no weight is quantized. Train for longer, or set a smaller start."
