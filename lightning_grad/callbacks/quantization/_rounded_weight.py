@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
-from lightning_grad.functional import QuantizedTensor, SoftRounding
+from lightning_grad.functional import QuantizedTensor, SoftRounding, with_outliers
 from lightning_grad.utilities.reconstruction import RoundableWeight
 from lightning_grad.utilities.rounding import show_values
 
@@ -35,6 +35,7 @@ class RoundedWeight(ViewedWeight):
         self._shown: Tensor | None = None
         self._rounding: dict[str, Tensor] = {}
         self._values: Tensor | None = None
+        self._quantized: QuantizedTensor | None = None
 
     @property
     def is_rounded(self) -> bool:
@@ -55,8 +56,15 @@ class RoundedWeight(ViewedWeight):
         if not self._rounding:
             return weight
         if self._values is None:
-            self._values = self._restore(weight)
+            self._values, self._quantized = self._restore(weight)
         return self._values
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """Integers and scales of the rounded weight."""
+        self.stored(self.before)
+        assert self._quantized is not None
+        return self._quantized
 
     @property
     def before(self) -> Tensor:
@@ -91,7 +99,7 @@ class RoundedWeight(ViewedWeight):
         self._rounding, self._values = {}, None
 
     @torch.no_grad()
-    def _restore(self, weight: Tensor) -> Tensor:
+    def _restore(self, weight: Tensor) -> tuple[Tensor, QuantizedTensor]:
         assert self.bits is not None
         own = self._rounding
         kept = unpack_bits(own["kept"], weight) if "kept" in own else None
@@ -99,7 +107,8 @@ class RoundedWeight(ViewedWeight):
         up = unpack_bits(own["up"], weight)
         integers = torch.where(start.has_choice, start.below + up, start.nearest.integers).to(torch.int8)
         near = start.nearest
-        return start.values(QuantizedTensor(integers, near.scales, near.bits, near.quantizer, near.dim))
+        rounded = QuantizedTensor(integers, near.scales, near.bits, near.quantizer, near.dim)
+        return start.values(rounded), rounded if kept is None else with_outliers(rounded, weight, kept)
 
     @property
     @override

@@ -35,7 +35,7 @@ from lightning_grad.core.probe_reading import take_look
 from lightning_grad.core.probe_samples import ProbeSamples
 from lightning_grad.core.progress import run_progress
 from lightning_grad.data.random_streams import seed_streams
-from lightning_grad.functional import integer_range, outlier_mask
+from lightning_grad.functional import QuantizedTensor, integer_range, outlier_mask
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.quantization.outliers import SCORES, OutlierScore
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
@@ -131,7 +131,7 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     column: ClassVar[str] = "grid"
 
     _samples = during_fit[ProbeSamples]()
-    _formats = until_next_fit.of(dict[str, dict[str, Any]])
+    _report = until_next_fit.of(dict[str, QuantizedTensor])
 
     def __init__(
         self,
@@ -165,9 +165,14 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
         check_choice(outlier_score, SCORES, "outlier_score")
 
     @property
-    def formats(self) -> dict[str, dict[str, Any]]:
-        """The grid of each rounded weight by its name: the ``report`` of the exporters; empty before it is rounded."""
-        return self._formats
+    def report(self) -> dict[str, QuantizedTensor]:
+        """Integers and scales of each rounded weight by its name; empty before the weights are rounded.
+
+        :func:`~lightning_grad.utilities.export_onnx_int8` and :func:`~lightning_grad.utilities.to_torchao` take it.
+        """
+        if self.is_rounded:
+            return {clean_name(weight.name): weight.quantized for weight in self.weights}
+        return self._report
 
     @property
     def is_rounded(self) -> bool:
@@ -248,7 +253,6 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
 
     @torch.no_grad()
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._formats = {}
         self.say(f"rounds {counted(len(self.weights), 'weight')} to {self.bits} bits")
         found: list[RoundedUnit] = []
         kept: dict[str, Tensor] = {}
@@ -314,8 +318,6 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
             weight.round(rounded[weight.name], kept.get(weight.name))
             if trainer.world_size > 1:
                 weight.load_state_dict(trainer.strategy.broadcast(weight.state_dict()))
-        formats = {weight.name: {"bits": self.bits, "quantizer": "ste", "dim": weight.dim} for weight in self.weights}
-        self._formats = {clean_name(name): {**form, "hadamard": False} for name, form in formats.items()}
         learned = [each for each in found if each.found.nearest_error]
         if learned:
             errors = sum(each.relative_error for each in learned) / len(learned)
@@ -323,16 +325,8 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
             log_many(trainer, {self.log_key("rounding_error"): errors, self.log_key("undecided"): undecided})
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "formats": self.formats}
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._formats = dict(state_dict.get("formats", {}))
-
-    @override
     def settle(self, trainer: pl.Trainer) -> Sequence[RoundedWeight]:
+        self._report = self.report
         return self.weights if self.is_rounded else []
 
 

@@ -51,7 +51,10 @@ def test_it_rounds_what_training_without_it_gives_and_better_than_nearest(dense:
     callback = rounding()
     module = fit(callback)
     assert on_grid(module.state_dict())
-    assert callback.formats == {name: {"bits": 2, "quantizer": "ste", "dim": 0, "hadamard": False} for name in WEIGHTS}
+    assert callback.report.keys() == set(WEIGHTS)
+    for name, quantized in callback.report.items():
+        assert quantized.bits == 2
+        assert torch.equal(quantized.dequantize(), module.state_dict()[name])
     others = dense.keys() - set(WEIGHTS)
     assert all(torch.equal(module.state_dict()[name], dense[name]) for name in others)
     nearest, plain = Regression(linear_net()), Regression(linear_net())
@@ -127,9 +130,10 @@ def test_a_longer_run_continues_from_the_weights_before_rounding(tmp_path: Path)
         assert torch.equal(continued.state_dict()[name], value)
     assert not torch.equal(shorter.net[0].weight, whole.net[0].weight)
     again = rounding()
+    assert not again.report
     over = fit(again, last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=1)
     assert all(torch.equal(over.state_dict()[name], value) for name, value in shorter.state_dict().items())
-    assert again.formats.keys() == set(WEIGHTS)
+    assert again.report.keys() == set(WEIGHTS)
 
 
 def test_sparse_weights_stay_sparse(tmp_path: Path) -> None:
@@ -162,16 +166,18 @@ def test_tied_weights_and_parameters_used_by_name() -> None:
     callback = rounding(include=["net.first.weight", "net.mix"], bits=3)
     module = fit(callback, module=Regression(Tied()))
     assert module.net.first.weight is module.net.second.weight
-    assert callback.formats.keys() == {"net.first.weight", "net.mix"}
-    for name in callback.formats:
+    assert callback.report.keys() == {"net.first.weight", "net.mix"}
+    for name in callback.report:
         read_quantized_weight(module.get_parameter(name), 3)
     assert not {"weight", "mix"} & (module.net.__dict__.keys() | module.net.first.__dict__.keys())
 
 
 def test_outliers_keep_their_values(dense: Any) -> None:
-    module = fit(rounding(outliers=0.05, outlier_score="gradient"))
+    callback = rounding(outliers=0.05, outlier_score="gradient")
+    module = fit(callback)
     for name in WEIGHTS:
         value, before = module.state_dict()[name], dense[name]
+        assert torch.equal(callback.report[name].dequantize(), value)
         assert (value == before).sum() == int(0.05 * before.numel())
 
 
