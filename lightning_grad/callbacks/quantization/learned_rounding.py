@@ -54,8 +54,8 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
         \tilde W = s \left( \lfloor W / s \rfloor + h \right), \qquad h \in \{0, 1\}
 
     One scale s for each output channel minimizes the rounding error of its weights. Then each layer in turn learns h
-    (:func:`~lightning_grad.functional.learn_rounding`): on the inputs that it gets after the layers before it were
-    rounded, it shall keep the outputs that it had before. Layers that are linear in their weight end with single flips
+    (:func:`~lightning_grad.functional.learn_rounding`), to keep its outputs on the inputs that it gets after the layers
+    before it were rounded. Layers that are linear in their weight end with single flips
     (:func:`~lightning_grad.functional.flip_roundings`). On these samples no layer is worse than with nearest rounding.
 
     The weights train as they are. They are rounded after the last training batch, before the validation that follows it,
