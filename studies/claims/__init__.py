@@ -11,8 +11,19 @@ from studies.claims import (
     data_pruning,
     label_errors,
     optimizers,
+    quantization,
     sparsity,
 )
 
-FAMILIES = (sparsity, clipping, clipping_spikes, data_pruning, label_errors, adversarial, communication, optimizers)
+FAMILIES = (
+    sparsity,
+    clipping,
+    clipping_spikes,
+    data_pruning,
+    label_errors,
+    adversarial,
+    communication,
+    optimizers,
+    quantization,
+)
 CLAIMS: dict[str, Claim[Any]] = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}
