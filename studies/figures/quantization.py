@@ -68,15 +68,11 @@ def print_files(claim: SmallerFiles, results: Sequence[ExportedResult]) -> None:
 def summarise_file(arm: str, results: Sequence[ExportedResult]) -> tuple[str, ...]:
     """Return the row of one network."""
     own = own_of(arm, results)
-    accuracies = [mean_and_spread([100 * each for each in column]) for column in columns(own)]
-    file = "-" if "nan" in accuracies[1] else f"{accuracies[1]} %"
+    accuracy = mean_and_spread([100 * result.test_accuracy for result in own])
+    of_files = [100 * result.file_accuracy for result in own if not math.isnan(result.file_accuracy)]
+    file = f"{mean_and_spread(of_files)} %" if of_files else "-"
     sizes = map(kilobytes, sizes_of(arm, results))
-    return f"{accuracies[0]} %", file, *sizes, f"{100 * statistics.mean(result.zeros for result in own):.0f} %"
-
-
-def columns(own: Sequence[ExportedResult]) -> tuple[list[float], list[float]]:
-    """Return the accuracies of the modules and of the files."""
-    return [result.test_accuracy for result in own], [result.file_accuracy for result in own]
+    return f"{accuracy} %", file, *sizes, f"{100 * statistics.mean(result.zeros for result in own):.0f} %"
 
 
 def sizes_of(arm: str, results: Sequence[ExportedResult]) -> tuple[float, float]:
