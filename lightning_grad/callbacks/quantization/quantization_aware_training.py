@@ -1,7 +1,10 @@
 """Quantization-aware training as a callback.
 
 Grids and gradients are functions in ``functional/quantization/``. The base class ``WeightCallback`` selects the weights
-and substitutes the quantized weights in the module. In this folder, ``_grid_weight.py`` is one quantized weight.
+and substitutes the quantized weights in the module. In this folder:
+
+- ``_grid_weight.py`` is one quantized weight;
+- ``_activations.py`` rounds the inputs of layers, and compares the module with and without this.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.callbacks.quantization._activations import RoundedInputs, gaps_of, points
 from lightning_grad.callbacks.quantization._grid_weight import (
     Grid,
     GridWeight,
@@ -28,6 +32,7 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.monitor_restart import MonitorRestart
 from lightning_grad.core.optimizers import techniques_that_evaluate
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.functional.quantization.fake_quantization import ActivationQuantizer
 from lightning_grad.functional.quantization.grids import Quantizer, check_grid
 from lightning_grad.utilities.checks import check_finite_above, check_share
 from lightning_grad.utilities.parameters import clean_name
@@ -63,6 +68,10 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
             "ste" needs at least 2, which is ternary.
         quantizer: "ste", "quest" or "statsq". Only "ste" has the level 0, which sparse weights need.
             At 4 and 2 bits, none was better than "ste" beyond noise in a small comparison on digits.
+        activation_bits: Bits of the inputs of the same layers, 1 to 8; None rounds no inputs.
+            A checkpoint does not hold this rounding; see :func:`~lightning_grad.utilities.apply_activation_quantization`.
+        activation_quantizer: "affine" (between the minimum and the maximum) or "quest" (Gaussian, with a trust mask).
+            Each token, or each sample of a convolution, has its own scale.
         hadamard: With "quest": round in the basis of a Hadamard transform, as the paper does.
             The weights are then on no integer grid of the layer itself, so they cannot be exported as integers.
         start: Share of the run before weights are quantized.
@@ -101,6 +110,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     **Logs** under ``quant/``, at log steps: ``active`` (1 when weights are quantized; also in every validation, to tell
     checkpoints apart), ``error`` (root mean square of the rounding error, relative to that of the weights), ``flips``
     (share of weights whose level this step changed), ``trained`` (share of weights that annealing leaves free).
+    At each validation with ``activation_bits``: ``plain_gap`` (largest change of a logged metric on the first batch, if
+    activations are not rounded, in points; more than 1 is a warning).
 
     **State.** Progress, the selected weights with their grids (also as ``formats``), and the dense weights, which a
     checkpoint's quantized weights lack; resuming is bit-exact. Every setting may change on resume.
@@ -146,6 +157,9 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     _progress = until_next_fit.of(float)
     _formats = until_next_fit.of(dict[str, dict[str, Any]])
+    _activation_formats = until_next_fit.of(dict[str, dict[str, Any]])
+    _inputs = during_fit.of(RoundedInputs)
+    _gap = during_fit[float | None](lambda _: None)  # points between the module with and without rounded activations
     _monitors = until_next_fit.of(MonitorRestart)
     _held = during_fit[HeldWeights](lambda self: HeldWeights(self.annealing_width))
     _levels = during_fit.of(dict[int, Tensor])  # of the weights that the coming step moves, at log steps
@@ -158,6 +172,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         self,
         weight_bits: int | None = 8,
         quantizer: Quantizer = "ste",
+        activation_bits: int | None = None,
+        activation_quantizer: ActivationQuantizer = "affine",
         hadamard: bool = True,
         start: float = 0.0,
         annealing_start: float | None = None,
@@ -172,6 +188,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         super().__init__(include, exclude, name)
         self.weight_bits = weight_bits
         self.quantizer = quantizer
+        self.activation_bits = activation_bits
+        self.activation_quantizer = activation_quantizer
         self.hadamard = hadamard
         self.start = check_share(start, "start")
         self.annealing_start = None if annealing_start is None else check_share(annealing_start, "annealing_start")
@@ -183,6 +201,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         self.total_steps = check_total_steps(total_steps)
         if weight_bits is not None:
             check_grid(weight_bits, quantizer)
+        if activation_bits is not None:
+            check_grid(activation_bits, "quest", "activation_bits")
         if annealing_start is not None and self._in_hadamard_basis:
             raise ValueError(
                 "annealing_start holds single weights fixed, but in a Hadamard basis each level depends on many of them. "
@@ -202,6 +222,21 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         if self.weights and self.weight_bits is not None:
             return {clean_name(weight.name): weight.grid.format for weight in self.weights}
         return self._formats
+
+    @property
+    def activation_formats(self) -> dict[str, dict[str, Any]]:
+        """The rounding of each layer's input by the name of the layer, known from the start of the fit, and in checkpoints.
+
+        :func:`~lightning_grad.utilities.apply_activation_quantization` takes it.
+        """
+        return self._inputs.formats or self._activation_formats
+
+    @property
+    @override
+    def why_not_portable(self) -> str:
+        if self.activation_bits is None:
+            return ""
+        return f"A checkpoint does not hold the rounding of activations to {self.activation_bits} bits."
 
     # Selection of weights.
 
@@ -230,10 +265,13 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     @override
     def plan(self) -> str:
         weights = counted(len(self.weights), "weight")
-        if self.weight_bits is None:
-            return f"quantizes none of {weights}, because weight_bits is None"
         grid = self.weights[0].grid if self.weights else ""
-        return f"rounds {weights} to {grid} grids"
+        does = f"quantizes none of {weights}, because weight_bits is None"
+        if self.weight_bits is not None:
+            does = f"rounds {weights} to {grid} grids"
+        if self.activation_bits is None:
+            return does
+        return f"{does}, and rounds the inputs of their layers to {self.activation_bits} bits"
 
     @override
     def refresh(self, weights: Sequence[GridWeight]) -> None:
@@ -245,21 +283,48 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         self.refresh(weights)
 
     @property
+    def _has_begun(self) -> bool:
+        return self._progress >= self.start
+
+    @property
     def _is_due(self) -> bool:
-        return self.weight_bits is not None and self._progress >= self.start
+        return self.weight_bits is not None and self._has_begun
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether anything is rounded in this run."""
+        return self.weight_bits is not None or self.activation_bits is not None
 
     # The fit begins.
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.undo.push(lambda: self._inputs.remove())
+        super().on_fit_start(trainer, pl_module)
+        if self.activation_bits is not None:
+            self._round_inputs(pl_module)
+        for layer, reason in self._inputs.skipped.items():
+            self.say(f"does not round the input of {layer}, because {reason}")
+
+    def _round_inputs(self, pl_module: pl.LightningModule) -> None:
+        """Round the inputs of the layers of all chosen weights."""
+        in_basis = self.hadamard and self.activation_quantizer == "quest"
+        form = {"bits": self.activation_bits, "quantizer": self.activation_quantizer, "hadamard": in_basis}
+        self._inputs.follow(pl_module, self.weights, form)
+        self._inputs.turn(self._has_begun)
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if not self.fitting:
             self._formats = self._formats or dict(state_dict.get("formats", {}))
+            self._activation_formats = self._activation_formats or dict(state_dict.get("activation_formats", {}))
 
     @override
     def resume(self) -> None:
         self._progress = float(self.restored.get("progress", 0.0))
         super().resume()
+        self._inputs.turn(self._has_begun)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -268,7 +333,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
             self.say(IN_FIRST_EPOCH)
         done = bool(self.restored.get("restarted")) and self.restored.get("chosen") == self.signatures
         super().on_train_start(trainer, pl_module)
-        wanted = self.restart_monitors and self.start > 0.0 and self.weight_bits is not None
+        wanted = self.restart_monitors and self.start > 0.0 and self._rounds
         self._monitors = MonitorRestart(wanted, done, trainer.enable_validation, "the weights are quantized")
         self._monitors.announce(trainer, self.say)
 
@@ -335,11 +400,12 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     def _follow_run(self, trainer: pl.Trainer) -> None:
         """Quantize weights whose own optimizer did not step: ``start`` follows the run, not an optimizer."""
         self.renew([weight for weight in self.weights if weight.is_on != self._is_due])
+        self._inputs.turn(self._has_begun)
         if not self._monitors.at_validation:
             self._restart_monitors(trainer)
 
     def _restart_monitors(self, trainer: pl.Trainer) -> None:
-        if self._monitors.is_due and self._is_due:
+        if self._monitors.is_due and self._has_begun:
             self._monitors.restart(trainer, self.say)
 
     def _count_flips(self, weights: Sequence[GridWeight]) -> None:
@@ -352,6 +418,10 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
+        if (
+            self.activation_bits is not None and self._inputs.weights != self.weights
+        ):  # the first batch can change the choice
+            self._round_inputs(pl_module)
         if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch may not step
             self._progress = 1.0
             self._follow_run(trainer)
@@ -361,10 +431,14 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         self._flips.clear()
         self._levels.clear()
 
+    @property
+    def _active(self) -> float:
+        return float(self._rounds and self._has_begun)
+
     @torch.no_grad()
     def _measure(self) -> dict[str, float | Tensor]:
         """Return the quantities of a log step."""
-        found: dict[str, float | Tensor] = {"active": float(self._is_due)}
+        found: dict[str, float | Tensor] = {"active": self._active}
         if not self._is_due:
             return found
         errors, sizes = zip(*(weight.squared_error() for weight in self.weights), strict=True)
@@ -403,12 +477,52 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.fitting and self.weights:
-            self.log_scalars(pl_module, {"active": float(self._is_due)}, sync_dist=True)
+            self.log_scalars(pl_module, {"active": self._active}, sync_dist=True)
+        if self.fitting and self._gap is not None:
+            self.log_scalars(pl_module, {"plain_gap": self._gap}, sync_dist=True)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        loader: int = 0,
+    ) -> None:
+        is_first = batch_idx == 0 and loader == 0 and not trainer.sanity_checking
+        if self.fitting and is_first and self.activation_bits is not None and self._has_begun:
+            self._compare_with_plain(trainer, pl_module, batch, batch_idx, loader)
+
+    def _compare_with_plain(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        """Measure on one batch how far the module is from itself without rounded activations, as a checkpoint has it."""
+        try:
+            gaps = gaps_of(trainer, pl_module, self._inputs, *arguments)
+        except Exception as error:  # a step may not be made for running a batch twice
+            said = f"plain_gap could not be measured: {type(error).__name__}: {error}"
+            self.tell_once("no plain gap", rank_zero_warn, said)
+            return
+        if not gaps:
+            return
+        largest = max(gaps, key=points)
+        self._gap, (name, rounded, plain) = points(largest), largest
+        if self._gap > 1.0:
+            key = type(self).__name__ if self.name is None else self.display_name
+            self.tell_once(
+                "plain gap",
+                rank_zero_warn,
+                f"a checkpoint computes with activations that are not rounded, which makes a difference: on one "
+                f"validation batch, {name} is {plain:.4g} instead of {rounded:.4g}. To compute what was validated, load "
+                f"it and call lightning_grad.utilities.apply_activation_quantization(module, "
+                f"checkpoint['callbacks'][{key!r}]['activation_formats']).",
+            )
 
     @override
     def state_dict(self) -> dict[str, Any]:
         restarted = self._monitors.is_done or bool(self.restored.get("restarted"))
-        return {**super().state_dict(), "progress": self._progress, "formats": self.formats, "restarted": restarted}
+        formats = {"formats": self.formats, "activation_formats": self.activation_formats}
+        return {**super().state_dict(), "progress": self._progress, **formats, "restarted": restarted}
 
     # The fit ends.
 
@@ -419,17 +533,17 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     @override
     def settle(self, trainer: pl.Trainer) -> Sequence[GridWeight]:
-        self._monitors.is_done |= self._is_due  # Lightning skips a validation after a checkpoint of the last step
-        if self._progress > 0.0 and self.weight_bits is not None and not self._is_due:
+        self._monitors.is_done |= self._has_begun  # Lightning skips a validation after a checkpoint of the last step
+        if self._progress > 0.0 and self._rounds and not self._has_begun:
             rank_zero_warn(
                 f"{self.display_name}: the run stopped at {100 * self._progress:.0f} % of its length, before "
-                f"start={self.start}, so no weight is quantized. Train for longer, or set a smaller start."
+                f"start={self.start}, so nothing is quantized. Train for longer, or set a smaller start."
             )
         return super().settle(trainer)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        fitting, self._formats = self.fitting, self.formats
+        fitting, self._formats, self._activation_formats = self.fitting, self.formats, self.activation_formats
         super().teardown(trainer, pl_module, stage)
         if fitting:
             self._monitors.release(trainer)

@@ -11,6 +11,7 @@ from lightning_grad.functional.quantization.grids import (
     GAUSSIAN_CLIPS,
     Quantizer,
     check_grid,
+    exact_scales,
     grid_offset,
     grid_values,
     integer_range,
@@ -240,7 +241,7 @@ def fake_quantize_activation(
 def _affine_values(rows: Tensor, bits: int) -> Tensor:
     exact, most = weight_rows(rows), float(2**bits - 1)
     low = exact.amin(-1, keepdim=True).clamp_max_(0.0)
-    scale = ((exact.amax(-1, keepdim=True).clamp_min_(0.0) - low) / most).clamp_min_(1e-30)
+    scale = exact_scales(((exact.amax(-1, keepdim=True).clamp_min_(0.0) - low) / most).clamp_min_(1e-30))
     zero = (low / -scale).round_()
     integers = (exact / scale).round_().add_(zero).clamp_(0, most)
     return (integers - zero).mul_(scale).to(rows.dtype)

@@ -47,7 +47,7 @@ _LEAST_SCALE = 1e-30  # of a row of zeros
 _SPLITTER = float(2**8 + 1)
 
 
-def check_grid(bits: int, quantizer: Quantizer) -> None:
+def check_grid(bits: int, quantizer: Quantizer, parameter: str = "bits") -> None:
     """Raise if there is no such grid.
 
     Raises:
@@ -57,7 +57,7 @@ def check_grid(bits: int, quantizer: Quantizer) -> None:
     if quantizer not in QUANTIZERS:
         raise ValueError(f"quantizer must be 'ste', 'quest' or 'statsq'; got {quantizer!r}.")
     if isinstance(bits, bool) or bits not in GAUSSIAN_CLIPS:
-        raise ValueError(f"bits must be an integer from 1 to {MOST_BITS}; got {bits!r}.")
+        raise ValueError(f"{parameter} must be an integer from 1 to {MOST_BITS}; got {bits!r}.")
     if bits == 1 and quantizer == "ste":
         raise ValueError(
             "quantizer='ste' has no grid of 1 bit, because its grids are symmetric around 0 and contain it. Use 2 bits "

@@ -223,7 +223,7 @@ def test_the_best_checkpoint_is_quantized_although_the_dense_phase_was_better(tm
     made, best = run()
     assert made.current_epoch == 4, "early stopping starts to wait when the weights are quantized"
     assert read_quantized_weight(best, 4).bits == 4
-    with pytest.warns(UserWarning, match=r"stopped at 40 % of its length, before start=0.6, so no weight is quantized"):
+    with pytest.warns(UserWarning, match=r"stopped at 40 % of its length, before start=0.6, so nothing is quantized"):
         made, best = run(restart_monitors=False)
     with pytest.raises(ValueError, match="on no grid"):
         read_quantized_weight(best, 4)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional import (
+    exact_scales,
     fake_quantize_activation,
     fake_quantize_weight,
     hadamard_transform,
@@ -104,7 +105,7 @@ def test_activations_use_all_levels_of_an_affine_grid(bits: int) -> None:
 def test_affine_activations_equal_those_of_torch() -> None:
     x = torch.randn(3, 200) + 0.5
     for row, found in zip(x, fake_quantize_activation(x, 4), strict=True):
-        scale = (row.max() - row.min()) / 15
+        scale = exact_scales((row.max() - row.min()) / 15)
         zero = int((-row.min() / scale).round())
         torch.testing.assert_close(found, torch.fake_quantize_per_tensor_affine(row, float(scale), zero, 0, 15))
     assert (fake_quantize_activation(torch.tensor([0.0, 0.3, -1.0]), 2) == 0).any(), "zero is a level"
