@@ -14,14 +14,9 @@ from lightning_grad.functional import QuantizedTensor, integer_range, outlier_ma
 from lightning_grad.functional.quantization.outliers import OutlierScore
 from lightning_grad.utilities.checks import check_at_least, check_between
 from lightning_grad.utilities.parameters import check_patterns, clean_name, named_owners, selects
-from lightning_grad.utilities.reconstruction import (
-    Reconstruction,
-    RoundableWeight,
-    RoundedUnit,
-    called_modules,
-    find_units,
-)
+from lightning_grad.utilities.reconstruction import Reconstruction, RoundedUnit
 from lightning_grad.utilities.reporting import format_table
+from lightning_grad.utilities.rounding_units import RoundableWeight, called_modules, find_units
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

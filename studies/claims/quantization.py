@@ -21,7 +21,12 @@ from plain_project import Digits, VisionTransformer
 from typing_extensions import override
 
 from lightning_grad.callbacks import LearnedRounding, NMSparsity, QuantizationAwareTraining
-from lightning_grad.utilities import export_onnx_int8, quantization_report, sparsity_report
+from lightning_grad.utilities import (
+    apply_activation_quantization,
+    export_onnx_int8,
+    quantization_report,
+    sparsity_report,
+)
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers
@@ -34,20 +39,26 @@ weights of 8 bits, and with weights that are also 2:4 sparse. Then it is exporte
     export_onnx_int8(module, quantization_report(module), "model.onnx")
 """
 
-# The callbacks of each arm, by the bits of a weight.
-TRAINED: Mapping[str, Callable[[int], list[Callback]]] = {
-    "dense": lambda bits: [],
-    "ste": lambda bits: [QuantizationAwareTraining(bits)],
-    "quest": lambda bits: [QuantizationAwareTraining(bits, "quest")],
-    "quest, plain": lambda bits: [QuantizationAwareTraining(bits, "quest", hadamard=False)],
-    "statsq": lambda bits: [QuantizationAwareTraining(bits, "statsq")],
+# The callbacks of each arm, by the bits of a weight, and those of an activation or None.
+Line = Callable[[int, int | None], list[Callback]]
+TRAINED: Mapping[str, Line] = {
+    "dense": lambda bits, inputs: [],
+    "ste": lambda bits, inputs: [QuantizationAwareTraining(bits, activation_bits=inputs)],
+    "quest": lambda bits, inputs: [QuantizationAwareTraining(bits, "quest", activation_bits=inputs)],
+    "quest, plain": lambda bits, inputs: [
+        QuantizationAwareTraining(bits, "quest", hadamard=False, activation_bits=inputs)
+    ],
+    "quest, own inputs": lambda bits, inputs: [
+        QuantizationAwareTraining(bits, "quest", activation_bits=inputs, activation_quantizer="quest")
+    ],
+    "statsq": lambda bits, inputs: [QuantizationAwareTraining(bits, "statsq", activation_bits=inputs)],
 }
-ROUNDED: Mapping[str, Callable[[int], list[Callback]]] = {
-    "dense": lambda bits: [],
-    "nearest": lambda bits: [LearnedRounding(bits, steps=0)],
-    "learned": lambda bits: [LearnedRounding(bits)],
-    "nearest, 1 % kept": lambda bits: [LearnedRounding(bits, steps=0, outliers=0.01)],
-    "learned, 1 % kept": lambda bits: [LearnedRounding(bits, outliers=0.01)],
+ROUNDED: Mapping[str, Line] = {
+    "dense": lambda bits, inputs: [],
+    "nearest": lambda bits, inputs: [LearnedRounding(bits, steps=0)],
+    "learned": lambda bits, inputs: [LearnedRounding(bits)],
+    "nearest, 1 % kept": lambda bits, inputs: [LearnedRounding(bits, steps=0, outliers=0.01)],
+    "learned, 1 % kept": lambda bits, inputs: [LearnedRounding(bits, outliers=0.01)],
 }
 SMALLER: Mapping[str, Callable[[], list[Callback]]] = {
     "dense": list,
@@ -77,6 +88,7 @@ class Quantization(Claim[Result]):
 
     Args:
         bits: Bits of a weight.
+        activation_bits: Bits of the inputs of the same layers; ``None`` rounds no inputs.
         epochs: Epochs of each training.
         limit_batches: Number of batches in an epoch, for a quick look.
     """
@@ -92,6 +104,7 @@ class Quantization(Claim[Result]):
     chosen_by: str = "validation_accuracy"
     budget: float = 6
     bits: int
+    activation_bits: int | None = None
     epochs: int = 16
     limit_batches: int | None = None
 
@@ -101,7 +114,7 @@ class Quantization(Claim[Result]):
         return list(self.lines)
 
     @property
-    def lines(self) -> Mapping[str, Callable[[int], list[Callback]]]:
+    def lines(self) -> Mapping[str, Line]:
         """The callbacks of each possible arm."""
         return TRAINED
 
@@ -110,10 +123,13 @@ class Quantization(Claim[Result]):
         """Run one training, and test the module that remains."""
         data, module = Digits(seed=run.seed), build_module(run)
         limits: dict[str, Any] = dict.fromkeys(("limit_train_batches", "limit_val_batches"), self.limit_batches)
-        callbacks = [Follow(run.show), *self.lines[run.arm](self.bits)]
-        trainer = self.trainer(run, callbacks, max_epochs=self.epochs, **limits)
+        line = self.lines[run.arm](self.bits, self.activation_bits)
+        trainer = self.trainer(run, [Follow(run.show), *line], max_epochs=self.epochs, **limits)
         trainer.fit(module, data)
         validation = trainer.callback_metrics["val_acc"].item()
+        for callback in line if self.activation_bits else []:
+            assert isinstance(callback, QuantizationAwareTraining)
+            apply_activation_quantization(module, callback.activation_formats)  # the module itself rounds only weights
         accuracy = trainer.test(module, data, verbose=False)[0]["test_acc"]
         finish_loggers(trainer)
         return Result(run.arm, run.seed, run.rate, validation, accuracy, most_levels(module))
@@ -131,7 +147,7 @@ class Rounding(Quantization):
 
     @property
     @override
-    def lines(self) -> Mapping[str, Callable[[int], list[Callback]]]:
+    def lines(self) -> Mapping[str, Line]:
         return ROUNDED
 
     @override
@@ -263,6 +279,14 @@ CLAIMS = (
         reference="ste",
         margin=0.0,
         bits=2,
+    ),
+    Quantization(
+        name="quantization-w4a4",
+        text="With weights and inputs of 4 bits, a network is at most two points less accurate than a dense one.",
+        arms=("dense", "ste", "quest", "quest, own inputs", "statsq"),
+        margin=-0.02,
+        bits=4,
+        activation_bits=4,
     ),
     Rounding(
         name="rounding-3",

@@ -122,7 +122,8 @@ def title_of(claim: Claim[Any]) -> str:
     seeds = f"{claim.seeds} seeds" if claim.seeds > 1 else "one seed"
     if isinstance(claim, Quantization):
         bits = "1 bit" if claim.bits == 1 else f"{claim.bits} bits"
-        return f"Weights of {bits}: a vision transformer on digits, {seeds}"
+        inputs = f", inputs of {claim.activation_bits}" if claim.activation_bits else ""
+        return f"Weights of {bits}{inputs}: a vision transformer on digits, {seeds}"
     return f"Exported networks: a vision transformer on digits, {seeds}"
 
 

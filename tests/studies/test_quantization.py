@@ -43,6 +43,12 @@ def test_every_quantizer_trains_on_its_grid(tmp_path: Path, capsys: pytest.Captu
     assert max(map(len, printed.splitlines())) <= 88
 
 
+def test_inputs_are_rounded_in_the_test_too(tmp_path: Path) -> None:
+    claim = short("quantization-w4a4", tmp_path, arms=("ste",), limit_batches=4)
+    tested = [train_all(replace(claim, activation_bits=bits), 1)[0].test_accuracy for bits in (1, None)]
+    assert tested[0] != tested[1]
+
+
 def test_rounding_is_compared_with_the_same_outliers(tmp_path: Path) -> None:
     claim = short("rounding-2", tmp_path, arms=("nearest", "learned"), limit_batches=2)
     assert claim.comparisons() == [("learned", "nearest")]

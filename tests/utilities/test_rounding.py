@@ -10,15 +10,10 @@ from torch import Tensor, nn
 
 from lightning_grad.functional import mse_scales, quantize_weight
 from lightning_grad.utilities import round_weights
-from lightning_grad.utilities.reconstruction import (
-    Reconstruction,
-    RoundableWeight,
-    _record,
-    _UnitError,
-    called_modules,
-    find_units,
-)
+from lightning_grad.utilities.reconstruction import Reconstruction
 from lightning_grad.utilities.rounding import show_values
+from lightning_grad.utilities.rounding_units import RoundableWeight, called_modules, find_units
+from lightning_grad.utilities.unit_error import UnitError, record_calls
 
 
 class Attention(nn.Module):
@@ -157,8 +152,8 @@ def test_the_columns_of_a_layer_give_its_output(rounded: Any, name: str) -> None
     weight = RoundableWeight(f"{name}.weight", layer.weight.detach(), [layer], lambda value: None, bits=3)
     (unit,), _ = find_units(net, [weight], called_modules(net, runs[0]))
     with torch.no_grad():
-        calls = _record(layer, runs)
-        error = _UnitError(unit, calls, calls)
+        calls = record_calls(layer, runs)
+        error = UnitError(unit, calls, calls)
         columns, zero = error._columns(0), torch.zeros_like(weight.weight)
         by_group = weight.weight.reshape(len(columns), -1, columns.shape[-1])
         products = (columns @ by_group.mT).transpose(0, 1).flatten(1)

@@ -16,8 +16,8 @@ from typing_extensions import override
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import QuantizedTensor, SoftRounding, with_outliers
-from lightning_grad.utilities.reconstruction import RoundableWeight
 from lightning_grad.utilities.rounding import show_values
+from lightning_grad.utilities.rounding_units import RoundableWeight
 
 
 class RoundedWeight(ViewedWeight):

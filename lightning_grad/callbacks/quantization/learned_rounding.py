@@ -40,9 +40,10 @@ from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.quantization.outliers import SCORES, OutlierScore
 from lightning_grad.utilities.checks import check_above, check_at_least, check_between, check_count
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
-from lightning_grad.utilities.reconstruction import Reconstruction, RoundedUnit, Run, called_modules, find_units
+from lightning_grad.utilities.reconstruction import Reconstruction, RoundedUnit
 from lightning_grad.utilities.reporting import counted, listed, log_many
 from lightning_grad.utilities.rounding import rounding_table
+from lightning_grad.utilities.rounding_units import Run, called_modules, find_units
 
 _AFTERWARDS = "Round after the fit: lightning_grad.utilities.round_weights(module, batches)"
 
