@@ -72,7 +72,7 @@ def main(
     )
     show(5, communication.IN_THE_DEMO, compressed, seeds)
     exported = quantization.SmallerFiles(rates=(), epochs=exported_epochs, output=output / "quantization")
-    show(6, quantization.IN_THE_DEMO, exported, seeds)
+    show(6, quantization.IN_THE_DEMO, exported, 1)
     print(PLACES.format(folder=output))
 
 
