@@ -64,7 +64,10 @@ ROUNDED: Mapping[str, Line] = {
 SMALLER: Mapping[str, Callable[[], list[Callback]]] = {
     "dense": list,
     "8 bits": lambda: [QuantizationAwareTraining(8, include=["net.*"])],
-    "2:4, 8 bits": lambda: [NMSparsity("2:4", "sr-ste", figure=False), QuantizationAwareTraining(8, include=["net.*"])],
+    "sparse, 8 bits": lambda: [
+        NMSparsity("2:4", "sr-ste", figure=False),
+        QuantizationAwareTraining(8, include=["net.*"]),
+    ],
 }
 
 

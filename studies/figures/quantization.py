@@ -56,7 +56,8 @@ def print_files(claim: SmallerFiles, results: Sequence[ExportedResult]) -> None:
     header = ("network", "test accuracy", "in onnxruntime", "size", "zipped", "zeros")
     print_rows(header, [(arm, *summarise_file(arm, results)) for arm in claim.arms])
     print("\nsize: of the ONNX file")
-    print("zeros: in the weights with two or more dimensions")
+    print("zeros: in the weights with two or more dimensions; sparse: 2:4, except in the first")
+    print("    and the last layer")
     differences = [result.difference for result in results if not math.isnan(result.difference)]
     if differences:
         print(f"outputs of the files and of the modules differ by at most {max(differences):.0e}")
@@ -133,6 +134,8 @@ def draw_accuracies(axis: Axes, claim: Claim[Any], results: Sequence[Any]) -> No
         values = [100 * result.test_accuracy for result in own_of(arm, results)]
         axis.plot(values, [place] * len(values), "o", color=COLOURS[place], markersize=5, alpha=0.7)
         axis.plot([statistics.mean(values)], [place], "|", color=COLOURS[place], markersize=18, markeredgewidth=2)
+    low, high = axis.get_xlim()
+    axis.set_xlim(low - 0.5, high + 0.5)  # one image is half a point
     name_rows(axis, claim.arms)
     axis.set_title("Test accuracy of each seed, and their mean", fontsize=10, loc="left")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")

@@ -59,7 +59,7 @@ def test_rounding_is_compared_with_the_same_outliers(tmp_path: Path) -> None:
 
 
 def test_smaller_networks_are_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    claim = short("smaller-files", tmp_path, arms=("dense", "2:4, 8 bits"))
+    claim = short("smaller-files", tmp_path, arms=("dense", "sparse, 8 bits"))
     dense, small = train_all(claim, 1)
     assert isinstance(small, ExportedResult)
     assert 0.4 < small.zeros < 0.5, "the first and the last layer are not sparse"
