@@ -46,10 +46,10 @@ TRAINED: Mapping[str, Line] = {
     "dense": lambda bits, inputs: [],
     "ste": lambda bits, inputs: [QuantizationAwareTraining(bits, activation_bits=inputs)],
     "quest": lambda bits, inputs: [QuantizationAwareTraining(bits, "quest", activation_bits=inputs)],
-    "quest, plain": lambda bits, inputs: [
+    "quest plain": lambda bits, inputs: [
         QuantizationAwareTraining(bits, "quest", hadamard=False, activation_bits=inputs)
     ],
-    "quest, own inputs": lambda bits, inputs: [
+    "quest own inputs": lambda bits, inputs: [
         QuantizationAwareTraining(bits, "quest", activation_bits=inputs, activation_quantizer="quest")
     ],
     "statsq": lambda bits, inputs: [QuantizationAwareTraining(bits, "statsq", activation_bits=inputs)],
@@ -58,13 +58,13 @@ ROUNDED: Mapping[str, Line] = {
     "dense": lambda bits, inputs: [],
     "nearest": lambda bits, inputs: [LearnedRounding(bits, steps=0)],
     "learned": lambda bits, inputs: [LearnedRounding(bits)],
-    "nearest, 1 % kept": lambda bits, inputs: [LearnedRounding(bits, steps=0, outliers=0.01)],
-    "learned, 1 % kept": lambda bits, inputs: [LearnedRounding(bits, outliers=0.01)],
+    "nearest outliers": lambda bits, inputs: [LearnedRounding(bits, steps=0, outliers=0.01)],
+    "learned outliers": lambda bits, inputs: [LearnedRounding(bits, outliers=0.01)],
 }
 SMALLER: Mapping[str, Callable[[], list[Callback]]] = {
     "dense": list,
     "8 bits": lambda: [QuantizationAwareTraining(8, include=["net.*"])],
-    "sparse, 8 bits": lambda: [
+    "sparse 8 bits": lambda: [
         NMSparsity("2:4", "sr-ste", figure=False),
         QuantizationAwareTraining(8, include=["net.*"]),
     ],
@@ -159,7 +159,7 @@ class Rounding(Quantization):
     @override
     def comparisons(self) -> list[tuple[str, str]]:
         """Compare learned with nearest rounding; the dense network is there for scale."""
-        pairs = [("learned", "nearest"), ("learned, 1 % kept", "nearest, 1 % kept")]
+        pairs = [("learned", "nearest"), ("learned outliers", "nearest outliers")]
         return [pair for pair in pairs if set(pair) <= set(self.arms)]
 
 
@@ -275,13 +275,13 @@ CLAIMS = (
     _trained(
         1,
         "With weights of 1 bit, a network is at most five points less accurate than a dense one.",
-        arms=("dense", "quest", "quest, plain", "statsq"),
+        arms=("dense", "quest", "quest plain", "statsq"),
         margin=-0.05,
     ),
     Quantization(
         name="quantizers-w2",
         text="With weights of 2 bits, QuEST and StatsQ end with a higher accuracy than plain rounding (ste).",
-        arms=("ste", "quest", "quest, plain", "statsq"),
+        arms=("ste", "quest", "quest plain", "statsq"),
         reference="ste",
         margin=0.0,
         bits=2,
@@ -289,7 +289,7 @@ CLAIMS = (
     Quantization(
         name="quantization-w4a4",
         text="With weights and inputs of 4 bits, a network is at most two points less accurate than a dense one.",
-        arms=("dense", "ste", "quest", "quest, own inputs", "statsq"),
+        arms=("dense", "ste", "quest", "quest own inputs", "statsq"),
         margin=-0.02,
         bits=4,
         activation_bits=4,

@@ -28,6 +28,8 @@ def print_table(claim: Claim[Any], results: Sequence[Any]) -> None:
     print_rows(("weights", "rate", "test accuracy", "levels"), rows)
     print("\nlevels: largest number of different values in an output channel of a quantized")
     print("    weight; weights in a Hadamard basis or with outliers may lie on no grid")
+    if any("outliers" in arm for arm in claim.arms):
+        print("outliers: 1 % of the weights of each layer keep their values")
     print_seeds(claim)
 
 

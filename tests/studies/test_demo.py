@@ -31,7 +31,7 @@ def test_demo_runs_all_parts(
         "140 of 1400 labels are wrong",
         "robust",
         "powersgd-4",
-        "sparse, 8 bits",
+        "sparse 8 bits",
     ):
         assert words in printed
     named = [line.split()[0] for line in demo.PLACES.splitlines() if line.startswith("  ") and line[2] != " "]
