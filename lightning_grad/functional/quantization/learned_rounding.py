@@ -27,7 +27,7 @@ def mse_scales(weight: Tensor, bits: int, dim: int = 0) -> Tensor:
     r"""Return the scale of each output channel that minimizes the squared rounding error.
 
     .. math::
-        s = \arg\min_s \sum_i (w_i - q_s(w_i))^2, \qquad s \in \{(1 - 0.01\, c)\, s_{max} : c = 0, ..., 79\}
+        \min_s \sum_i (w_i - q_s(w_i))^2, \qquad s = (1 - c / 100)\, s_{max}, \quad c = 0, 1, ..., 79
 
     :math:`s_{max} = \max|w| / (2^{b-1} - 1)` covers every weight. A smaller scale clips the largest ones, and rounds the
     others more finely. At 2 and 3 bits this is a large part of what post-training quantization can gain.
