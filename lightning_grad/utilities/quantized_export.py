@@ -41,7 +41,8 @@ def export_onnx_int8(module: nn.Module, report: Report, path: str | Path, inputs
 
     Other exporters compute new scales, or write the weights as floats. Here each weight of the report becomes an int8
     tensor with a ``DequantizeLinear`` node and the scales of the training, so a runtime computes with exactly the module's
-    weights. Everything else stays as it is, in eval mode. Needs onnx and onnxscript.
+    weights. Everything else stays as it is, in eval mode, and so do inputs that
+    :func:`~lightning_grad.utilities.apply_activation_quantization` rounds. Needs onnx and onnxscript.
 
     Args:
         module: The module after the fit, in float32.

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional import quantize_weight
-from lightning_grad.utilities import export_onnx_int8, quantization_report, round_weights, to_torchao
+from lightning_grad.utilities import (
+    apply_activation_quantization,
+    export_onnx_int8,
+    quantization_report,
+    round_weights,
+    to_torchao,
+)
 from lightning_grad.utilities.quantization import quantized_weights
 
 
@@ -148,6 +154,24 @@ def test_onnxruntime_computes_what_the_plain_module_computes(exported: Any) -> N
         expected = net.eval()(images)
     net.train()
     assert (torch.from_numpy(output) - expected).abs().max() < 1e-6
+
+
+def test_a_file_can_round_activations_too(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 8))
+    for layer in (net[0], net[3]):
+        layer.weight.data = quantize_weight(layer.weight, 4).dequantize()
+    images = torch.randn(16, 1, 8, 8)
+    with torch.no_grad():
+        plain = net(images)
+    undo = apply_activation_quantization(net, {"0": {"bits": 3}, "3": {"bits": 4, "quantizer": "quest"}})
+    file = export_onnx_int8(net, quantization_report(net, verbose=False), tmp_path / "net.onnx", images)
+    with torch.no_grad():
+        assert (net(images) - plain).abs().max() > 1e-4, "the inputs are rounded"
+    undo()
+    assert file.difference is not None
+    assert file.difference < 1e-6
 
 
 def test_onnx_needs_an_example_of_the_inputs(tmp_path: Path) -> None:
