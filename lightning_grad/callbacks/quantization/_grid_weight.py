@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.functional import (
-    QuantizedTensor,
     near_boundary,
     quantize_weight,
     quantized_values,
@@ -193,6 +192,3 @@ def off_the_grid(module: nn.Module, formats: Mapping[str, Mapping[str, Any]]) ->
         except ValueError:
             found.append(name)
     return found
-
-
-__all__ = ["Grid", "GridWeight", "HeldWeights", "QuantizedTensor", "dimension_of_outputs", "off_the_grid"]

@@ -4,7 +4,8 @@ Grids and gradients are functions in ``functional/quantization/``. The base clas
 and substitutes the quantized weights in the module. In this folder:
 
 - ``_grid_weight.py`` is one quantized weight;
-- ``_activations.py`` rounds the inputs of layers, and compares the module with and without this.
+- ``_activations.py`` rounds the inputs of layers, and compares the module with and without this;
+- ``_meter.py`` measures at log steps, and freezes batch norms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -26,6 +26,7 @@ from lightning_grad.callbacks.quantization._grid_weight import (
     dimension_of_outputs,
     off_the_grid,
 )
+from lightning_grad.callbacks.quantization._meter import FrozenNorms, LevelFlips, free_share, relative_error
 from lightning_grad.core import FoundWeight, Stage, WeightCallback, WeightChoice, is_log_step
 from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
@@ -34,6 +35,7 @@ from lightning_grad.core.optimizers import techniques_that_evaluate
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.functional.quantization.fake_quantization import ActivationQuantizer
 from lightning_grad.functional.quantization.grids import Quantizer, check_grid
+from lightning_grad.utilities.activation_quantization import apply_activation_quantization
 from lightning_grad.utilities.checks import check_finite_above, check_share
 from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import counted, listed
@@ -66,14 +68,14 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     Args:
         weight_bits: Bits b of a weight, 1 to 8; None quantizes no weight.
             "ste" needs at least 2, which is ternary.
-        quantizer: "ste", "quest" or "statsq". Only "ste" has the level 0, which sparse weights need.
-            At 4 and 2 bits, none was better than "ste" beyond noise in a small comparison on digits.
         activation_bits: Bits of the inputs of the same layers, 1 to 8; None rounds no inputs.
             A checkpoint does not hold this rounding; see :func:`~lightning_grad.utilities.apply_activation_quantization`.
-        activation_quantizer: "affine" (between the minimum and the maximum) or "quest" (Gaussian, with a trust mask).
-            Each token, or each sample of a convolution, has its own scale.
+        quantizer: "ste", "quest" or "statsq". Only "ste" has the level 0, which sparse weights need.
+            At 4 and 2 bits, none was better than "ste" beyond noise in a small comparison on digits.
         hadamard: With "quest": round in the basis of a Hadamard transform, as the paper does.
             The weights are then on no integer grid of the layer itself, so they cannot be exported as integers.
+        activation_quantizer: "affine" (between the minimum and the maximum) or "quest" (Gaussian, with a trust mask).
+            Each token, or each sample of a convolution, has its own scale.
         start: Share of the run before weights are quantized.
         annealing_start: Share of the run after which confident weights are held fixed. Default: never.
             These are all weights that are not near a boundary between two levels (confidence-guided annealing). The
@@ -100,8 +102,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
             or ``ModelPruning`` has selected the same weight, or a selected weight is sparse and the grid has no 0.
         RuntimeError: If a selected weight is reparametrized during the fit.
 
-    **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's post-
-    hook rounds its weights. The first ``on_train_batch_end`` selects again if the batch reached the layers in a
+    **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
+    post-hook rounds its weights. The first ``on_train_batch_end`` selects again if the batch reached the layers in a
     different order than they were registered. ``on_before_optimizer_step`` zeroes the gradients of confident weights,
     before clipping; what a later callback of the list adds to them moves no weight, but its momentum. The first
     ``on_validation_batch_start`` switches to the weights that a checkpoint would contain, after weight averaging has
@@ -162,19 +164,18 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     _gap = during_fit[float | None](lambda _: None)  # points between the module with and without rounded activations
     _monitors = until_next_fit.of(MonitorRestart)
     _held = during_fit[HeldWeights](lambda self: HeldWeights(self.annealing_width))
-    _levels = during_fit.of(dict[int, Tensor])  # of the weights that the coming step moves, at log steps
-    _flips = during_fit.of(list[tuple[Tensor, int]])  # how many levels the step changed, of how many
+    _flips = during_fit.of(LevelFlips)
     _hook_fired = during_fit.of(bool)
     _stepped = during_fit.of(bool)  # in the current batch
-    _frozen_norms = during_fit.of(list[nn.Module])
+    _norms = during_fit.of(FrozenNorms)
 
     def __init__(
         self,
         weight_bits: int | None = 8,
-        quantizer: Quantizer = "ste",
         activation_bits: int | None = None,
-        activation_quantizer: ActivationQuantizer = "affine",
+        quantizer: Quantizer = "ste",
         hadamard: bool = True,
+        activation_quantizer: ActivationQuantizer = "affine",
         start: float = 0.0,
         annealing_start: float | None = None,
         annealing_width: float = 0.005,
@@ -187,10 +188,10 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     ) -> None:
         super().__init__(include, exclude, name)
         self.weight_bits = weight_bits
-        self.quantizer = quantizer
         self.activation_bits = activation_bits
-        self.activation_quantizer = activation_quantizer
+        self.quantizer = quantizer
         self.hadamard = hadamard
+        self.activation_quantizer = activation_quantizer
         self.start = check_share(start, "start")
         self.annealing_start = None if annealing_start is None else check_share(annealing_start, "annealing_start")
         self.annealing_width = check_finite_above(annealing_width, 0.0, "annealing_width")
@@ -225,11 +226,14 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     @property
     def activation_formats(self) -> dict[str, dict[str, Any]]:
-        """The rounding of each layer's input by the name of the layer, known from the start of the fit, and in checkpoints.
+        """The rounding of each layer's input by the name of the layer, known once it has begun, and in checkpoints.
 
-        :func:`~lightning_grad.utilities.apply_activation_quantization` takes it.
+        :func:`~lightning_grad.utilities.apply_activation_quantization` takes it. ``trainer.validate``, ``test`` and
+        ``predict`` with this callback apply it themselves.
         """
-        return self._inputs.formats or self._activation_formats
+        if self._inputs.formats:
+            return self._inputs.formats if self._has_begun else {}
+        return self._activation_formats
 
     @property
     @override
@@ -253,7 +257,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         if self.weight_bits is None:
             return
         repeating = techniques_that_evaluate(trainer)
-        repeating += [type(o).__name__ for o in trainer.optimizers if type(o).__name__ in _REPEATING]
+        repeating += [type(o).__name__ for o in trainer.optimizers if _moves_within_a_step(o)]
         if repeating:
             raise ValueError(
                 f"{self.display_name} rounds weights after each optimizer step, and {repeating[0]} moves them within a "
@@ -299,7 +303,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.undo.push(lambda: self._inputs.remove())
+        self.undo.push(self._inputs.remove)
+        self.undo.push(self._norms.thaw)
         super().on_fit_start(trainer, pl_module)
         if self.activation_bits is not None:
             self._round_inputs(pl_module)
@@ -318,7 +323,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         super().load_state_dict(state_dict)
         if not self.fitting:
             self._formats = self._formats or dict(state_dict.get("formats", {}))
-            self._activation_formats = self._activation_formats or dict(state_dict.get("activation_formats", {}))
+            self._activation_formats = dict(state_dict.get("activation_formats", {})) or self._activation_formats
 
     @override
     def resume(self) -> None:
@@ -334,7 +339,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         done = bool(self.restored.get("restarted")) and self.restored.get("chosen") == self.signatures
         super().on_train_start(trainer, pl_module)
         wanted = self.restart_monitors and self.start > 0.0 and self._rounds
-        self._monitors = MonitorRestart(wanted, done, trainer.enable_validation, "the weights are quantized")
+        self._monitors = MonitorRestart(wanted, done, trainer.enable_validation, "rounding has begun")
         self._monitors.announce(trainer, self.say)
 
     @override
@@ -347,20 +352,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_train_batch_start(trainer, pl_module, *args)
         if self.freeze_batchnorm_at is not None and self._progress >= self.freeze_batchnorm_at:
-            self._freeze_norms(pl_module)
-
-    def _freeze_norms(self, pl_module: pl.LightningModule) -> None:
-        """Put batch norms into eval mode until the fit ends; again in each batch, because other code may undo it."""
-        norms = [m for m in pl_module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-        if norms and not self._frozen_norms:
-            self.undo.push(self._thaw_norms)
-        self._frozen_norms += [norm for norm in norms if norm not in self._frozen_norms]
-        for norm in norms:
-            norm.eval()
-
-    def _thaw_norms(self) -> None:
-        for norm in self._frozen_norms:
-            norm.train()
+            self._norms.freeze(pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -373,7 +365,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         if self._anneals:
             self._held.hold(weights)
         if is_log_step(trainer):
-            self._levels |= {id(weight): weight.levels for weight in weights}
+            self._flips.remember(weights)
 
     @property
     def _anneals(self) -> bool:
@@ -390,7 +382,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         self._stepped = True
         super().after_step(trainer, optimizer)
         self._follow_run(trainer)
-        self._count_flips(self.owned_by(optimizer))
+        self._flips.count(self.owned_by(optimizer))
         if self._anneals and not self._hook_fired:
             advice = "Call step() on an optimizer from self.optimizers()."
             without = f"an optimizer stepped without Lightning's hooks, so annealing held no weight fixed. {advice}"
@@ -408,20 +400,11 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         if self._monitors.is_due and self._has_begun:
             self._monitors.restart(trainer, self.say)
 
-    def _count_flips(self, weights: Sequence[GridWeight]) -> None:
-        """Compare the levels of a log step's weights with those before the step."""
-        for weight in weights:
-            before = self._levels.pop(id(weight), None)
-            if before is not None:
-                self._flips.append(((weight.levels != before).sum(), before.numel()))
-
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *args)
-        if (
-            self.activation_bits is not None and self._inputs.weights != self.weights
-        ):  # the first batch can change the choice
-            self._round_inputs(pl_module)
+        if self.activation_bits is not None and self._inputs.weights != self.weights:
+            self._round_inputs(pl_module)  # the first batch has changed the choice
         if self._progress < 1.0 == run_progress(trainer, stated=self.total_steps):  # the last batch may not step
             self._progress = 1.0
             self._follow_run(trainer)
@@ -429,25 +412,22 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
             self.log_scalars(pl_module, self._measure())
         self._stepped = False
         self._flips.clear()
-        self._levels.clear()
 
     @property
     def _active(self) -> float:
         return float(self._rounds and self._has_begun)
 
-    @torch.no_grad()
     def _measure(self) -> dict[str, float | Tensor]:
         """Return the quantities of a log step."""
         found: dict[str, float | Tensor] = {"active": self._active}
         if not self._is_due:
             return found
-        errors, sizes = zip(*(weight.squared_error() for weight in self.weights), strict=True)
-        found["error"] = (torch.stack(errors).sum() / torch.stack(sizes).sum()).sqrt()
-        if self._flips:
-            found["flips"] = torch.stack([count for count, _ in self._flips]).sum() / sum(n for _, n in self._flips)
+        found["error"] = relative_error(self.weights)
+        flips = self._flips.share()
+        if flips is not None:
+            found["flips"] = flips
         if self._anneals:
-            free = torch.stack([weight.near_boundary(self.annealing_width).sum() for weight in self.weights]).sum()
-            found["trained"] = free / sum(weight.parameter.numel() for weight in self.weights)
+            found["trained"] = free_share(self.weights, self.annealing_width)
         return found
 
     # Validation and checkpoints.
@@ -455,16 +435,23 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.fitting:
-            self._warn_if_off_the_grid(trainer, pl_module)
+            self._look_after_training(trainer, pl_module)
         elif self.weights and not trainer.sanity_checking:
             self._restart_monitors(trainer)
             self._monitors.hold(trainer)
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._warn_if_off_the_grid(trainer, pl_module)
+        self._look_after_training(trainer, pl_module)
 
-    def _warn_if_off_the_grid(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look_after_training(trainer, pl_module)
+
+    def _look_after_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Round activations as in training, and warn about weights that are not on their grids."""
+        if self.activation_bits is not None and self.activation_formats:
+            self.undo.push(apply_activation_quantization(pl_module, self.activation_formats))
         names = off_the_grid(pl_module, self.formats)
         if names:
             whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
@@ -547,3 +534,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         super().teardown(trainer, pl_module, stage)
         if fitting:
             self._monitors.release(trainer)
+
+
+def _moves_within_a_step(optimizer: Optimizer) -> bool:
+    return any(kind.__name__ in _REPEATING for kind in type(optimizer).__mro__)

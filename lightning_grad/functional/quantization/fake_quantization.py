@@ -64,7 +64,14 @@ def quantized_values(
     values = grid_values(round_to_grid(rows, scales, bits, quantizer), scales, quantizer)
     mask = _trust_mask(rows, values, bits) if quantizer == "quest" else None
     restored = weight_of_rows(hadamard_transform(values, block), weight.shape, dim)
-    return restored.to(weight.dtype), mask
+    return _laid_out_like(weight, restored), mask
+
+
+def _laid_out_like(weight: Tensor, values: Tensor) -> Tensor:
+    """Return values in the type and the memory format of a weight, on which the kernel of a convolution depends."""
+    if values.dtype == weight.dtype and values.stride() == weight.stride():
+        return values
+    return torch.empty_like(weight, requires_grad=False).copy_(values)
 
 
 def _trust_mask(rows: Tensor, values: Tensor, bits: int) -> Tensor:

@@ -34,12 +34,12 @@ def _quantized(variant: str = "", **arguments: Any) -> Technique:
         neutral={
             "weight_bits": None,
             "activation_bits": None,
-            **({"freeze_batchnorm_at": None} if variant == "late" else {}),
+            **({"freeze_batchnorm_at": None} if variant == "annealed" else {}),
         },
         needs_end={"start": 0.5},
         second={**both, "include": ["head"], "name": "head"},
         compile=variant in ("", "quest", "activations"),
-        broad=variant in ("", "quest"),
+        broad=not variant,
         together=not variant,
         wrong=() if variant else _WRONG,
     )
@@ -73,9 +73,10 @@ def _rounded(variant: str = "", **arguments: Any) -> Technique:
 ENTRIES = [
     _quantized(),
     _quantized("quest", quantizer="quest", weight_bits=2, start=0.3),
-    _quantized("annealed", quantizer="statsq", weight_bits=2, annealing_start=0.5, annealing_width=0.1),
+    _quantized(
+        "annealed", quantizer="statsq", weight_bits=2, annealing_start=0.5, annealing_width=0.1, freeze_batchnorm_at=0.7
+    ),
     _quantized("activations", activation_bits=8, start=0.3),
-    _quantized("late", start=0.5, freeze_batchnorm_at=0.7),
     _rounded(),
     _rounded("outliers", outliers=0.05, blocks=["encoder"]),
 ]

@@ -382,7 +382,7 @@ def test_weights_that_move_within_a_step_are_refused(others: Any, optimizer: Any
 
 
 def test_two_of_one_weight_are_refused_and_of_others_work() -> None:
-    with pytest.raises(ValueError, match=r"\[b\] and another instance both choose hidden.weight .*Separate them"):
+    with pytest.raises(ValueError, match=r"\[b\] and another technique both choose hidden.weight .*Separate them"):
         fit_classifier([qat(include=["hidden"]), qat(8, include=["hidden"], name="b")])
     two = [qat(3, include=["hidden"]), qat(8, include=["head"], name="b")]
     _, module = fit_classifier(two, max_epochs=1)

@@ -80,6 +80,11 @@ class Measured(Regression):
         self.log("error", self.error)
         self.log_dict({"val_loss": F.mse_loss(output, batch[1]), "constant": 1.0})
 
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0])
+
 
 def test_the_gap_is_that_of_the_plain_module_and_one_function_closes_it(tmp_path: Path) -> None:
     class Step(pl.Callback):
@@ -112,6 +117,13 @@ def test_the_gap_is_that_of_the_plain_module_and_one_function_closes_it(tmp_path
     (again,) = trainer().validate(plain, data(), verbose=False)
     assert again["val_loss"] == float(made.callback_metrics["val_loss"])
     undo()
+    (alone,) = trainer().validate(plain, data(), verbose=False)
+    assert alone["val_loss"] != again["val_loss"]
+    for name in ("validate", "test"):  # with the callback, in this process or in another
+        for other in (made, trainer(qat(4, activation_bits=2), ModelCheckpoint(tmp_path), enable_checkpointing=True)):
+            (again,) = getattr(other, name)(plain, data(), ckpt_path=saving.best_model_path, verbose=False)
+            assert again["val_loss"] == float(made.callback_metrics["val_loss"])
+    assert torch.equal(made.predict(plain, data())[0], outputs_of[0])
     assert not torch.equal(plain.net(x), outputs_of[0])
     assert not any(layer._forward_pre_hooks for layer in plain.modules())
 

@@ -64,6 +64,13 @@ def test_the_trust_mask_is_a_clip() -> None:
     assert 0 < float((~inside).double().mean()) < 0.1
 
 
+def test_the_memory_format_of_a_weight_stays() -> None:
+    weight = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    found = fake_quantize_weight(weight, 4)
+    assert found.stride() == weight.stride()
+    assert torch.equal(found, fake_quantize_weight(weight.contiguous(), 4))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_rounded_in_float32(dtype: torch.dtype) -> None:
     weight = torch.randn(8, 64).to(dtype)
