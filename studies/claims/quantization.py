@@ -44,15 +44,13 @@ weights of 8 bits, and with weights that are also 2:4 sparse. Then it is exporte
 Line = Callable[[int, int | None], list[Callback]]
 TRAINED: Mapping[str, Line] = {
     "dense": lambda bits, inputs: [],
-    "ste": lambda bits, inputs: [QuantizationAwareTraining(bits, activation_bits=inputs)],
-    "quest": lambda bits, inputs: [QuantizationAwareTraining(bits, "quest", activation_bits=inputs)],
-    "quest plain": lambda bits, inputs: [
-        QuantizationAwareTraining(bits, "quest", hadamard=False, activation_bits=inputs)
-    ],
+    "ste": lambda bits, inputs: [QuantizationAwareTraining(bits, inputs)],
+    "quest": lambda bits, inputs: [QuantizationAwareTraining(bits, inputs, "quest")],
+    "quest plain": lambda bits, inputs: [QuantizationAwareTraining(bits, inputs, "quest", hadamard=False)],
     "quest own inputs": lambda bits, inputs: [
-        QuantizationAwareTraining(bits, "quest", activation_bits=inputs, activation_quantizer="quest")
+        QuantizationAwareTraining(bits, inputs, "quest", activation_quantizer="quest")
     ],
-    "statsq": lambda bits, inputs: [QuantizationAwareTraining(bits, "statsq", activation_bits=inputs)],
+    "statsq": lambda bits, inputs: [QuantizationAwareTraining(bits, inputs, "statsq")],
 }
 ROUNDED: Mapping[str, Line] = {
     "dense": lambda bits, inputs: [],
