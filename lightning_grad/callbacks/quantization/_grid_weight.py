@@ -20,6 +20,7 @@ from lightning_grad.functional import (
     read_quantized_weight,
     round_through,
 )
+from lightning_grad.functional.quantization.fake_quantization import joined_values
 from lightning_grad.functional.quantization.grids import Quantizer
 from lightning_grad.utilities.parameters import clean_name
 
@@ -67,15 +68,10 @@ class GridWeight(ViewedWeight):
         self._values: Tensor | None = None
         self._mask: Tensor | None = None
 
-    def follow(self, is_on: bool) -> None:
-        """Turn the grid on or off, and compute the values again."""
-        grid = self.grid
-        self.is_on = is_on and grid.bits is not None
-        self._values = self._mask = None
-        if is_on and grid.bits is not None:
-            self._values, self._mask = quantized_values(
-                self.incoming, grid.bits, grid.quantizer, grid.dim, grid.hadamard
-            )
+    def show(self, values: Tensor | None, mask: Tensor | None = None) -> None:
+        """Use other values from now on; ``None`` for those of the weight itself."""
+        self.is_on = values is not None
+        self._values, self._mask = values, mask
 
     @override
     def value(self, weight: Tensor) -> Tensor:
@@ -126,6 +122,23 @@ class GridWeight(ViewedWeight):
     @override
     def __str__(self) -> str:
         return str(self.grid)
+
+
+def follow(weights: Sequence[GridWeight], is_on: bool) -> None:
+    """Turn the grids of weights on or off, and compute their values again."""
+    joined: dict[int, list[GridWeight]] = {}
+    for weight in weights:
+        grid = weight.grid
+        if not is_on or grid.bits is None:
+            weight.show(None)
+        elif grid.quantizer == "ste":
+            joined.setdefault(grid.bits, []).append(weight)
+        else:
+            weight.show(*quantized_values(weight.incoming, grid.bits, grid.quantizer, grid.dim, grid.hadamard))
+    for bits, some in joined.items():
+        values = joined_values([weight.incoming for weight in some], bits, [weight.grid.dim for weight in some])
+        for weight, its in zip(some, values, strict=True):
+            weight.show(its)
 
 
 def dimension_of_outputs(found: FoundWeight) -> int | None:

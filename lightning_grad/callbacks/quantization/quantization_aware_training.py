@@ -24,6 +24,7 @@ from lightning_grad.callbacks.quantization._grid_weight import (
     GridWeight,
     HeldWeights,
     dimension_of_outputs,
+    follow,
     off_the_grid,
 )
 from lightning_grad.callbacks.quantization._meter import FrozenNorms, LevelFlips, free_share, relative_error
@@ -118,8 +119,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     **State.** Progress, the selected weights with their grids (also as ``formats``), and the dense weights, which a
     checkpoint's quantized weights lack; resuming is bit-exact. Every setting may change on resume.
 
-    **Cost.** A few passes over each weight per optimizer step, and with ``hadamard=True`` four transforms. A checkpoint
-    holds the dense weights too; see docs/benchmarks.md.
+    **Cost.** A few passes over each weight per optimizer step, and with ``hadamard=True`` four transforms. Annealing
+    copies the weights in each step. A checkpoint holds the dense weights too; see docs/benchmarks.md.
 
     During the fit, ``layer.weight.grad`` of a selected layer is None; read the gradient from ``named_parameters()``.
 
@@ -279,8 +280,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     @override
     def refresh(self, weights: Sequence[GridWeight]) -> None:
-        for weight in weights:
-            weight.follow(self._is_due)
+        follow(weights, self._is_due)
 
     @override
     def step(self, weights: Sequence[GridWeight]) -> None:

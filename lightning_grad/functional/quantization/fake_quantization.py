@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,7 @@ from lightning_grad.functional.quantization.grids import (
 from lightning_grad.functional.quantization.hadamard import hadamard_block, hadamard_transform
 
 ActivationQuantizer = Literal["affine", "quest"]
+_SMALL = 1 << 15  # entries of a weight; for a larger one, a call of its own costs little
 
 
 @torch.no_grad()
@@ -65,6 +67,34 @@ def quantized_values(
     mask = _trust_mask(rows, values, bits) if quantizer == "quest" else None
     restored = weight_of_rows(hadamard_transform(values, block), weight.shape, dim)
     return _laid_out_like(weight, restored), mask
+
+
+@torch.no_grad()
+def joined_values(weights: Sequence[Tensor], bits: int, dims: Sequence[int]) -> list[Tensor]:
+    """Return many weights rounded to their "ste" grids, with joined calls for small weights with rows of equal length.
+
+    The values are bitwise those of :func:`quantized_values`: the scale of a row depends on its largest entry only, which
+    no order of summation changes. Joined values share memory.
+
+    Args:
+        weights: Weights of two or more dimensions.
+        bits: Bits of a weight.
+        dims: Dimension of the output channels of each weight.
+    """
+    values: dict[int, Tensor] = {}
+    joined: dict[tuple[int, torch.dtype, torch.device], list[int]] = {}
+    for i, weight in enumerate(weights):
+        if weight.numel() > _SMALL:
+            values[i] = quantized_values(weight, bits, dim=dims[i])[0]
+        else:
+            length = weight.numel() // weight.shape[dims[i]]
+            joined.setdefault((length, weight.dtype, weight.device), []).append(i)
+    for of in joined.values():
+        rows = [weight_rows(weights[i].detach(), dims[i]) for i in of]
+        both = quantized_values(rows[0] if len(rows) == 1 else torch.cat(rows), bits)[0]
+        for i, part in zip(of, torch.split(both, [len(each) for each in rows]), strict=True):
+            values[i] = _laid_out_like(weights[i], weight_of_rows(part, weights[i].shape, dims[i]))
+    return [values[i] for i in range(len(weights))]
 
 
 def _laid_out_like(weight: Tensor, values: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def check_grid(bits: int, quantizer: Quantizer, parameter: str = "bits") -> None
     """
     if quantizer not in QUANTIZERS:
         raise ValueError(f"quantizer must be 'ste', 'quest' or 'statsq'; got {quantizer!r}.")
-    if isinstance(bits, bool) or bits not in GAUSSIAN_CLIPS:
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in GAUSSIAN_CLIPS:
         raise ValueError(f"{parameter} must be an integer from 1 to {MOST_BITS}; got {bits!r}.")
     if bits == 1 and quantizer == "ste":
         raise ValueError(

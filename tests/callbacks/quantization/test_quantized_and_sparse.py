@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnE
 
 from lightning_grad.callbacks import NMSparsity, QuantizationAwareTraining
 from lightning_grad.functional import is_nm, quantize_weight, read_quantized_weight
-from lightning_grad.testing import StopAfter, assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing import StopAfter, assert_identical, fit, make_classifier, on_ranks, state_of
 from lightning_grad.testing.checks.g3_no_trace import assert_nothing_is_left
 from lightning_grad.testing.checks.g4_checkpoints import assert_as_validated
 from tests.contract.recorded import PLAIN
@@ -110,3 +110,19 @@ def test_a_grid_without_zero_is_refused_with_the_way_out(quantizer: Any, turned:
 
 def test_neutral_quantization_leaves_a_sparse_run_as_it_is() -> None:
     assert_identical(end_of([sparse()], max_epochs=2), end_of([quantized(None), sparse()], max_epochs=2))
+
+
+def _on_this_rank() -> dict[str, torch.Tensor]:
+    both = {"include": LAYERS, "activation_bits": 8, "annealing_start": 0.5, "annealing_width": 0.2}
+    run, module = fit([sparse(), quantized(4, **both)], strategy="ddp", devices=2, max_epochs=2)
+    gap = run.callback_metrics["quant/plain_gap"]
+    return {**{name: value.clone() for name, value in module.state_dict().items()}, "gap": gap}
+
+
+def test_two_ranks_have_the_same_sparse_and_quantized_weights() -> None:
+    first, second = on_ranks(2, _on_this_rank)
+    weights = [{name: value for name, value in found.items() if "running" not in name} for found in (first, second)]
+    assert_identical(*weights)  # running statistics belong to a rank
+    assert float(first["gap"]) >= 0.0
+    assert is_nm(first["hidden.weight"], 2, 4)
+    assert read_quantized_weight(first["hidden.weight"], 4).dequantize().equal(first["hidden.weight"])

@@ -16,6 +16,7 @@ from lightning_grad.functional import (
     quantized_values,
     weight_scales,
 )
+from lightning_grad.functional.quantization.fake_quantization import joined_values
 from lightning_grad.functional.quantization.grids import GAUSSIAN_CLIPS, QUANTIZERS, Quantizer
 
 
@@ -62,6 +63,17 @@ def test_the_trust_mask_is_a_clip() -> None:
     inside = weight.detach().abs() <= clip + clip / 7 + 1e-9  # half a step beyond the last level
     assert torch.equal(weight.grad, inside.double())
     assert 0 < float((~inside).double().mean()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_joined_calls_return_the_same_bits(dtype: torch.dtype) -> None:
+    shapes = [(8, 32), (64, 32), (32, 8), (4, 2, 4, 4), (300, 200), (16, 32)]
+    weights = [torch.randn(shape).to(dtype) for shape in shapes]
+    weights[3] = weights[3].to(memory_format=torch.channels_last)
+    dims = [0, 0, 1, 0, 0, 0]
+    for weight, dim, found in zip(weights, dims, joined_values(weights, 4, dims), strict=True):
+        assert torch.equal(found, quantized_values(weight, 4, dim=dim)[0])
+        assert (found.dtype, found.stride()) == (weight.dtype, weight.stride())
 
 
 def test_the_memory_format_of_a_weight_stays() -> None:

@@ -145,6 +145,7 @@ def test_output_channels_may_be_any_dimension(quantizer: Quantizer, hadamard: bo
         ((0,), "from 1 to 8; got 0"),
         ((9,), "from 1 to 8; got 9"),
         ((True,), "from 1 to 8; got True"),
+        ((4.0,), r"an integer from 1 to 8; got 4\.0"),
         ((1, "ste"), r"no grid of 1 bit.*quantizer='quest' or 'statsq'"),
         ((4, "lsq"), "must be 'ste', 'quest' or 'statsq'; got 'lsq'"),
     ],
