@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from lightning_grad.functional import MixedTensor, QuantizedTensor, integer_range, read_quantized_weight
+from lightning_grad.functional import QuantizedTensor, integer_range, read_quantized_weight
 from lightning_grad.functional.quantization.grids import MOST_BITS, Quantizer, weight_rows
 from lightning_grad.utilities.parameters import clean_name, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
@@ -211,19 +211,16 @@ def int8_grid(name: str, grid: QuantizedTensor, needed_by: str) -> tuple[Tensor,
 
     Levels without 0, s (k + 1/2), become (2 k + 1) s / 2.
 
+    Outliers that keep their values are 0 among the integers.
+
     Raises:
-        ValueError: If there are 256 levels without 0, or outliers that keep their values.
+        ValueError: If there are 256 levels without 0.
 
     Example:
         >>> weight = torch.tensor([[0.5, -1.5, 0.5]])
         >>> int8_grid("weight", find_grid(weight), "doctest")
         (tensor([[ 1, -3,  1]], dtype=torch.int8), tensor([[0.5000]]))
     """
-    if isinstance(grid, MixedTensor):
-        raise ValueError(
-            f"{needed_by}: {name} has outliers that keep their values, which integers cannot hold. Round it with "
-            "outliers=0, or remove it from the report."
-        )
     if not grid.offset:
         return grid.integers, grid.scales
     if grid.bits == MOST_BITS:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.functional import MixedTensor, QuantizedTensor
 from lightning_grad.utilities.parameters import clean_name, named_owners
 from lightning_grad.utilities.quantization import Report, int8_grid, quantized_weights
 from lightning_grad.utilities.sparsity import ExportedLayer
@@ -41,7 +42,8 @@ def export_onnx_int8(module: nn.Module, report: Report, path: str | Path, inputs
 
     Other exporters compute new scales, or write the weights as floats. Here each weight of the report becomes an int8
     tensor with a ``DequantizeLinear`` node and the scales of the training, so a runtime computes with exactly the module's
-    weights. Everything else stays as it is, in eval mode, and so do inputs that
+    weights. Outliers that keep their values are stored with their positions, and the graph inserts them. Everything else
+    stays as it is, in eval mode, and so do inputs that
     :func:`~lightning_grad.utilities.apply_activation_quantization` rounds. Needs onnx and onnxscript.
 
     Args:
@@ -57,15 +59,13 @@ def export_onnx_int8(module: nn.Module, report: Report, path: str | Path, inputs
 
     Raises:
         ValueError: If there is no example of the inputs, no weight in the report is quantized, a weight differs from the
-            report, is in a Hadamard basis, has outliers or 256 levels without 0, or the exporter dropped it.
+            report, is in a Hadamard basis, has 256 levels without 0, or the exporter dropped it.
     """
     import onnx
 
     needed_by = "export_onnx_int8"
-    grids = {
-        name: (*int8_grid(name, g, needed_by), g.dim)
-        for name, g in quantized_weights(module, report, needed_by).items()
-    }
+    grids = quantized_weights(module, report, needed_by)
+    integers = {name: int8_grid(name, grid, needed_by) for name, grid in grids.items()}
     example = _example(module, inputs)
     with _evaluated(module), _exporting():
         batch = tuple(
@@ -87,7 +87,7 @@ def export_onnx_int8(module: nn.Module, report: Report, path: str | Path, inputs
             "Remove it from the report."
         )
     for name, grid in grids.items():
-        _replace(model.graph, names[name], *grid)
+        _replace(model.graph, names[name], *integers[name], grid)
     onnx.save(model, str(path))
     return OnnxFile(Path(path), model.ByteSize(), float_size, _difference(path, example, expected))
 
@@ -139,16 +139,44 @@ def _strip(model: Any) -> None:
     del model.metadata_props[:]
 
 
-def _replace(graph: Any, name: str, integers: Tensor, scales: Tensor, dim: int) -> None:
-    """Replace a float weight by integers, scales and the node that multiplies them."""
-    from onnx import helper, numpy_helper
+def _replace(graph: Any, name: str, integers: Tensor, scales: Tensor, grid: QuantizedTensor) -> None:
+    """Replace a float weight by integers, scales, the node that multiplies them, and those that insert outliers."""
+    from onnx import helper
 
-    old = next(each for each in graph.initializer if each.name == name)
-    graph.initializer.remove(old)
-    parts = {f"{name}_int8": integers.to(torch.int8), f"{name}_scale": scales.flatten().float()}
-    arrays = [numpy_helper.from_array(value.cpu().contiguous().numpy(), key) for key, value in parts.items()]
-    graph.initializer.extend(arrays)
-    graph.node.insert(0, helper.make_node("DequantizeLinear", list(parts), [name], axis=dim))
+    graph.initializer.remove(next(each for each in graph.initializer if each.name == name))
+    parts = [
+        _store(graph, f"{name}_int8", integers.to(torch.int8)),
+        _store(graph, f"{name}_scale", scales.flatten().float()),
+    ]
+    result = f"{name}_rounded" if isinstance(grid, MixedTensor) else name
+    nodes = [helper.make_node("DequantizeLinear", parts, [result], axis=grid.dim)]
+    if isinstance(grid, MixedTensor):
+        nodes += _insert_outliers(graph, name, result, grid)
+    for place, node in enumerate(nodes):
+        graph.node.insert(place, node)
+
+
+def _insert_outliers(graph: Any, name: str, rounded: str, grid: MixedTensor) -> list[Any]:
+    """Return the nodes that put outliers into a rounded weight."""
+    from onnx import helper
+
+    indices = grid.kept.flatten().nonzero().flatten()
+    flat = _store(graph, f"{name}_flat", torch.tensor([-1]))
+    shape = _store(graph, f"{name}_shape", torch.tensor(grid.kept.shape))
+    stored = [_store(graph, f"{name}_places", indices), _store(graph, f"{name}_outliers", grid.outliers.float())]
+    return [
+        helper.make_node("Reshape", [rounded, flat], [f"{rounded}_flat"]),
+        helper.make_node("ScatterElements", [f"{rounded}_flat", *stored], [f"{name}_mixed"], axis=0),
+        helper.make_node("Reshape", [f"{name}_mixed", shape], [name]),
+    ]
+
+
+def _store(graph: Any, name: str, value: Tensor) -> str:
+    """Add a tensor to a graph, and return its name."""
+    from onnx import numpy_helper
+
+    graph.initializer.append(numpy_helper.from_array(value.detach().cpu().contiguous().numpy(), name))
+    return name
 
 
 def _difference(path: str | Path, example: Sequence[Any], expected: Any) -> float | None:
@@ -178,11 +206,12 @@ def to_torchao(module: nn.Module, report: Report) -> list[ExportedLayer]:
         report: As for :func:`export_onnx_int8`.
 
     Returns:
-        list[ExportedLayer]: One row for each weight in the report; other layers than Linear are not converted.
+        list[ExportedLayer]: One row for each weight in the report; other layers than Linear, and weights with outliers, are
+        not converted.
 
     Raises:
-        ValueError: If no weight in the report is quantized, or a weight differs from the report, is in a Hadamard basis,
-            has outliers or 256 levels without 0.
+        ValueError: If no weight in the report is quantized, or a weight differs from the report, is in a Hadamard basis, or
+            has 256 levels without 0.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about extensions for other machines
@@ -200,7 +229,7 @@ def to_torchao(module: nn.Module, report: Report) -> list[ExportedLayer]:
     rows = []
     for name, (values, scales) in integers.items():
         uses = owners.get(name, [])
-        reason = _why_not(uses, grids[name].dim)
+        reason = _why_not(uses, grids[name])
         if not reason:
             owner = uses[0][0]
             weight: Any = owner.weight
@@ -210,11 +239,13 @@ def to_torchao(module: nn.Module, report: Report) -> list[ExportedLayer]:
     return rows
 
 
-def _why_not(uses: Sequence[tuple[nn.Module, str]], dim: int) -> str:
+def _why_not(uses: Sequence[tuple[nn.Module, str]], grid: QuantizedTensor) -> str:
+    if isinstance(grid, MixedTensor):
+        return "it has outliers that keep their values, which integers cannot hold; round it with outliers=0"
     if len(uses) != 1:
         return "it is a tied weight"
     owner, attribute = uses[0]
-    if not isinstance(owner, nn.Linear) or attribute != "weight" or dim:
+    if not isinstance(owner, nn.Linear) or attribute != "weight" or grid.dim:
         return f"torchao has int8 weights for Linear layers, but it belongs to {type(owner).__name__}"
     if type(owner) is not nn.Linear:
         return f"{type(owner).__name__} may read its weight in other ways than Linear"

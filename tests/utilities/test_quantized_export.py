@@ -111,11 +111,30 @@ def test_what_int8_cannot_hold_is_refused_with_words() -> None:
     net.head.weight.data = wide.dequantize()
     with pytest.raises(ValueError, match=r"256 levels without 0.*7 bits"):
         to_torchao(net, {"head.weight": wide})
-    mlp = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    loss = lambda module, batch: module(batch).square().mean()  # noqa: E731
-    mixed = round_weights(mlp, [torch.randn(9, 8)], 2, steps=1, outliers=0.1, loss=loss, verbose=False)
-    with pytest.raises(ValueError, match="outliers=0"):
-        to_torchao(mlp, mixed)
+
+
+def test_outliers_are_in_the_file_and_not_in_torchao(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.Conv1d(4, 8, 3, padding=1), nn.Linear(64, 8))
+    rows = torch.randn(9, 4, 16)
+    report = round_weights(
+        net, [rows], 2, include=["*"], steps=1, outliers=0.05, outlier_score="magnitude", verbose=False
+    )
+    assert [row.converted for row in to_torchao(copy.deepcopy(net), report)] == [False] * 3
+    file = export_onnx_int8(net, report, tmp_path / "net.onnx", rows)
+    assert file.difference is not None
+    assert file.difference < 1e-6
+    with torch.no_grad():
+        for name, quantized in report.items():
+            net.get_parameter(name)[quantized.kept] = 0.0  # type: ignore[attr-defined]
+        assert (net(rows) - torch.from_numpy(run(file.path, rows))).abs().max() > 0.1, "the outliers matter"
+
+
+def run(path: Path, inputs: Tensor) -> Any:
+    """Return the output of a file."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: inputs.numpy()})[0]
 
 
 @pytest.fixture(scope="module")
@@ -144,12 +163,10 @@ def test_onnx_holds_our_integers_and_is_small(exported: Any) -> None:
 
 
 def test_onnxruntime_computes_what_the_plain_module_computes(exported: Any) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     net, _, file = exported
     assert file.difference < 1e-6
     images = torch.randn(7, 1, 12, 12)
-    session = onnxruntime.InferenceSession(str(file.path), providers=["CPUExecutionProvider"])
-    (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    output = run(file.path, images)
     with torch.no_grad():
         expected = net.eval()(images)
     net.train()
