@@ -48,7 +48,7 @@ class RoundedInputs:
             for name in weight.found.names or (clean_name(weight.name),):
                 owner, _, attribute = name.rpartition(".")
                 if reason := why_input_stays(layers[owner], attribute):
-                    self.skipped[owner] = reason
+                    self.skipped[owner or "the module"] = reason
                 elif not any(layers[owner] is layer for layer in wanted.values()):
                     wanted[owner] = layers[owner]
         for name in self._hooks.keys() - wanted.keys():
@@ -96,7 +96,7 @@ def gaps_of(trainer: pl.Trainer, pl_module: pl.LightningModule, inputs: RoundedI
     rounded = _logged(trainer, pl_module, given)
     with inputs.paused():
         plain = _logged(trainer, pl_module, given)
-    return [(name, rounded[name], plain[name]) for name in rounded.keys() & plain.keys()]
+    return [(name, rounded[name], plain[name]) for name in rounded if name in plain]
 
 
 def _logged(trainer: pl.Trainer, pl_module: pl.LightningModule, arguments: Sequence[Any]) -> dict[str, float]:
