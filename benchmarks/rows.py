@@ -14,6 +14,7 @@ SCRIPTS = (
     "clipping",
     "optimizers",
     "quantization",
+    "sharpness",
     "diagnostics",
     "data_pruning",
     "adversarial",

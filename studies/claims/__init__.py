@@ -12,7 +12,9 @@ from studies.claims import (
     label_errors,
     optimizers,
     quantization,
+    sharpness,
     sparsity,
+    tract,
 )
 
 FAMILIES = (
@@ -25,5 +27,7 @@ FAMILIES = (
     communication,
     optimizers,
     quantization,
+    sharpness,
+    tract,
 )
 CLAIMS: dict[str, Claim[Any]] = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}

@@ -16,6 +16,7 @@ from benchmarks import (
     optimizers,
     quantization,
     rows,
+    sharpness,
     small_layers,
     topk_selection,
 )
@@ -28,6 +29,7 @@ TITLES = {
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
     "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
+    "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),
