@@ -4,6 +4,7 @@
 
     python examples/quantization.py
     python examples/quantization.py --bits 2 --sparse
+    python examples/quantization.py --bits 3 --after
 
 Only the callbacks in :func:`train` use lightning-grad; ``plain_project`` does not know them.
 """
@@ -16,8 +17,8 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, VisionTransformer
 
-from lightning_grad.callbacks import NMSparsity, QuantizationAwareTraining
-from lightning_grad.functional import read_quantized_weight
+from lightning_grad.callbacks import LearnedRounding, NMSparsity, QuantizationAwareTraining
+from lightning_grad.utilities import quantization_report
 
 
 def train(callbacks: list[Callback], epochs: int, output: Path) -> VisionTransformer:
@@ -39,19 +40,19 @@ def train(callbacks: list[Callback], epochs: int, output: Path) -> VisionTransfo
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train once, and print the levels of each weight."""
+    """Train once, and print the bits and levels of each weight."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--bits", type=int, default=4, help="bits of a weight, 2 to 8")
     parser.add_argument("--sparse", action="store_true", help="also prune the weights to 2:4")
+    parser.add_argument("--after", action="store_true", help="round when the training ends, not in each step")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of the training")
     parser.add_argument("--output", type=Path, default=Path("runs/quantization"), help="folder of the results")
     given = parser.parse_args(arguments)
-    quantization = QuantizationAwareTraining(given.bits)
+    after = LearnedRounding(given.bits, samples=512, steps=100)
+    quantization = after if given.after else QuantizationAwareTraining(given.bits)
     sparsity = [NMSparsity("2:4", "sr-ste", figure=False)] if given.sparse else []
     module = train([*sparsity, quantization], given.epochs, given.output)
-    for name, grid in quantization.formats.items():
-        levels = read_quantized_weight(module.get_parameter(name), grid["bits"], dim=grid["dim"]).integers
-        print(f"{name:47} {grid['bits']} bits, levels {levels.min()} to {levels.max()}")
+    quantization_report(module, include=["*.layers.*"])
     print(f"Written to {given.output}/: metrics.csv and checkpoints/.")
 
 

@@ -74,9 +74,14 @@ def test_another_optimizer_moves_the_weights(tmp_path: Path, capsys: pytest.Capt
 def test_quantized_weights_lie_on_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantization.main(["--epochs", "1", "--bits", "2", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "net.encoder.layers.1.linear1.weight             2 bits, levels -1 to 1" in printed
+    assert "net.encoder.layers.1.linear1.weight             128x64  2     3  " in printed
     assert "net.head" not in printed
     check_files(tmp_path)
+
+
+def test_weights_are_rounded_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantization.main(["--epochs", "1", "--bits", "3", "--after", "--output", str(tmp_path)])
+    assert "net.encoder.layers.1.linear1.weight             128x64  3     7  " in capsys.readouterr().out
 
 
 def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,5 +280,5 @@ def _affine_values(rows: Tensor, bits: int) -> Tensor:
     low = exact.amin(-1, keepdim=True).clamp_max_(0.0)
     scale = exact_scales(((exact.amax(-1, keepdim=True).clamp_min_(0.0) - low) / most).clamp_min_(1e-30))
     zero = (low / -scale).round_()
-    integers = (exact / scale).round_().add_(zero).clamp_(0, most)
+    integers = (exact / scale).round_().add_(zero).clamp_(0.0, most)
     return (integers - zero).mul_(scale).to(rows.dtype)
