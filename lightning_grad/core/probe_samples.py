@@ -38,6 +38,9 @@ class ProbeLook(Look):
         step: Step on the loggers' x axis.
         undo: Undo steps that run when the look ends, even after an error. Push ``handle.remove`` of
             each hook.
+        read: Reads samples by their indices as one batch, on the device.
+        batch_size: Batch size of the loader.
+        is_part: Whether the samples are from one of several loaders, so the step cannot be run.
     """
 
     trainer: pl.Trainer = field(kw_only=True)
@@ -46,6 +49,12 @@ class ProbeLook(Look):
     undo: UndoList = field(kw_only=True)
     read: Callable[[list[int]], Any] = field(kw_only=True, repr=False)
     batch_size: int = field(kw_only=True)
+    is_part: bool = field(kw_only=True, default=False)
+
+    def on(self, batch: Any) -> Look:
+        """Return a look at another batch of the same samples, for example with changed inputs."""
+        run = _runner(self.trainer, self.pl_module, batch, self.asked, self.is_part)
+        return Look(self.pl_module, batch, self.indices, self.total, run, self.asked, self.memory)
 
     def parts(self, size: int | None = None) -> Iterator[Look]:
         """Yield the samples in smaller batches, to save memory.
@@ -57,7 +66,7 @@ class ProbeLook(Look):
         for start in range(0, len(self.indices), size):
             indices = self.indices[start : start + size]
             batch = self.read(indices)
-            run = _runner(self.trainer, self.pl_module, batch, self.asked)
+            run = _runner(self.trainer, self.pl_module, batch, self.asked, self.is_part)
             yield Look(self.pl_module, batch, indices, self.total, run, self.asked, self.memory)
 
 
@@ -141,8 +150,8 @@ class ProbeSamples:
         for module in pl_module.modules():
             random_streams.seed_generators(module, _SEED, depth=1)  # no deeper: the module refers to its Trainer
         look = (pl_module, batch, indices, total, run, self.asked)
-        size = _batch_size(loader)
-        return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
+        place = {"trainer": self.trainer, "epoch": epoch, "step": step, "undo": undo}
+        return ProbeLook(*look, **place, read=read, batch_size=_batch_size(loader), is_part=is_part)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
