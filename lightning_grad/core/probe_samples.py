@@ -150,8 +150,16 @@ class ProbeSamples:
         for module in pl_module.modules():
             random_streams.seed_generators(module, _SEED, depth=1)  # no deeper: the module refers to its Trainer
         look = (pl_module, batch, indices, total, run, self.asked)
-        place = {"trainer": self.trainer, "epoch": epoch, "step": step, "undo": undo}
-        return ProbeLook(*look, **place, read=read, batch_size=_batch_size(loader), is_part=is_part)
+        return ProbeLook(
+            *look,
+            trainer=self.trainer,
+            epoch=epoch,
+            step=step,
+            undo=undo,
+            read=read,
+            batch_size=_batch_size(loader),
+            is_part=is_part,
+        )
 
     @contextmanager
     def kept(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """Callbacks that watch a run and change nothing."""
 
+from lightning_grad.callbacks.diagnostics.gradcam import GradCAMLogger
 from lightning_grad.callbacks.diagnostics.gradient_monitor import GradientMonitor
 from lightning_grad.callbacks.diagnostics.training_doctor import TrainingDoctor
 
-__all__ = ["GradientMonitor", "TrainingDoctor"]
+__all__ = ["GradCAMLogger", "GradientMonitor", "TrainingDoctor"]

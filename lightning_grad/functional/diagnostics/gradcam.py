@@ -5,17 +5,22 @@ weights its channels.
 """
 
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from lightning_grad.functional.choices import check_choice
 
 CAMMethod = Literal["gradcam", "gradcam++", "smooth_gradcam++"]
 CAM_METHODS = ("gradcam", "gradcam++", "smooth_gradcam++")
-_MOST_PREFIX = 8  # tokens before those of the image: a class token, a distillation token, registers
+_PREFIXES = (
+    0,
+    1,
+    2,
+    5,
+)  # tokens before the patches: none, a class token, a distillation token too, or four registers too
 
 
 def activation_maps(activations: Tensor, gradients: Tensor, method: CAMMethod = "gradcam") -> Tensor:
@@ -80,8 +85,8 @@ def feature_map(output: Tensor, samples: int, size: tuple[int, int]) -> Tensor |
     """Return the output of a layer as a map of the image, (B, C, H, W), or ``None`` if it is none.
 
     A map has more than one position. It is (B, C, H, W); or (B, H, W, C) if only these H and W have the proportions of
-    the image; or the tokens (B, T, C) of a vision transformer that form a grid with these proportions, after up to
-    eight tokens that belong to no patch, such as a class token.
+    the image; or the tokens (B, T, C) of a vision transformer that form a grid with these proportions, after none,
+    one, two or five tokens that belong to no patch, such as a class token and registers.
 
     Args:
         output: Any tensor.
@@ -100,10 +105,10 @@ def feature_map(output: Tensor, samples: int, size: tuple[int, int]) -> Tensor |
         channels_last = first * width == second * height and second * width != third * height and first * second > 1
         return output.movedim(3, 1) if channels_last else output
     if output.dim() == 3:
-        for prefix in range(_MOST_PREFIX + 1):
+        for prefix in _PREFIXES:
             grid = _grid(output.shape[1] - prefix, size)
             if grid is not None:
-                return output[:, prefix:].transpose(1, 2).unflatten(2, grid)
+                return output[:, prefix:].transpose(1, 2).reshape(samples, -1, *grid)
     return None
 
 
@@ -122,9 +127,10 @@ class OutputCapture:
 
     Args:
         layer: A module. If it is called several times, its last output counts; of a tuple, the first tensor.
+        only: Function that returns whether an output is to be kept. Default: every floating-point tensor.
 
     Attributes:
-        output: The output; ``None`` before the layer was called, or if it is not a floating-point tensor.
+        output: The output; ``None`` if nothing was kept in the last call.
         copy: The copy that the network continued with.
 
     Example:
@@ -136,8 +142,9 @@ class OutputCapture:
         torch.Size([1, 2, 2])
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, only: Callable[[Tensor], bool] = lambda output: True) -> None:
         self._layer = layer
+        self._only = only
         self.output: Tensor | None = None
         self.copy: Tensor | None = None
 
@@ -151,7 +158,7 @@ class OutputCapture:
     def _keep(self, layer: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if type(output) is tuple and output else output
         self.output = self.copy = None
-        if not isinstance(first, Tensor) or not first.is_floating_point():
+        if not isinstance(first, Tensor) or not first.is_floating_point() or not self._only(first):
             return None
         with torch.enable_grad():
             self.output = first if first.requires_grad else first.detach().requires_grad_()

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tests.contract.entries import Technique, conditioner
+
+_PROBE_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"samples": 0}, "samples must be at least 1"),
+    ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
+    ({"every_n_epochs": 1, "every_n_steps": 5}, "Set either every_n_epochs or every_n_steps"),
+)
 
 ENTRIES = [
     conditioner(
@@ -13,6 +22,19 @@ ENTRIES = [
             ({"slow_stats_every": 0}, "slow_stats_every must be at least 1"),
             ({"layer_depth": 0}, "layer_depth must be at least 1"),
             ({"max_layers": -1}, "max_layers must be at least 0"),
+        ),
+    ),
+    Technique(
+        "GradCAMLogger",
+        compile=True,
+        second={"method": "smooth_gradcam++", "samples": 2, "every_n_epochs": 2, "name": "second"},
+        wrong=(
+            *_PROBE_WRONG,
+            ({"method": "grad-cam"}, "Did you mean 'gradcam'"),
+            ({"target": "labels"}, "target must be"),
+            ({"noisy_copies": 0}, "noisy_copies must be at least 1"),
+            ({"noise_std": 0.0}, "noise_std must be above 0"),
+            ({"loss_index": -1}, "loss_index must be at least 0"),
         ),
     ),
     Technique("TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)),
