@@ -53,6 +53,8 @@ class ProbeCallback(GradCallback):
     - ``way_out``: ends the error about losses that cannot be captured: what to do instead, as an
       imperative.
     - ``looks_on_all_ranks``: set it to True if the probe runs a step in which ranks communicate.
+    - ``credits_samples``: set it to True if the probe reports values by the index of a sample. A
+      ``collate_fn`` that changes the order of the samples then ends the fit.
 
     Args:
         samples: Number of samples to inspect, spread evenly over the set, or their indices.
@@ -81,6 +83,7 @@ class ProbeCallback(GradCallback):
 
     way_out: ClassVar[str] = "use a probe that needs no losses of samples"
     looks_on_all_ranks: ClassVar[bool] = False
+    credits_samples: ClassVar[bool] = False
 
     record = until_next_fit.of(RunRecord).saved()
     kept_looks = until_next_fit[RunRecord](lambda _: RunRecord(_MOST_KEPT)).saved()
@@ -153,7 +156,8 @@ class ProbeCallback(GradCallback):
                 "validation_step and pass a validation loader to fit(), or set split='train'."
             )
         asked = self.loss_request()
-        self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
+        choice = (self.samples, self.split, self.loader_key, self.dataset)
+        self._samples = ProbeSamples(trainer, *choice, asked, self.credits_samples)
 
     # The times of looks.
 

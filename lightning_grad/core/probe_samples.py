@@ -7,11 +7,13 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
+from lightning_grad.core.losses.row_order import rows_of_batch
 from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
 from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
@@ -121,6 +123,7 @@ class ProbeSamples:
         loader_key: Loader to use if there are several.
         dataset: Callable (trainer) -> data set to read from instead; called once.
         asked: Name of the technique and advice, for errors about losses that cannot be captured.
+        in_order: Whether the order of the samples in a batch must be that of their indices.
 
     Attributes:
         indices: Indices that were read; empty before the first look.
@@ -132,6 +135,7 @@ class ProbeSamples:
     loader_key: str | int | None
     dataset: Callable[[pl.Trainer], Any] | None
     asked: LossRequest
+    in_order: bool = False
     indices: list[int] = field(default_factory=list, init=False)
     _own: Any = field(default=None, init=False)
     _early: Any = field(default=None, init=False)
@@ -141,9 +145,12 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.display_name)
+        indices = chosen_samples(self.samples, total, self.split, self.asked.display_name)
         read = partial(self._read, loader, dataset)
         batch = read(indices)
+        if self.in_order and not self.indices:
+            self._refuse_other_order(batch, read(indices[::-1]), len(indices))
+        self.indices = indices
         is_part = self.split == "train" and self.loader_key is not None
         run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
         random_streams.seed_streams(_SEED)
@@ -208,6 +215,16 @@ class ProbeSamples:
             loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
             self._early = getattr(loaders, "iterables", loaders)  # unwrap a CombinedLoader of either namespace
         return self._early
+
+    def _refuse_other_order(self, batch: Any, backwards: Any, samples: int) -> None:
+        """Raise if the batch is the same for samples read backwards, because the collate function sorts them."""
+        rows = list(zip(rows_of_batch(batch, samples), rows_of_batch(backwards, samples), strict=False))
+        is_same = all(torch.equal(one, other) for one, other in rows)
+        if is_same and not all(torch.equal(one, other.flip(0)) for one, other in rows):
+            raise RuntimeError(
+                f"{self.asked.display_name} reports values by the index of a sample, but collate_fn changes the order of "
+                "the samples in a batch. Make collate_fn keep the order, and sort in the module."
+            )
 
     def _refuse_without_indices(self, loader: Any, source: Any) -> None:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)

@@ -49,6 +49,7 @@ from lightning_grad.core.probe_samples import Split
 from lightning_grad.functional import ClassAnswers, OutputCapture, activation_maps, class_answers, feature_map
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.diagnostics.gradcam import CAM_METHODS, CAMMethod
+from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 from lightning_grad.utilities.parameters import clean_name
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class GradCAMLogger(ProbeCallback):
         ),
         **WHOLE_WEIGHTS,
     )
+    credits_samples: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]] = {"samples": 4}
 
     _layer = during_fit[str]()
@@ -203,7 +205,7 @@ class GradCAMLogger(ProbeCallback):
     @override
     def probe(self, look: ProbeLook) -> Reading:
         path = find_input(look.batch, self.input_key, self.display_name)
-        images = None if path is None else channels_first(input_at(look.batch, path))
+        images = None if path is None else channels_first(plain_tensor(input_at(look.batch, path)))
         if path is None or images is None or len(images) != len(look.indices):
             raise TypeError(
                 f"{self.display_name} needs images (B, C, H, W) in the batch; got "
@@ -214,9 +216,10 @@ class GradCAMLogger(ProbeCallback):
         explained = self._explain(look, size)
         if self.method == "smooth_gradcam++":
             inputs = input_at(look.batch, path)
-            noise = [self.noise_std * torch.randn_like(inputs) for _ in range(self.noisy_copies)]
-            noisy = [look.on(with_input(look.batch, path, inputs + each)) for each in noise]
-            copies = [self._explain(copy, size, explained.found.answers) for copy in noisy]
+            plain = plain_tensor(inputs)
+            noisy = [plain + self.noise_std * torch.randn_like(plain) for _ in range(self.noisy_copies)]
+            looks = [look.on(with_input(look.batch, path, dressed(each, inputs))) for each in noisy]
+            copies = [self._explain(copy, size, explained.found.answers) for copy in looks]
             maps = activation_maps(explained.activations, torch.stack([c.gradients for c in copies]), self.method)
         else:
             maps = activation_maps(explained.activations, explained.gradients, self.method)

@@ -66,7 +66,8 @@ def class_answers(call: LossCall) -> ClassAnswers:
     has_labels = call.labels is not None or call.target.shape == call.input.shape
     if output is None or call.name not in _OF_CLASSES or not fits or not has_labels:
         raise ValueError(
-            f"the loss must compare class scores (B, C) with the label of each sample; got {call.name} with input "
+            f"the loss must compare class scores (B, C) with the label of each sample; got, for B = {call.samples}, "
+            f"{call.name} with input "
             f"{tuple(call.input.shape)} and target {tuple(call.target.shape)} of {call.target.dtype}."
         )
     scores = output.reshape(call.samples, -1)

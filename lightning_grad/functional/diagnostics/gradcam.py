@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional.choices import check_choice
+from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 
 CAMMethod = Literal["gradcam", "gradcam++", "smooth_gradcam++"]
 CAM_METHODS = ("gradcam", "gradcam++", "smooth_gradcam++")
@@ -158,9 +159,10 @@ class OutputCapture:
     def _keep(self, layer: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if type(output) is tuple and output else output
         self.output = self.copy = None
-        if not isinstance(first, Tensor) or not first.is_floating_point() or not self._only(first):
+        if not isinstance(first, Tensor) or not first.is_floating_point() or not self._only(plain_tensor(first)):
             return None
         with torch.enable_grad():
-            self.output = first if first.requires_grad else first.detach().requires_grad_()
-            self.copy = self.output.clone()
+            plain = plain_tensor(first)
+            self.output = plain if plain.requires_grad else plain.detach().requires_grad_()
+            self.copy = dressed(self.output.clone(), first)
         return (self.copy, *output[1:]) if first is not output else self.copy

@@ -194,5 +194,5 @@ def test_answers_of_each_kind_of_loss() -> None:
 )
 def test_losses_without_class_scores_are_refused(loss: str, target: Tensor) -> None:
     inputs = LOGITS if target.dim() == 2 and target.is_floating_point() else torch.zeros(2, 3, 4)
-    with pytest.raises(ValueError, match=rf"must compare class scores \(B, C\).*got {loss}"):
+    with pytest.raises(ValueError, match=rf"must compare class scores \(B, C\).*B = 2, {loss}"):
         answers_of(loss, inputs, target)
