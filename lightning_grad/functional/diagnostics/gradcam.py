@@ -87,7 +87,8 @@ def feature_map(output: Tensor, samples: int, size: tuple[int, int]) -> Tensor |
 
     A map has more than one position. It is (B, C, H, W); or (B, H, W, C) if only these H and W have the proportions of
     the image; or the tokens (B, T, C) of a vision transformer that form a grid with these proportions, after none,
-    one, two or five tokens that belong to no patch, such as a class token and registers.
+    one, two or five tokens that belong to no patch, such as a class token and registers; or one token for each row of
+    the image.
 
     Args:
         output: Any tensor.
@@ -110,6 +111,8 @@ def feature_map(output: Tensor, samples: int, size: tuple[int, int]) -> Tensor |
             grid = _grid(output.shape[1] - prefix, size)
             if grid is not None:
                 return output[:, prefix:].transpose(1, 2).reshape(samples, -1, *grid)
+        if output.shape[1] == size[0] > 1:
+            return output.transpose(1, 2).unsqueeze(3)
     return None
 
 

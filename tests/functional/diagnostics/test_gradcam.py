@@ -126,6 +126,7 @@ def test_a_frozen_network_and_the_tuple_of_an_attention_have_gradients_too() -> 
         ((2, 21, 5), (8, 8), (2, 5, 4, 4)),  # with a class token and four registers
         ((2, 8, 5), (4, 8), (2, 5, 2, 4)),
         ((2, 15, 5), (4, 8), None),
+        ((2, 9, 5), (9, 8), (2, 5, 9, 1)),  # one token for each row
         ((2, 1, 5), (8, 8), None),
         ((16, 2, 5), (8, 8), None),  # not the samples first
         ((2, 7), (8, 8), None),
