@@ -132,7 +132,8 @@ def pretrained_style() -> Any:
 def hugging_face() -> Any:
     import transformers
 
-    config = transformers.BertConfig(WORDS, 16, 1, 2, 32, max_position_embeddings=LENGTH, num_labels=3)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(vocab_size=WORDS, max_position_embeddings=LENGTH, num_labels=3, **sizes)
     return Wrapper(transformers.BertForSequenceClassification(config)), *loaders(Named())
 
 

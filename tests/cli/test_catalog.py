@@ -17,6 +17,7 @@ from lightning_grad import callbacks, strategies
 from lightning_grad.cli import main
 from lightning_grad.cli.catalog import arguments_of, technique_named, techniques, yaml_example
 from lightning_grad.cli.show import as_python
+from lightning_grad.utilities.arguments import plain
 from tests.cases import cases
 
 NAMES = [technique.__name__ for members in techniques().values() for technique in members]
@@ -83,7 +84,7 @@ def test_python_and_yaml_of_a_page_are_the_same_run(name: str) -> None:
     for made, entry in listed:
         assert entry["class_path"].endswith(f".{type(made).__name__}")
         given = entry.get("init_args", {})
-        assert {key: made.settings[key] for key in given} == given
+        assert plain({key: made.settings[key] for key in given}) == plain(given)
 
 
 class Rounding:
