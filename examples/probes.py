@@ -25,7 +25,7 @@ def train(epochs: int, output: Path) -> dict[str, float]:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[GradCAMLogger(samples=8)],
+        callbacks=[GradCAMLogger(layer="net.4", samples=8)],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=10,
         enable_model_summary=False,

@@ -62,7 +62,9 @@ def test_every_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.
     assert logged == [(5, pytest.approx(expected[0])), (11, pytest.approx(expected[1]))]
     kinds = {key.removesuffix("/_type"): row[key] for row in history for key in row if key.endswith("/_type")}
     assert kinds["activations/norms"] == kinds["activations/half"] == "histogram"
-    assert {kinds[f"activations/{name}"] for name in ("gray", "color", "drawn", "late", "figure")} == {"images/separated"}
+    assert {kinds[f"activations/{name}"] for name in ("gray", "color", "drawn", "late", "figure")} == {
+        "images/separated"
+    }
     assert kinds["activations/looks"] == kinds["activations/rows"] == "table-file"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -10,12 +10,14 @@ import communication
 import diagnostics
 import optimizers
 import plain_project
+import probes
 import pytest
 import schedules
 
 from lightning_grad.callbacks import (
     AccuracyGradientLR,
     DataPruning,
+    GradCAMLogger,
     GradientMonitor,
     NMSparsity,
     OptimizerSwap,
@@ -79,6 +81,12 @@ def test_diagnosis_of_a_run_that_is_well_names_none(tmp_path: Path, capsys: pyte
     assert "All gradients were finite." in capsys.readouterr().out
 
 
+def test_probes_look_at_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    probes.main(["--epochs", "1", "--output", str(tmp_path)])
+    assert "of 8 images are answered right." in capsys.readouterr().out
+    check_files(tmp_path, "grad_cam_logger.png", "grad_cam_logger/step_00000021_maps.png")
+
+
 def test_attacked_network_holds_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adversarial.main(["--epochs", "4", "--output", str(tmp_path)])
     usual, attacked = (
@@ -109,6 +117,7 @@ def test_two_processes_send_less(
         ("schedules", AccuracyGradientLR, "accuracy_gradient_lr.png"),
         ("diagnostics", GradientMonitor, "gradient_monitor.png"),
         ("optimizers", OptimizerSwap, None),
+        ("probes", GradCAMLogger, "grad_cam_logger.png"),
     ],
 )
 def test_yaml_runs_on_the_command_line(

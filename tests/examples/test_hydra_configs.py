@@ -133,6 +133,7 @@ def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(
         ("accuracy_gradient_lr", "lr/scale"),
         ("adversarial_evaluation", "adversarial/val_acc"),
         ("adversarial_training", "adversarial/pgd_accuracy"),
+        ("gradcam", "explain/confidence"),
     ],
 )
 def test_snippet_of_what_validates_becomes_its_callback_and_logs(word: str, logged: str) -> None:

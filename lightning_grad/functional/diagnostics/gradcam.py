@@ -120,7 +120,8 @@ def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
     """Return the height and width of a grid with the proportions of the image, of at least two tokens."""
     height, width = size
     rows = math.isqrt(max(tokens, 0) * height // width)
-    return (rows, tokens // rows) if tokens > 1 and rows and rows * rows * width == tokens * height else None
+    fits = tokens > 1 and rows > 0 and tokens % rows == 0 and rows * rows * width == tokens * height
+    return (rows, tokens // rows) if fits else None
 
 
 class OutputCapture:
