@@ -2,6 +2,7 @@
 
 from lightning_grad.callbacks.diagnostics.gradcam import GradCAMLogger
 from lightning_grad.callbacks.diagnostics.gradient_monitor import GradientMonitor
+from lightning_grad.callbacks.diagnostics.hessian_spectrum import HessianSpectrum
 from lightning_grad.callbacks.diagnostics.training_doctor import TrainingDoctor
 
-__all__ = ["GradCAMLogger", "GradientMonitor", "TrainingDoctor"]
+__all__ = ["GradCAMLogger", "GradientMonitor", "HessianSpectrum", "TrainingDoctor"]

@@ -8,15 +8,31 @@ from lightning_grad.functional.diagnostics.gradient_statistics import (
     noise_scale_terms,
     zero_share,
 )
+from lightning_grad.functional.diagnostics.hessian_spectrum import (
+    HessianProduct,
+    Ritz,
+    hutchinson_trace,
+    lanczos,
+    random_signs,
+    spectral_density,
+    stability_edge,
+)
 
 __all__ = [
     "ClassAnswers",
+    "HessianProduct",
     "OutputCapture",
+    "Ritz",
     "activation_maps",
     "class_answers",
     "feature_map",
     "gradient_cosine",
+    "hutchinson_trace",
+    "lanczos",
     "moment_signal_to_noise",
     "noise_scale_terms",
+    "random_signs",
+    "spectral_density",
+    "stability_edge",
     "zero_share",
 ]
