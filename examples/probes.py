@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, ResidualConvNet
 
-from lightning_grad.callbacks import GradCAMLogger
+from lightning_grad.callbacks import GradCAMLogger, HessianSpectrum
 
 
 def train(epochs: int, output: Path) -> dict[str, float]:
@@ -25,7 +25,7 @@ def train(epochs: int, output: Path) -> dict[str, float]:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[GradCAMLogger(layer="net.4", samples=8)],
+        callbacks=[GradCAMLogger(layer="net.4", samples=8), HessianSpectrum(samples=100)],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=10,
         enable_model_summary=False,
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logged = train(given.epochs, given.output)
     print(f"Grad-CAM: {logged['explain/accuracy']:.0%} of 8 images are answered right.")
+    print(f"Curvature: largest eigenvalue {logged['curvature/eigenvalue_1']:.3g}.")
     print(f"Written to {given.output}/: one figure for each probe, one folder with what each look found.")
 
 

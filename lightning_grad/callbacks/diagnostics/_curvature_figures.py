@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _EDGE = "#0072b2", "#e69f00", "#b3261e"
-_FLOOR = 1e-5  # times the peak: what the density axis shows
+_FLOOR = 0.02  # times the height of a single eigenvalue: where the axis of the density begins
+_ABOVE: dict[str, Any] = {"frameon": False, "fontsize": "small", "loc": "lower left", "bbox_to_anchor": (0, 1)}
 _BESIDE = 1.5  # the edge of stability is drawn up to this many times the largest eigenvalue
 
 
-def draw_density(at: Tensor, density: Tensor, largest: Sequence[float], edge: Any, title: str) -> Figure:
-    """Draw the density with the largest eigenvalues and the edge of stability. Needs matplotlib."""
+def draw_density(at: Tensor, density: Tensor, size: int, largest: Sequence[float], edge: Any, title: str) -> Figure:
+    """Draw the density of ``size`` eigenvalues, the largest of them, and the edge of stability. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
@@ -33,13 +35,13 @@ def draw_density(at: Tensor, density: Tensor, largest: Sequence[float], edge: An
         axis.axvline(value, color=_ORANGE, linewidth=1.1, linestyle="--", label=label)
     if edge is not None:
         is_near = edge <= _BESIDE * max(largest[0], 0)
-        label = f"edge of stability: {edge:.3g}"
+        label = f"edge of stability: {edge:.3g}{'' if is_near else ', beyond this axis'}"
         axis.axvline(edge if is_near else float("nan"), color=_EDGE, linewidth=1.4, label=label)
     axis.set_yscale("log")
-    axis.set_ylim(_FLOOR * float(density.max()), 2 * float(density.max()))
+    axis.set_ylim(_floor(at, size), 2 * float(density.max()))
     axis.set_xlabel("eigenvalue of the Hessian")
     axis.set_ylabel("density")
-    axis.legend(frameon=False, fontsize="small")
+    axis.legend(ncols=2, **_ABOVE)
     style_axis(axis)
     return figure
 
@@ -75,13 +77,14 @@ def _draw_eigenvalues(axis: Axes, record: RunRecord) -> None:
     axis.plot(steps, values, "o-", color="0.5", markersize=3, label="smallest")
     if "stability_edge" in record.columns:
         steps, edges = record.series("stability_edge")
-        axis.plot(steps, edges, color=_EDGE, label="edge of stability")
-        if min(edges) > _BESIDE * highest:  # far above: it would flatten the other curves
-            axis.set_ylim(min(*values, 0) - 0.05 * highest, 1.15 * highest)
-            axis.set_title(f"edge of stability: {min(edges):.3g} and more, above this panel", fontsize="small")
+        is_far = min(edges) > _BESIDE * highest  # it would flatten the other curves
+        axis.plot(
+            steps, edges, color=_EDGE, label=f"edge of stability{f': at least {min(edges):.3g}' if is_far else ''}"
+        )
+        axis.set_ylim(min(*values, 0) - 0.05 * highest, 1.15 * min(max(highest, *edges), _BESIDE * highest))
     axis.set_ylabel("eigenvalue")
     axis.set_xlabel("step")
-    axis.legend(frameon=False, fontsize="small", ncols=3)
+    axis.legend(ncols=5, **_ABOVE)
 
 
 def _ordinal(number: int) -> str:
@@ -105,7 +108,12 @@ def _draw_densities(axis: Axes, kept: Sequence[Mapping[str, Any]]) -> None:
         color = colors(0.1 + 0.9 * number / max(len(kept) - 1, 1))
         axis.plot(row["at"], row["density"].clamp(min=1e-30), color=color, linewidth=1.2, label=f"step {row['step']}")
     axis.set_yscale("log")
-    axis.set_ylim(_FLOOR * highest, 2 * highest)
+    axis.set_ylim(min(_floor(row["at"], int(row["size"])) for row in kept), 2 * highest)
     axis.set_xlabel("eigenvalue of the Hessian")
     axis.set_ylabel("density")
-    axis.legend(frameon=False, fontsize="small", ncols=2)
+    axis.legend(ncols=5, **_ABOVE)
+
+
+def _floor(at: Tensor, size: int) -> float:
+    width = float(at[-1] - at[0]) / 110  # of the bell of one eigenvalue, in spectral_density
+    return _FLOOR / (size * width * math.sqrt(2 * math.pi))

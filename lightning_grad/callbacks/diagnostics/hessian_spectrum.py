@@ -111,6 +111,10 @@ class HessianSpectrum(ProbeCallback):
     way_out: ClassVar[str] = "return the loss from training_step"
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
         compiled=yes("Compiled modules run eagerly in a look."),
+        sparse_gradients=no("differentiates gradients, and {} has sparse ones", "Set sparse=False for it"),
+        complex_parameters=no(
+            "measures curvature in real parameters, and {} is complex", "Store it as real and imaginary part"
+        ),
         **manual(
             no(
                 "differentiates the loss that training_step returns, and under {} it steps the optimizers itself",
@@ -149,6 +153,11 @@ class HessianSpectrum(ProbeCallback):
                 "one approximate eigenvalue."
             )
 
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.works_with().refuse_parameters(self.display_name, pl_module)
+        super().on_fit_start(trainer, pl_module)
+
     # A look.
 
     @override
@@ -175,9 +184,12 @@ class HessianSpectrum(ProbeCallback):
             return Reading(scalars)
         at, values = spectral_density([found])
         title = f"{self.display_name}, epoch {look.epoch}, step {look.step}: density of {product.size:,} eigenvalues"
-        drawn = partial(draw_density, at, values, self._largest(found), scalars.get("stability_edge"), title)
+        drawn = partial(
+            draw_density, at, values, product.size, self._largest(found), scalars.get("stability_edge"), title
+        )
         pictures = {"density": drawn} if self.figure else {}
-        return Reading(scalars, pictures=pictures, kept={"at": at.float(), "density": values.float()})
+        kept = {"at": at.float(), "density": values.float(), "size": torch.tensor(product.size)}
+        return Reading(scalars, pictures=pictures, kept=kept)
 
     def _loss(self, look: ProbeLook) -> Tensor:
         """Return the mean loss of the samples, with its graph."""

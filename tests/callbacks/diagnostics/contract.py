@@ -37,5 +37,18 @@ ENTRIES = [
             ({"loss_index": -1}, "loss_index must be at least 0"),
         ),
     ),
+    Technique(
+        "HessianSpectrum",
+        compile=True,
+        second={"samples": 4, "probes": 0, "density": False, "lanczos_steps": 3, "name": "second"},
+        wrong=(
+            *_PROBE_WRONG,
+            ({"num_eigenvalues": 0}, "num_eigenvalues must be at least 1"),
+            ({"probes": -1}, "probes must be at least 0"),
+            ({"lanczos_steps": 1}, "lanczos_steps must be at least 2"),
+            ({"num_eigenvalues": 5, "lanczos_steps": 4}, "lanczos_steps must be at least num_eigenvalues=5; got 4"),
+            ({"seed": -1}, "seed must be at least 0"),
+        ),
+    ),
     Technique("TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)),
 ]
