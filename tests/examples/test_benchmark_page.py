@@ -26,7 +26,7 @@ TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
-    "diagnostics": tuple(diagnostics.MODELS),
+    "diagnostics": (*diagnostics.MODELS, diagnostics.LOOKS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),
         *(f"Memory, {name}" for name in PRUNING[:2]),
