@@ -2,6 +2,7 @@
 
 from lightning_grad.functional.diagnostics.class_answers import ClassAnswers, class_answers
 from lightning_grad.functional.diagnostics.gradcam import OutputCapture, activation_maps, feature_map
+from lightning_grad.functional.diagnostics.gradient_diversity import gradsign_score, vendi_score
 from lightning_grad.functional.diagnostics.gradient_statistics import (
     gradient_cosine,
     moment_signal_to_noise,
@@ -27,6 +28,7 @@ __all__ = [
     "class_answers",
     "feature_map",
     "gradient_cosine",
+    "gradsign_score",
     "hutchinson_trace",
     "lanczos",
     "moment_signal_to_noise",
@@ -34,5 +36,6 @@ __all__ = [
     "random_signs",
     "spectral_density",
     "stability_edge",
+    "vendi_score",
     "zero_share",
 ]
