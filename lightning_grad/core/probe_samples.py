@@ -9,21 +9,25 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
-from lightning_grad.core.losses.row_order import rows_of_batch
+from lightning_grad.core.losses.row_order import RowComparison, Seen, rows_of_batch
 from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
 from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data import random_streams
 from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import counted
 
 Split = Literal["train", "val"]
 NOUNS = {"train": "training", "val": "validation"}
+_COMPARED = 8  # samples whose rows are compared in several orders
+_EXACTNESS = 1e-3  # relative difference of what a step computes for the same sample in another order
 _SEED = 0  # same in all looks, so that augmentation and the probe's random numbers repeat
 
 
@@ -57,6 +61,28 @@ class ProbeLook(Look):
         """Return a look at another batch of the same samples, for example with changed inputs."""
         run = _runner(self.trainer, self.pl_module, batch, self.asked, self.is_part)
         return Look(self.pl_module, batch, self.indices, self.total, run, self.asked, self.memory)
+
+    def refuse_moved_rows(self, rows: Callable[[Look], Tensor]) -> None:
+        """Raise if what the step computes for a sample does not follow it when the samples are reordered.
+
+        Args:
+            rows: Returns a value of each sample, (B, ...).
+
+        Raises:
+            RuntimeError: If the rows are in another order, or mix samples.
+        """
+        chosen = self.indices[:_COMPARED]
+        batch, function = self.read(chosen), "loss_fn" if self.asked.loss_fn else ""
+
+        def see(order: Tensor, seed: int) -> Seen:
+            random_streams.seed_streams(seed)
+            shown = reordered(copy_of(batch), order)
+            run = _runner(self.trainer, self.pl_module, shown, self.asked, self.is_part)
+            look = Look(self.pl_module, shown, chosen, self.total, run, self.asked)
+            return Seen(rows_of_batch(shown, len(chosen)), {"value": rows(look).detach()})
+
+        with random_streams.random_streams_kept():
+            RowComparison(self.asked, _EXACTNESS, function).compare(see, len(chosen))
 
     def parts(self, size: int | None = None) -> Iterator[Look]:
         """Yield the samples in smaller batches, to save memory.

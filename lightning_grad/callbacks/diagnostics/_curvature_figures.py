@@ -28,8 +28,9 @@ def draw_density(at: Tensor, density: Tensor, size: int, largest: Sequence[float
     figure = Figure(figsize=(8, 4), layout="constrained")
     figure.suptitle(title, fontsize=11, parse_math=False)
     axis = figure.subplots()
-    axis.fill_between(at, density.clamp(min=1e-30), color=_BLUE, alpha=0.25, linewidth=0)
-    axis.plot(at, density.clamp(min=1e-30), color=_BLUE, linewidth=1.4)
+    places, heights = at.numpy(), density.clamp(min=1e-30).numpy()
+    axis.fill_between(places, heights, color=_BLUE, alpha=0.25, linewidth=0)
+    axis.plot(places, heights, color=_BLUE, linewidth=1.4)
     for number, value in enumerate(largest):
         label = f"largest: {', '.join(f'{each:.3g}' for each in largest)}" if number == 0 else None
         axis.axvline(value, color=_ORANGE, linewidth=1.1, linestyle="--", label=label)
@@ -106,7 +107,8 @@ def _draw_densities(axis: Axes, kept: Sequence[Mapping[str, Any]]) -> None:
     highest = max(float(row["density"].max()) for row in kept)
     for number, row in enumerate(kept):
         color = colors(0.1 + 0.9 * number / max(len(kept) - 1, 1))
-        axis.plot(row["at"], row["density"].clamp(min=1e-30), color=color, linewidth=1.2, label=f"step {row['step']}")
+        heights = row["density"].clamp(min=1e-30).numpy()
+        axis.plot(row["at"].numpy(), heights, color=color, linewidth=1.2, label=f"step {row['step']}")
     axis.set_yscale("log")
     axis.set_ylim(min(_floor(row["at"], int(row["size"])) for row in kept), 2 * highest)
     axis.set_xlabel("eigenvalue of the Hessian")

@@ -212,6 +212,8 @@ class GradCAMLogger(ProbeCallback):
                 f"{'no floating-point tensor' if path is None else tuple(input_at(look.batch, path).shape)}. Set "
                 "input_key to the images."
             )
+        if not self._is_rehearsed:
+            look.refuse_moved_rows(lambda part: self._answers(part).probabilities)
         size = (images.shape[2], images.shape[3])
         explained = self._explain(look, size)
         if self.method == "smooth_gradcam++":

@@ -50,5 +50,16 @@ ENTRIES = [
             ({"seed": -1}, "seed must be at least 0"),
         ),
     ),
+    Technique(
+        "GradientDiversity",
+        compile=True,
+        second={"samples": 4, "dim": 128, "every_n_epochs": 2, "name": "second"},
+        wrong=(
+            *_PROBE_WRONG,
+            ({"dim": 100}, "dim must be a positive multiple of 64; got 100"),
+            ({"loss_index": -1}, "loss_index must be at least 0"),
+            ({"seed": -1}, "seed must be at least 0"),
+        ),
+    ),
     Technique("TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)),
 ]
