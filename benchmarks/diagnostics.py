@@ -46,7 +46,14 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import GradCAMLogger, GradientMonitor, HessianSpectrum, NormClipping, TrainingDoctor
+from lightning_grad.callbacks import (
+    GradCAMLogger,
+    GradientDiversity,
+    GradientMonitor,
+    HessianSpectrum,
+    NormClipping,
+    TrainingDoctor,
+)
 from lightning_grad.core import ProbeCallback
 
 WATCH_BUDGET, AFTER_BUDGET = 1.02, 1.01
@@ -68,6 +75,7 @@ PROBES: dict[str, tuple[Callable[[], ProbeCallback], str, float | None]] = {
         EVALUATION,
         None,
     ),
+    "GradientDiversity, 32 images": (lambda: GradientDiversity(samples=32, every_n_steps=1), STEP, None),
     "HessianSpectrum, 32 images": (lambda: HessianSpectrum(samples=32, every_n_steps=1), STEP, None),
 }
 """Each probe with what a look is compared with, and the budget."""

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, ResidualConvNet
 
-from lightning_grad.callbacks import GradCAMLogger, HessianSpectrum
+from lightning_grad.callbacks import GradCAMLogger, GradientDiversity, HessianSpectrum
 
 
 def train(epochs: int, output: Path) -> dict[str, float]:
@@ -25,7 +25,7 @@ def train(epochs: int, output: Path) -> dict[str, float]:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[GradCAMLogger(layer="net.4", samples=8), HessianSpectrum(samples=100)],
+        callbacks=[GradCAMLogger(layer="net.4", samples=8), HessianSpectrum(samples=40), GradientDiversity()],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=10,
         enable_model_summary=False,
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logged = train(given.epochs, given.output)
     print(f"Grad-CAM: {logged['explain/accuracy']:.0%} of 8 images are answered right.")
     print(f"Curvature: largest eigenvalue {logged['curvature/eigenvalue_1']:.3g}.")
+    print(f"Gradients of 100 samples: {logged['diversity/g_vendi']:.3g} different directions.")
     print(f"Written to {given.output}/: one figure for each probe, one folder with what each look found.")
 
 

@@ -134,6 +134,7 @@ def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(
         ("adversarial_evaluation", "adversarial/val_acc"),
         ("adversarial_training", "adversarial/pgd_accuracy"),
         ("gradcam", "explain/confidence"),
+        ("gradient_diversity", "diversity/g_vendi"),
         ("hessian_spectrum", "curvature/eigenvalue_1"),
     ],
 )
