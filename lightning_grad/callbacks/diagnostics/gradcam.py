@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,46 +15,25 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_grad.callbacks.diagnostics._image_maps import (
-    MappedImage,
-    as_tensor,
-    channels_first,
-    draw_run,
-    draw_samples,
-    image_pixels,
-    overlaid,
-)
+from lightning_grad.callbacks.diagnostics._explaining import ExplainingProbe, Target
+from lightning_grad.callbacks.diagnostics._image_maps import channels_first
 from lightning_grad.core import (
-    WHOLE_WEIGHTS,
-    Compatibility,
     Look,
-    LossRequest,
-    ProbeCallback,
     ProbeLook,
     Reading,
-    RunRecord,
-    Table,
     check_above,
     check_count,
     during_fit,
     find_input,
     input_at,
-    manual,
-    no,
     with_input,
-    yes,
 )
-from lightning_grad.core.losses.given_functions import OUTPUTS_FN
 from lightning_grad.core.probe_samples import Split
-from lightning_grad.functional import ClassAnswers, OutputCapture, activation_maps, class_answers, feature_map
+from lightning_grad.functional import ClassAnswers, OutputCapture, activation_maps, feature_map
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.diagnostics.gradcam import CAM_METHODS, CAMMethod
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 from lightning_grad.utilities.parameters import clean_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 
 _NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "smooth_gradcam++": "Smooth Grad-CAM++"}
 
@@ -68,7 +47,7 @@ class _Explained:
     found: ClassAnswers
 
 
-class GradCAMLogger(ProbeCallback):
+class GradCAMLogger(ExplainingProbe):
     r"""Show by Grad-CAM which parts of some validation images speak for the answer of the network.
 
     .. math::
@@ -140,19 +119,6 @@ class GradCAMLogger(ProbeCallback):
         Omeiza et al., "Smooth Grad-CAM++", 2019, arXiv 1908.01224.
     """
 
-    namespace: ClassVar[str] = "explain"
-    way_out: ClassVar[str] = OUTPUTS_FN
-    compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
-        compiled=yes("Compiled modules run eagerly in a look."),
-        **manual(
-            no(
-                "runs training_step, which steps the optimizers itself under {}",
-                "Set outputs_fn to a function (module, batch) -> (logits, labels)",
-            )
-        ),
-        **WHOLE_WEIGHTS,
-    )
-    credits_samples: ClassVar[bool] = True
     trial: ClassVar[Mapping[str, Any]] = {"samples": 4}
 
     _layer = during_fit[str]()
@@ -164,7 +130,7 @@ class GradCAMLogger(ProbeCallback):
         samples: int | Sequence[int] = 8,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
-        target: Literal["answer", "label"] = "answer",
+        target: Target = "answer",
         noisy_copies: int = 4,
         noise_std: float = 0.3,
         class_names: Sequence[str] | None = None,
@@ -177,28 +143,13 @@ class GradCAMLogger(ProbeCallback):
         figure: bool = True,
         name: str | None = None,
     ) -> None:
-        super().__init__(samples, every_n_epochs, every_n_steps, split, dataset, loader_key, figure, name)
+        chosen = (samples, every_n_epochs, every_n_steps, target, class_names, split, dataset, loader_key)
+        super().__init__(*chosen, input_key, outputs_fn, loss_index, figure, name)
         check_choice(method, CAM_METHODS, "method")
-        check_choice(target, ("answer", "label"), "target")
         self.method: CAMMethod = method
         self.layer = layer
-        self.target: Literal["answer", "label"] = target
         self.noisy_copies = check_count(noisy_copies, 1, "noisy_copies")
         self.noise_std = check_above(noise_std, 0.0, "noise_std")
-        self.class_names = None if class_names is None else list(class_names)
-        self.input_key = input_key
-        self.outputs_fn = outputs_fn
-        self.loss_index = check_count(loss_index, 0, "loss_index")
-
-    @override
-    def works_with(self) -> Compatibility:
-        return self.compatibility if self.outputs_fn is None else self.compatibility.but(**manual(yes()))
-
-    @override
-    def loss_request(self) -> LossRequest:
-        return LossRequest(
-            self.display_name, self.loss_index, self.way_out, outputs_fn=self.outputs_fn, by_classes=True
-        )
 
     # A look.
 
@@ -212,8 +163,7 @@ class GradCAMLogger(ProbeCallback):
                 f"{'no floating-point tensor' if path is None else tuple(input_at(look.batch, path).shape)}. Set "
                 "input_key to the images."
             )
-        if not self._is_rehearsed:
-            look.refuse_moved_rows(lambda part: self._answers(part).probabilities)
+        self.refuse_moved_rows(look)
         size = (images.shape[2], images.shape[3])
         explained = self._explain(look, size)
         if self.method == "smooth_gradcam++":
@@ -221,14 +171,16 @@ class GradCAMLogger(ProbeCallback):
             plain = plain_tensor(inputs)
             noisy = [plain + self.noise_std * torch.randn_like(plain) for _ in range(self.noisy_copies)]
             looks = [look.on(with_input(look.batch, path, dressed(each, inputs))) for each in noisy]
-            copies = [self._explain(copy, size, explained.found.answers) for copy in looks]
+            classes = self.classes_of(explained.found)
+            classes = torch.where(classes < 0, explained.found.answers, classes)
+            copies = [self._explain(copy, size, classes) for copy in looks]
             maps = activation_maps(explained.activations, torch.stack([c.gradients for c in copies]), self.method)
         else:
             maps = activation_maps(explained.activations, explained.gradients, self.method)
         maps = F.interpolate(maps.unsqueeze(1).float(), size, mode="bilinear", align_corners=False).squeeze(1)
         return self._reading(look, images, maps, explained.found)
 
-    def _explain(self, look: Look, size: tuple[int, int], answers: Tensor | None = None) -> _Explained:
+    def _explain(self, look: Look, size: tuple[int, int], classes: Tensor | None = None) -> _Explained:
         """Run the step, and return the layer's map and the gradient of the class score with respect to it."""
         modules = {clean_name(name): module for name, module in look.pl_module.named_modules() if name}
         wanted = getattr(self, "_layer", self.layer)
@@ -248,21 +200,12 @@ class GradCAMLogger(ProbeCallback):
         with torch.enable_grad(), ExitStack() as stack:
             for capture in captures.values():
                 stack.enter_context(capture)
-            found = self._answers(look)
-            classes = found.labels if self.target == "label" else found.answers if answers is None else answers
+            found = self.answers_of(look)
+            classes = self.classes_of(found) if classes is None else classes
             score = found.of(classes).sum()
         last_first = {name: captures[name] for name in reversed(order)}
         maps = {name: each for name, each in last_first.items() if each.output is not None}
         return self._of_layer(look, maps, found, score, size, names)
-
-    def _answers(self, look: Look) -> ClassAnswers:
-        try:
-            return class_answers(look.loss(keep_graph=True))
-        except ValueError as error:
-            if self.display_name in str(error):
-                raise
-            advice = f"{self.way_out[0].upper()}{self.way_out[1:]}"
-            raise ValueError(f"{self.display_name} explains classes: {error} {advice}.") from None
 
     def _of_layer(
         self,
@@ -300,61 +243,17 @@ class GradCAMLogger(ProbeCallback):
                 rank_zero_info(f"{self.display_name} shows the output of {name!r}.")
 
     def _reading(self, look: ProbeLook, images: Tensor, maps: Tensor, found: ClassAnswers) -> Reading:
-        samples = list(self._mapped(look, images, maps, found))
         peaks = maps.flatten(1).amax(1)
         area = (maps.flatten(1) > 0.5 * peaks[:, None]).float().mean(1)
-        confidence = found.probabilities.gather(1, found.answers[:, None])
         is_empty = peaks == 0
-        scalars = {
-            "accuracy": found.are_right.float().mean(),
-            "confidence": confidence.mean(),
-            "map_area": area.sum() / (~is_empty).sum().clamp(min=1),
-            "empty_maps": is_empty.sum(),
-        }
-        rows = [
-            {
-                "index": s.index,
-                "label": s.label,
-                "answer": s.answer,
-                "confidence": s.confidence,
-                "right": not s.is_wrong,
-            }
-            for s in samples
-        ]
+        scalars = {"map_area": area.sum() / (~is_empty).sum().clamp(min=1), "empty_maps": is_empty.sum()}
         explained = f"bright parts speak for the {self.target}"
-        title = f"{self.display_name}, {_NAMES[self.method]} of {self._layer}, epoch {look.epoch}: {explained}"
-        return Reading(
-            scalars,
-            pictures={"maps": partial(draw_samples, samples, title)} if self.figure else {},
-            tables={"samples": Table(rows, [sample.side_by_side for sample in samples])},
-            kept={
-                "images": as_tensor([sample.pixels for sample in samples]),
-                "overlays": as_tensor([sample.overlay for sample in samples]),
-                "wrong": torch.tensor([sample.is_wrong for sample in samples]),
-                "indices": torch.tensor(look.indices),
-            },
-        )
-
-    def _mapped(self, look: Look, images: Tensor, maps: Tensor, found: ClassAnswers) -> Iterator[MappedImage]:
-        answers, labels = found.answers.tolist(), found.labels.tolist()
-        for place, index in enumerate(look.indices):
-            pixels, answer, label = image_pixels(images[place]), answers[place], labels[place]
-            confidence = found.probabilities[place, answer].item()
-            named = None if label < 0 else self._named(label)
-            yield MappedImage(
-                pixels, overlaid(pixels, maps[place]), index, self._named(answer), named, round(confidence, 4)
-            )
-
-    def _named(self, number: int) -> str:
-        names = self.class_names or []
-        return names[number] if number < len(names) else str(number)
+        title = f"{self.title()} of {self._layer}, epoch {look.epoch}: {explained}"
+        return self.image_reading(look, images, maps, found, scalars, title)
 
     @override
-    def draw(self, record: RunRecord) -> Figure:
-        kept = self.kept_looks.kept
-        overlays = [(f"epoch {row['epoch']}\nstep {row['step']}", row["overlays"], row["wrong"]) for row in kept]
-        title = f"{self.display_name}, {_NAMES[self.method]} over the run; wrong answers are framed"
-        return draw_run(kept[-1]["images"], overlays, kept[-1]["indices"].tolist(), title)
+    def title(self) -> str:
+        return f"{self.display_name}, {_NAMES[self.method]}"
 
 
 def _innermost(name: str, maps: Mapping[str, OutputCapture]) -> str:

@@ -178,7 +178,7 @@ class GradientDiversity(ProbeCallback):
         steps, values = record.series("g_vendi")
         axes[0].plot(steps, values, "o-", color="#0072b2", markersize=3.5)
         axes[0].set_ylabel("G-Vendi: number of\ndifferent directions")
-        axes[0].set_ylim(0)
+        axes[0].set_ylim(0, 1.1 * max(values))
         share = axes[0].secondary_yaxis(
             "right", functions=(partial(np.multiply, 1 / count), partial(np.multiply, count))
         )
