@@ -75,6 +75,11 @@ PROBES: dict[str, tuple[Callable[[], ProbeCallback], str, float | None]] = {
         EVALUATION,
         None,
     ),
+    "InputGradientLogger, 8 images": (
+        lambda: InputGradientLogger(every_n_steps=1, split="train"),
+        EVALUATION,
+        MAPS_BUDGET,
+    ),
     "GradientDiversity, 32 images": (lambda: GradientDiversity(samples=32, every_n_steps=1), STEP, None),
     "HessianSpectrum, 32 images": (lambda: HessianSpectrum(samples=32, every_n_steps=1), STEP, None),
 }

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, ResidualConvNet
 
-from lightning_grad.callbacks import GradCAMLogger, GradientDiversity, HessianSpectrum
+from lightning_grad.callbacks import GradCAMLogger, GradientDiversity, HessianSpectrum, InputGradientLogger
 
 
 def train(epochs: int, output: Path) -> dict[str, float]:
@@ -25,7 +25,12 @@ def train(epochs: int, output: Path) -> dict[str, float]:
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
-        callbacks=[GradCAMLogger(layer="net.4", samples=8), HessianSpectrum(samples=40), GradientDiversity()],
+        callbacks=[
+            GradCAMLogger(layer="net.4", samples=8),
+            InputGradientLogger(samples=8),
+            HessianSpectrum(samples=40),
+            GradientDiversity(samples=100),
+        ],
         logger=CSVLogger(output, name=None, version=""),
         log_every_n_steps=10,
         enable_model_summary=False,
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/probes"), help="folder of the results")
     given = parser.parse_args(arguments)
     logged = train(given.epochs, given.output)
-    print(f"Grad-CAM: {logged['explain/accuracy']:.0%} of 8 images are answered right.")
+    print(f"Grad-CAM: {logged['explain/gradcam/accuracy']:.0%} of 8 images are answered right.")
     print(f"Curvature: largest eigenvalue {logged['curvature/eigenvalue_1']:.3g}.")
     print(f"Gradients of 100 samples: {logged['diversity/g_vendi']:.3g} different directions.")
     print(f"Written to {given.output}/: one figure for each probe, one folder with what each look found.")

@@ -85,7 +85,7 @@ def test_probes_look_at_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[
     probes.main(["--epochs", "1", "--output", str(tmp_path)])
     assert "of 8 images are answered right." in capsys.readouterr().out
     check_files(tmp_path, "grad_cam_logger.png", "grad_cam_logger/step_00000021_maps.png")
-    check_files(tmp_path, "hessian_spectrum.png", "gradient_diversity.png")
+    check_files(tmp_path, "hessian_spectrum.png", "gradient_diversity.png", "input_gradient_logger.png")
 
 
 def test_attacked_network_holds_better(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

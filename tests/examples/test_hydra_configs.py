@@ -133,9 +133,10 @@ def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(
         ("accuracy_gradient_lr", "lr/scale"),
         ("adversarial_evaluation", "adversarial/val_acc"),
         ("adversarial_training", "adversarial/pgd_accuracy"),
-        ("gradcam", "explain/confidence"),
+        ("gradcam", "explain/gradcam/confidence"),
         ("gradient_diversity", "diversity/g_vendi"),
         ("hessian_spectrum", "curvature/eigenvalue_1"),
+        ("input_gradients", "explain/input_gradients/top_share"),
     ],
 )
 def test_snippet_of_what_validates_becomes_its_callback_and_logs(word: str, logged: str) -> None:

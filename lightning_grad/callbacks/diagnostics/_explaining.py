@@ -51,7 +51,6 @@ class ExplainingProbe(ProbeCallback):
     Its subclasses document the arguments.
     """
 
-    namespace: ClassVar[str] = "explain"
     way_out: ClassVar[str] = OUTPUTS_FN
     credits_samples: ClassVar[bool] = True
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(

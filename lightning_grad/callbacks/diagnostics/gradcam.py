@@ -90,7 +90,7 @@ class GradCAMLogger(ExplainingProbe):
 
     **Hooks.** Those of :class:`~lightning_grad.core.ProbeCallback`. Hooks on layers exist only during a look.
 
-    **Logs** under ``explain/``, in each look: ``accuracy`` and ``confidence`` of the shown images, ``map_area``, the
+    **Logs** under ``explain/gradcam/``, in each look: ``accuracy`` and ``confidence`` of the shown images, ``map_area``, the
     mean share of an image in which the map is above half of its maximum, and ``empty_maps``, the number of maps that
     are zero everywhere; the image ``maps``, with wrong answers framed in red, and the table ``samples`` with image,
     overlay, label, answer and confidence. At the end: the figure of the run, which shows how the maps changed, and a
@@ -119,6 +119,7 @@ class GradCAMLogger(ExplainingProbe):
         Omeiza et al., "Smooth Grad-CAM++", 2019, arXiv 1908.01224.
     """
 
+    namespace: ClassVar[str] = "explain/gradcam"
     trial: ClassVar[Mapping[str, Any]] = {"samples": 4}
 
     _layer = during_fit[str]()

@@ -18,19 +18,24 @@ from lightning_grad.functional.diagnostics.hessian_spectrum import (
     spectral_density,
     stability_edge,
 )
+from lightning_grad.functional.diagnostics.input_gradients import DiffRoar, diff_roar, input_saliency, mask_inputs
 
 __all__ = [
     "ClassAnswers",
+    "DiffRoar",
     "HessianProduct",
     "OutputCapture",
     "Ritz",
     "activation_maps",
     "class_answers",
+    "diff_roar",
     "feature_map",
     "gradient_cosine",
     "gradsign_score",
     "hutchinson_trace",
+    "input_saliency",
     "lanczos",
+    "mask_inputs",
     "moment_signal_to_noise",
     "noise_scale_terms",
     "random_signs",

@@ -149,7 +149,7 @@ class OutputCapture:
 
     def __init__(self, layer: nn.Module, only: Callable[[Tensor], bool] = lambda output: True) -> None:
         self._layer = layer
-        self._only = only
+        self.only = only
         self.output: Tensor | None = None
         self.copy: Tensor | None = None
 
@@ -163,7 +163,7 @@ class OutputCapture:
     def _keep(self, layer: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if type(output) is tuple and output else output
         self.output = self.copy = None
-        if not isinstance(first, Tensor) or not first.is_floating_point() or not self._only(plain_tensor(first)):
+        if not isinstance(first, Tensor) or not first.is_floating_point() or not self.only(plain_tensor(first)):
             return None
         with torch.enable_grad():
             plain = plain_tensor(first)

@@ -61,5 +61,15 @@ ENTRIES = [
             ({"seed": -1}, "seed must be at least 0"),
         ),
     ),
+    Technique(
+        "InputGradientLogger",
+        compile=True,
+        second={"samples": 2, "target": "label", "every_n_epochs": 2, "name": "second"},
+        wrong=(
+            *_PROBE_WRONG,
+            ({"target": "labels"}, "target must be"),
+            ({"loss_index": -1}, "loss_index must be at least 0"),
+        ),
+    ),
     Technique("TrainingDoctor", compile=True, together=True, wrong=(({"batches": 0}, "batches must be at least 1"),)),
 ]
