@@ -51,6 +51,7 @@ from lightning_grad.callbacks import (
     GradientDiversity,
     GradientMonitor,
     HessianSpectrum,
+    InputGradientLogger,
     NormClipping,
     TrainingDoctor,
 )
