@@ -75,15 +75,18 @@ def test_hooks_run_on_the_new_one_and_can_be_removed(old: AdamW) -> None:
 
 
 def test_the_old_object_is_given_back(old: AdamW) -> None:
-    group, groups = old.param_groups[0], old.param_groups
+    group, groups, scheduler = old.param_groups[0], old.param_groups, StepLR(old, 1)
+    scheduler.cycle_momentum = True  # type: ignore[attr-defined]  # as in a class of its own, without torch's use_beta1
     new = _new(old)
-    give_back = replace_optimizer(old, new, [])
+    give_back = replace_optimizer(old, new, [scheduler])
+    assert scheduler.optimizer is new
     assert groups is new.param_groups
     assert group is new.param_groups[0]
     assert "betas" not in group
     old.step()
     give_back()
     assert old.param_groups[0]["betas"] == (0.9, 0.999)
+    assert scheduler.optimizer is old
     assert not old.state
     assert new.state
     old.step()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.claims import CLAIMS
+from studies.claims import CLAIMS, optimizers
 from studies.claims.optimizers import FREE, SWAPS, Optimizers, Result
 from studies.figures.optimizers import print_table
 from studies.report import write
@@ -20,6 +20,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:.*exists and is not empty"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _validates_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizers, "EVALUATIONS", 1)
 
 
 def test_digits_train_with_each_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 Used only by :class:`lightning_grad.callbacks.OptimizerSwap`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,7 +12,12 @@ _ALWAYS = ("params", "lr", "weight_decay")
 
 
 def carried_group(
-    group: Mapping[str, Any], old: Optimizer, same_class: bool, wd_factor: float, decay: float | None = None
+    group: Mapping[str, Any],
+    old: Optimizer,
+    same_class: bool,
+    wd_factor: float,
+    decay: float | None = None,
+    given: Container[str] = (),
 ) -> dict[str, Any]:
     """Return what the group of a new optimizer starts from.
 
@@ -26,6 +31,7 @@ def carried_group(
         same_class: Whether the new optimizer has the same class.
         wd_factor: Factor of the decay.
         decay: Decay in place of the old one.
+        given: Options of the new optimizer, which replace those of the group.
 
     Example:
         >>> import torch
@@ -34,9 +40,23 @@ def carried_group(
         >>> {key: kept[key] for key in sorted(kept) if key != "params"}
         {'lr': 0.5, 'name': 'head', 'weight_decay': 0.1}
     """
-    kept = {key: value for key, value in group.items() if same_class or key in _ALWAYS or key not in old.defaults}
+    stays = {key for key in group if same_class or key in _ALWAYS or key not in old.defaults}
+    kept = {key: value for key, value in group.items() if key in stays and key not in given}
     kept["weight_decay"] = group.get("weight_decay", 0.0) * wd_factor if decay is None else decay
     return kept
+
+
+_MARKS: Mapping[str, str] = {"SPAM": "mask"}
+"""Attributes that an optimizer sets on parameters and never reads."""
+
+
+def forget_marks(optimizer: Optimizer) -> None:
+    """Remove what an optimizer left on its parameters."""
+    mark = _MARKS.get(type(optimizer).__name__)
+    if mark is not None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                vars(parameter).pop(mark, None)
 
 
 def carry_defaults_(new: Optimizer, old: Optimizer, lr_factor: float, wd_factor: float, decay: float | None) -> None:

@@ -23,6 +23,7 @@ USUAL_RATES: Mapping[str, float] = {
     "Adafactor": 1e-2,
     "Hessian": 0.15,
     "Prodigy": 1.0,
+    "Adadelta": 1.0,
 }
 """A usual learning rate of each scale. Only their ratios are used, to suggest a factor."""
 
@@ -39,8 +40,8 @@ class Named:
         elementwise: Whether the update of an entry depends on that entry alone, so it also works on
             shards of a parameter.
         only_matrices: Whether it refuses parameters that are not two-dimensional.
-        needs_graph: Whether it differentiates the gradients, so backward must keep their graph.
-        averages: Whether validation and checkpoints need other weights than training.
+        takes_sparse: Whether it takes sparse gradients.
+        takes_complex: Whether it treats a complex entry as two real ones.
     """
 
     path: str
@@ -49,8 +50,8 @@ class Named:
     options: Mapping[str, Any] = field(default_factory=dict)
     elementwise: bool = False
     only_matrices: bool = False
-    needs_graph: bool = False
-    averages: bool = False
+    takes_sparse: bool = False
+    takes_complex: bool = False
 
     @property
     def class_name(self) -> str:
@@ -62,33 +63,69 @@ def _of_library(name: str, scale: str = "Adam", **rest: Any) -> Named:
     return Named(f"pytorch_optimizer.{name}", scale, "optimizers", **rest)
 
 
+_EACH_ENTRY: Mapping[str, Any] = {"elementwise": True, "takes_complex": True}
 NAMES: Mapping[str, Named] = {
-    "adamw": Named("torch.optim.AdamW", elementwise=True),
-    "adam": Named("torch.optim.Adam", elementwise=True),
-    "sgd": Named("torch.optim.SGD", "SGD", elementwise=True),
+    "adamw": Named("torch.optim.AdamW", **_EACH_ENTRY),
+    "adam": Named("torch.optim.Adam", **_EACH_ENTRY),
+    "sgd": Named("torch.optim.SGD", "SGD", takes_sparse=True, **_EACH_ENTRY),
     "adafactor": Named("torch.optim.Adafactor", "Adafactor"),
     "muon": Named("torch.optim.Muon", options={"adjust_lr_fn": "match_rms_adamw"}, only_matrices=True),
-    "lion": _of_library("Lion", "Lion", elementwise=True),
-    "adabelief": _of_library("AdaBelief", elementwise=True),
-    "adamp": _of_library("AdamP"),
-    "sgdp": _of_library("SGDP", "SGD"),
-    "diffgrad": _of_library("DiffGrad", elementwise=True),
+    "lion": _of_library("Lion", "Lion", **_EACH_ENTRY),
+    "adabelief": _of_library("AdaBelief", **_EACH_ENTRY),
+    "adamp": _of_library("AdamP", takes_complex=True),
+    "sgdp": _of_library("SGDP", "SGD", takes_complex=True),
+    "diffgrad": _of_library("DiffGrad", **_EACH_ENTRY),
     "came": _of_library("CAME"),
     "spam": _of_library("SPAM"),
     "soap": _of_library("SOAP"),
     "prodigy": _of_library("Prodigy", "Prodigy"),
     "adahessian": Named("lightning_grad.callbacks.optimizers._second_order.AdaHessian", "Hessian"),
     "sophia": Named("lightning_grad.callbacks.optimizers._second_order.Sophia"),
-    "schedulefree-adamw": Named("schedulefree.AdamWScheduleFree", extra="optimizers", averages=True, elementwise=True),
+    "schedulefree-adamw": Named("schedulefree.AdamWScheduleFree", extra="optimizers", elementwise=True),
 }
 
 _SCALES: Mapping[str, str] = {
     **{named.class_name.lower(): named.scale for named in NAMES.values()},
-    **dict.fromkeys(("nadam", "radam", "adamax"), "Adam"),
+    **dict.fromkeys(("nadam", "nadamw", "radam", "adamax"), "Adam"),
     **dict.fromkeys(("asgd", "sgdw"), "SGD"),
+    **dict.fromkeys(("dadaptadam", "dadaptadagrad", "dadaptadan", "dadaptlion", "dadaptsgd"), "Prodigy"),
+    "adadelta": "Adadelta",
 }
 _VARIANT = re.compile("^(paged|schedulefree)|(8bit|4bit|32bit|fp8|schedulefree)$")
 _NEWER: Mapping[str, str] = {"muon": "2.9"}  # versions of torch that brought a class
+_SECOND_ORDER: Mapping[str, str] = {"adahessian": "adahessian", "sophiah": "sophia"}  # classes of libraries
+
+
+def entry_of(kind: Any) -> Named | None:
+    """Return the entry of an optimizer class that has a short name, also if it was found in another way.
+
+    Example:
+        >>> import torch
+        >>> entry_of(torch.optim.SGD) is NAMES["sgd"], entry_of(torch.optim.Rprop)
+        (True, None)
+    """
+    found = (getattr(kind, "__module__", "").partition(".")[0], getattr(kind, "__name__", ""))
+    return next((each for each in NAMES.values() if (each.path.partition(".")[0], each.class_name) == found), None)
+
+
+def refuse_second_order(kind: Any) -> None:
+    """Raise for a class that needs a graph of the gradients, but does not say in which steps.
+
+    Raises:
+        ValueError: With the short name of this package's version.
+
+    Example:
+        >>> refuse_second_order(type("SophiaH", (), {}))
+        Traceback (most recent call last):
+        ValueError: optimizer must not be SophiaH, which needs second derivatives, but does not say in which steps. \
+Write 'sophia', the version of this package.
+    """
+    name = getattr(kind, "__name__", "")
+    if name.lower() in _SECOND_ORDER and not hasattr(kind, "needs_graph"):
+        raise ValueError(
+            f"optimizer must not be {name}, which needs second derivatives, but does not say in which steps. Write "
+            f"{_SECOND_ORDER[name.lower()]!r}, the version of this package."
+        )
 
 
 def scale_of(kind: type) -> str | None:
@@ -142,10 +179,11 @@ def _import(module_name: str, name: str, named: Named | None) -> Any:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         package = module_name.partition(".")[0]
-        command = f'Run pip install "lightning-grad[{named.extra}]"' if named else ""
+        command = f'Run pip install "lightning-grad[{named.extra}]"' if named else f"Install {error.name}"
+        is_absent = named is None and error.name == package  # so the path may be wrong
         raise ModuleNotFoundError(
             f"OptimizerSwap(optimizer={name!r}) needs {error.name}, which is not installed. "
-            f"{command or f'Install {package}, or correct the path'}.",
+            f"{command}{', or correct the path' if is_absent else ''}.",
             name=error.name,
         ) from error
 

@@ -39,7 +39,7 @@ def check_options(options: Mapping[str, Any], make: Make) -> None:
         ValueError: options must be those of AdamW; got {'beta': 0.9}. Did you mean 'betas'? It has amsgrad, betas, \
 capturable, differentiable, eps, foreach, fused, maximize, weight_decay.
     """
-    known = sorted(defaults_of(make))
+    known = sorted(defaults_of(class_of(make)))
     for name in options:
         if name == "lr":
             raise ValueError(
@@ -49,7 +49,7 @@ capturable, differentiable, eps, foreach, fused, maximize, weight_decay.
         if name not in known:
             raise ValueError(
                 f"options must be those of {name_of(make)}; got {dict(options)!r}.{hint_for(name, known)} It has "
-                f"{', '.join(known)}."
+                f"{', '.join(known) or 'none'}."
             )
 
 
@@ -62,8 +62,13 @@ def defaults_of(make: Make) -> dict[str, Any]:
 def class_of(make: Make) -> Any:
     """Return the class behind partial functions, or the function if there is no class."""
     while isinstance(make, functools.partial):
-        make = make.func
+        # LightningCLI passes the class as an argument of a function that creates it.
+        make = next((given for given in make.args if _is_optimizer(given)), make.func)
     return make
+
+
+def _is_optimizer(given: Any) -> bool:
+    return isinstance(given, type) and issubclass(given, Optimizer)
 
 
 def name_of(make: Make) -> str:
@@ -77,8 +82,8 @@ def own_options(optimizer: Optimizer) -> dict[str, Any]:
     return {name: stored[name] for name in defaults_of(type(optimizer)) if name in stored and name != "weight_decay"}
 
 
-def given_rate(optimizer: Optimizer) -> Any:
-    """Return the rate that a function created an optimizer with, or ``None`` if it is the default of the class."""
-    parameter = inspect.signature(type(optimizer)).parameters.get("lr")
-    rate = optimizer.defaults.get("lr")
-    return None if parameter is None or rate == parameter.default else rate
+def given_value(optimizer: Optimizer, name: str) -> Any:
+    """Return an option that a function created an optimizer with, or ``None`` if it is the default of the class."""
+    parameter = inspect.signature(type(optimizer)).parameters.get(name)
+    value = optimizer.defaults.get(name)
+    return None if parameter is None or value == parameter.default else value

@@ -60,6 +60,8 @@ def remarks(old: Optimizer, groups: Sequence[dict[str, Any]], new: Optimizer, lr
         said.append(f"keeps the learning rate of {was}. {now} usually takes lr_factor=0.1 to 0.3 and wd_factor=3 to 10")
     if default and default in decays and type(old) is not type(new) and "weight_decay" in new.defaults:
         said.append(f"also takes over the weight decay {default:g}, which is the default of {was}")
+    if lr_factor is None and type(old) is not type(new) and None in (scale_of(type(old)), scale_of(type(new))):
+        said.append(f"keeps the learning rate of {was}, and does not know whether it suits {now}. lr_factor scales it")
     if any(decays) and "weight_decay" not in new.defaults:
         said.append(f"drops the weight decay, because {now} has none")
     elif any(decays) and _is_coupled(type(old), groups[0]) and not _is_coupled(type(new), new.param_groups[0]):

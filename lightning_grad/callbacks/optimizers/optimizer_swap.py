@@ -8,14 +8,13 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_
-from lightning_grad.callbacks.optimizers._names import NAMES, Make, Named, find_class
+from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_, forget_marks
+from lightning_grad.callbacks.optimizers._names import NAMES, Make, entry_of, find_class, refuse_second_order
 from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
 from lightning_grad.callbacks.optimizers._options import (
     as_options,
     check_options,
     class_of,
-    given_rate,
     name_of,
     own_options,
 )
@@ -23,13 +22,15 @@ from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_ot
 from lightning_grad.callbacks.optimizers._refusals import (
     refuse_new,
     refuse_old,
+    refuse_one_decay,
+    refuse_own_values,
     refuse_scheduler,
     refuse_wrong_groups,
 )
 from lightning_grad.callbacks.optimizers._saved import WAY_OUT, description, refuse_other_optimizers
 from lightning_grad.core import GradCallback, as_indices, during_fit, no, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility, yes
-from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_
+from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_, unknown_schedulers
 from lightning_grad.core.steps.replacement import held_schedulers, replace_optimizer
 from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one
 
@@ -39,6 +40,10 @@ _SCALED = "the checkpoint holds rates and decays that were multiplied by the old
 _SHARDED = no(
     "uses an optimizer that needs whole parameters, and {} shards them",
     "Use an elementwise optimizer, such as lion, adabelief or diffgrad, or train with strategy='ddp'",
+)
+_COMPLEX = no(
+    "uses an optimizer for real parameters, and {} holds complex numbers",
+    "Use lion, adabelief, adamp or diffgrad, or skip its optimizer with which=[...]",
 )
 
 
@@ -55,7 +60,7 @@ class OptimizerSwap(OptimizerNeeds):
             ``schedulefree-adamw``, ``sgd``, ``sgdp``, ``soap``, ``sophia`` and ``spam``. A callable
             takes a list of parameter groups; in YAML, write ``class_path`` and ``init_args``.
         options: Options of the constructor, such as betas; the others get the defaults of the class.
-            If the class is that of the module's optimizer, they get the values of that one.
+            If a name or a class is that of the module's optimizer, they get the values of that one.
             ``weight_decay`` replaces a decay that all groups share. Learning rates are no options.
         lr_factor: Factor of all learning rates, also those of schedulers; None leaves them unchanged.
             None raises an error if the usual rates of the two classes differ, as from SGD to AdamW;
@@ -68,8 +73,8 @@ class OptimizerSwap(OptimizerNeeds):
         ValueError: In the constructor for an unknown name or option, and for a factor out of range.
             Before the first batch if an optimizer cannot be replaced (none, LBFGS,
             ``ZeroRedundancyOptimizer``, under DeepSpeed) or cannot be created, if a callable sets a
-            learning rate, if usual rates differ and ``lr_factor`` is None, for two instances on one
-            optimizer, and for a checkpoint with the state of another optimizer.
+            learning rate or weight decay, if usual rates differ and ``lr_factor`` is None, for two
+            instances on one optimizer, and for a checkpoint with the state of another optimizer.
         ModuleNotFoundError: In the constructor if the package of the optimizer is not installed.
 
     **Hooks.** The strategy's ``setup_optimizers``, so all callbacks and precision plugins see the new
@@ -119,6 +124,8 @@ class OptimizerSwap(OptimizerNeeds):
     neutral: ClassVar[Mapping[str, Any] | str] = {"optimizer": None, "lr_factor": None}
 
     _optimizers = until_next_fit.of(dict[str, dict[str, Any]]).saved()  # class and options of each new optimizer
+    # The same, from the checkpoint of a fit that resumes.
+    _in_checkpoint = during_fit[Mapping[str, Any] | None](lambda _: None)
     _swapped = during_fit.of(dict[int, str])  # what is said about each
     _remarks = during_fit.of(list[str])
 
@@ -140,20 +147,17 @@ class OptimizerSwap(OptimizerNeeds):
         decay = (self.options or {}).get("weight_decay")
         check_only_one({"options: weight_decay": decay, "wd_factor": wd_factor}, "set the weight decay")
         if self.optimizer is not None:
+            refuse_second_order(self.new_class())
             check_options(self.options or {}, self._constructor())
-
-    @property
-    def named(self) -> Named | None:
-        """The entry of the optimizer's short name, or ``None`` if it has none."""
-        return NAMES.get(self.optimizer) if isinstance(self.optimizer, str) else None
+        check_finite_at_least(decay, 0.0, "options: weight_decay")
 
     def _constructor(self) -> Make:
         """Return the constructor of the new optimizer."""
         if not isinstance(self.optimizer, str):
             assert self.optimizer is not None
             return self.optimizer
-        found = find_class(self.optimizer)
-        return partial(found, **self.named.options) if self.named and self.named.options else found
+        found, named = find_class(self.optimizer), NAMES.get(self.optimizer)
+        return partial(found, **named.options) if named and named.options else found
 
     @property
     def is_neutral(self) -> bool:
@@ -162,11 +166,15 @@ class OptimizerSwap(OptimizerNeeds):
         return self.optimizer is None and not self.options and unchanged
 
     @override
-    def works_with(self) -> Compatibility:
-        answers = super().works_with()
-        if self.named is None:
-            return answers.but(sparse_gradients=yes("If the class supports them."))
-        return answers if self.named.elementwise else answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
+    def answers_for(self, kind: Any) -> Compatibility:
+        answers, named = super().answers_for(kind), None if self.optimizer is None else entry_of(kind)
+        if named is None or named.takes_sparse:
+            answers = answers.but(sparse_gradients=yes("If the class supports them."))
+        if named is not None and not named.takes_complex:
+            answers = answers.but(complex_parameters=_COMPLEX)
+        if named is not None and not named.elementwise:
+            answers = answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
+        return answers
 
     # The fit begins.
 
@@ -203,8 +211,9 @@ class OptimizerSwap(OptimizerNeeds):
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
-        if self._swapped:  # some strategies restore after they set up the optimizers
-            refuse_other_optimizers(self.display_name, state["optimizers"], self._optimizers)
+        self._in_checkpoint = state["optimizers"]
+        if self._swapped or self.is_neutral:  # some strategies restore after they set up the optimizers
+            refuse_other_optimizers(self.display_name, self._in_checkpoint, self._optimizers)
         super().restore(state)
 
     # The swap.
@@ -213,16 +222,19 @@ class OptimizerSwap(OptimizerNeeds):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, inner: Callable[..., None], *args: Any, **kwargs: Any
     ) -> None:
         inner(*args, **kwargs)
-        strategy, saved = trainer.strategy, self._optimizers
+        strategy = trainer.strategy
         optimizers = list(strategy.optimizers)
-        schedulers = list(held_schedulers(config.scheduler for config in strategy.lr_scheduler_configs))
+        returned = [config.scheduler for config in strategy.lr_scheduler_configs]
+        # Under manual optimization, a module may keep schedulers that it does not return.
+        schedulers = list(held_schedulers([*returned, *vars(pl_module).values()]))
         self._optimizers = {}
         for index in self._indices(len(optimizers)):
             refuse_old(self.display_name, index, optimizers[index])
-            optimizers[index] = self._replace(index, optimizers[index], schedulers, pl_module)
-        if saved:  # restored from a checkpoint
-            refuse_other_optimizers(self.display_name, saved, self._optimizers)
+            optimizers[index] = self._replace(index, optimizers[index], schedulers, trainer, pl_module)
+        if self._in_checkpoint is not None:
+            refuse_other_optimizers(self.display_name, self._in_checkpoint, self._optimizers)
         strategy.optimizers = optimizers  # Lightning wraps each in an object of a derived class
+        self.prepare(trainer, pl_module)
 
     def _indices(self, count: int) -> Sequence[int]:
         outside = [index for index in self.which or [] if index >= count]
@@ -232,23 +244,42 @@ class OptimizerSwap(OptimizerNeeds):
             )
         return range(count) if self.which is None else self.which
 
-    def _replace(self, index: int, old: Optimizer, schedulers: Sequence[Any], module: pl.LightningModule) -> Optimizer:
+    def _replace(
+        self,
+        index: int,
+        old: Optimizer,
+        schedulers: Sequence[Any],
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+    ) -> Optimizer:
         make = self.make(old)
-        refuse_new(self.display_name, make, self.named, old, module)
-        parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
-        self.works_with().refuse_parameters(self.display_name, module, parameters)
+        refuse_new(self.display_name, make, old, module)
         new, groups = self.create(make, old), [dict(group) for group in old.param_groups]
-        if self.lr_factor not in (None, 1.0):
-            refuse_scheduler(self.display_name, schedulers, old)
+        self.refuse_run(type(new), trainer, module)
+        parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
+        self.answers_for(type(new)).refuse_parameters(self.display_name, module, parameters)
         if self.lr_factor is None:
             refuse_other_scale(self.display_name, old, type(new))
+        elif self.lr_factor != 1.0:
+            refuse_scheduler(self.display_name, schedulers, old)
+        self.undo.push(partial(forget_marks, new))
         self.undo.push(replace_optimizer(old, new, schedulers))
         if self.lr_factor not in (None, 1.0):
-            chosen = [(new, list(range(len(new.param_groups))))]
-            scale_rates_(chosen, self.lr_factor)
-            scale_schedules_(chosen, schedulers, self.lr_factor)
+            self._scale(new, schedulers)
         self._describe(index, old, groups, new)
         return new
+
+    def _scale(self, new: Optimizer, schedulers: Sequence[Any]) -> None:
+        assert self.lr_factor is not None
+        chosen = [(new, list(range(len(new.param_groups))))]
+        scale_rates_(chosen, self.lr_factor)
+        scale_schedules_(chosen, schedulers, self.lr_factor)
+        unknown = unknown_schedulers(each for each in schedulers if getattr(each, "optimizer", None) is new)
+        if unknown:
+            self._remarks.append(
+                f"multiplies the base rates of {', '.join(unknown)}. Schedulers outside torch may compute rates from other "
+                "values too, so look at the rates with LearningRateMonitor"
+            )
 
     def make(self, old: Optimizer) -> Make:
         """Return the class or callable that creates the optimizer that replaces one of the module's."""
@@ -261,11 +292,16 @@ class OptimizerSwap(OptimizerNeeds):
             make: Class or callable.
             old: The module's optimizer, which is not changed.
         """
-        same = class_of(make) is type(old)
+        # A callable with options of its own decides about all of them.
+        same = class_of(make) is type(old) and (isinstance(make, type) or isinstance(self.optimizer, str))
         options = {**(own_options(old) if same else {}), **(self.options or {})}
         factor, decay = 1.0 if self.wd_factor is None else self.wd_factor, options.pop("weight_decay", None)
-        self._check_decay(decay, old)
-        groups = [carried_group(group, old, same, factor, decay) for group in old.param_groups]
+        refuse_one_decay(self.display_name, decay, old)
+        given = self.options or {}
+        groups = [
+            carried_group(group, old, same, factor, decay, given.keys() - {"weight_decay"})
+            for group in old.param_groups
+        ]
         try:
             new = make(groups, **options)
         except Exception as error:
@@ -274,25 +310,11 @@ class OptimizerSwap(OptimizerNeeds):
                 f"{type(error).__name__}: {error}"
             ) from error
         refuse_wrong_groups(self.display_name, new, old)
-        self._check_rate(make, new)
+        if type(new) is not type(old):
+            refuse_second_order(type(new))
+        refuse_own_values(self.display_name, make, new)
         carry_defaults_(new, old, 1.0 if self.lr_factor is None else self.lr_factor, factor, decay)
         return new
-
-    def _check_decay(self, decay: float | None, old: Optimizer) -> None:
-        decays = dict.fromkeys(group.get("weight_decay", 0.0) for group in old.param_groups)
-        if decay is not None and len(decays) > 1:
-            raise ValueError(
-                f"{self.display_name}: options must not hold 'weight_decay', because the groups have different decays: "
-                f"{', '.join(f'{each:g}' for each in decays)}. Set wd_factor, which multiplies each."
-            )
-
-    def _check_rate(self, make: Make, new: Optimizer) -> None:
-        rate = None if isinstance(make, type) else given_rate(new)
-        if rate is not None:
-            raise ValueError(
-                f"{self.display_name}: optimizer must not set a learning rate, because each parameter group keeps its "
-                f"own; got lr={rate}. Remove it, and set lr_factor, which multiplies the rates."
-            )
 
     def _describe(self, index: int, old: Optimizer, groups: Sequence[dict[str, Any]], new: Optimizer) -> None:
         self._optimizers[str(index)] = description(new)

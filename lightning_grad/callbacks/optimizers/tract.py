@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 from typing_extensions import override
 
+from lightning_grad.callbacks.optimizers.zeroth_order import ZerothOrder
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
     Chosen,
@@ -31,6 +32,8 @@ from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import listed
 
+_SOUGHT = "Linear or convolution that trains and is not in a compiled module"
+_WAY_OUT = "Compile only the layers after the first one, set layer=..., or drop the callback"
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OTHERS = (nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention, nn.RNNBase, nn.Bilinear)  # have weights and inputs too
 
@@ -46,16 +49,17 @@ class TrAct(GradCallback):
     Only the gradient of this one weight changes.
 
     Args:
-        damping: lambda, above 0 (0.1 in the paper, which uses it everywhere).
+        damping: lambda, above 0 (0.1 in the released code).
         layer: Name of the layer. Default: the first Linear or convolution that trains, in the order
             of the first batch.
         name: Name of this instance, needed if two are used.
 
     Raises:
         ValueError: In the constructor if damping is not above 0 or not finite. Before the first batch
-            if no layer has this name, it is no Linear or convolution, it is frozen, or another
-            technique shows its weight through a view; under FSDP and DeepSpeed.
-        RuntimeError: After the first batch if it reached no such layer outside of compiled modules.
+            if no layer has this name, or the layer is not a Linear or convolution, is frozen, is
+            compiled, or computes its weight from another tensor; if no layer is left to find; with
+            ZerothOrder, FSDP or DeepSpeed.
+        RuntimeError: After the first batch that ran backward if it reached no such layer.
 
     **Hooks.** Forward hooks of the layer. The gradient is changed inside of backward, for each call of
     the layer by its own inputs, before it is accumulated and before DDP reduces it.
@@ -83,13 +87,14 @@ class TrAct(GradCallback):
 
     namespace: ClassVar[str] = "tract"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
-        compiled=yes("Layers inside of compiled modules are passed over."),
+        compiled=yes("Layers inside of compiled modules are skipped."),
         **WHOLE_WEIGHTS,
     )
     trial: ClassVar[Mapping[str, Any]] = {"damping": 0.2}
     neutral: ClassVar[Mapping[str, Any] | str] = "no damping leaves the gradient of the layer as it is"
 
     _found = during_fit[str | None](lambda _: None)
+    _ran_backward = during_fit[bool](lambda _: False)
     _before = during_fit.of(list[str])  # layers of other kinds that the batch reached before
 
     def __init__(self, damping: float = 0.1, layer: str | None = None, name: str | None = None) -> None:
@@ -99,27 +104,36 @@ class TrAct(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        named = {clean_name(name): module for name, module in pl_module.named_modules()}
-        if self.layer is not None:
-            if self.layer not in named:
-                layers = [name for name, module in named.items() if isinstance(module, _KINDS)]
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, ZerothOrder):
                 raise ValueError(
-                    f"{self.display_name}: no layer is named {self.layer!r}.{hint_for(self.layer, layers)}"
+                    f"{self.display_name} changes a gradient in the backward pass, but {other.display_name} runs none. "
+                    "Keep one of them."
                 )
-            self.announce(f"trains the activations of {self.layer}", "layers", [self.layer])
+        named = {clean_name(name): module for name, module in pl_module.named_modules()}
+        if self.layer is None:
+            self._search(pl_module, named)
+        elif self.layer in named:
             self._attach(pl_module, self.layer, named[self.layer])
-            return
+            self.announce(f"trains the activations of {self.layer}", "layers", [self.layer])
+        else:
+            layers = [name for name, module in named.items() if isinstance(module, _KINDS)]
+            raise ValueError(f"{self.display_name}: no layer is named {self.layer!r}.{hint_for(self.layer, layers)}")
+
+    def _search(self, pl_module: pl.LightningModule, named: Mapping[str, nn.Module]) -> None:
+        """Find the layer that the first batch reaches first, by hooks that this batch removes."""
+        compiled = _in_compiled_modules(pl_module)
+        layers = [
+            (name, m) for name, m in named.items() if isinstance(m, (*_KINDS, *_OTHERS)) and id(m) not in compiled
+        ]
+        if not any(isinstance(layer, _KINDS) and layer.weight.requires_grad for _, layer in layers):
+            raise ValueError(f"{self.display_name} finds no {_SOUGHT}. {_WAY_OUT}.")
         search = UndoList()
         self.undo.push(search.run)
+        for name, layer in layers:
+            hook = _Hook(self._first(pl_module, name, search))
+            search.push(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         self.announce("trains the activations of the first layer, which the first batch shows", "layers")
-        compiled = {id(part) for module in pl_module.modules() if is_compiled(module) for part in module.modules()}
-        for name, module in named.items():
-            if isinstance(module, (*_KINDS, *_OTHERS)) and id(module) not in compiled:
-                search.push(
-                    module.register_forward_pre_hook(
-                        _Hook(self._first(pl_module, name, search)), with_kwargs=True
-                    ).remove
-                )
 
     def _first(self, pl_module: pl.LightningModule, name: str, search: UndoList) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -150,12 +164,13 @@ class TrAct(GradCallback):
         return replace(super().chosen(), names=[] if self._found is None else [self._found])
 
     @override
+    def on_before_backward(self, *_: Any) -> None:
+        self._ran_backward = True
+
+    @override
     def on_train_batch_end(self, *_: Any) -> None:
-        if self._found is None:
-            raise RuntimeError(
-                f"{self.display_name} found no Linear or convolution that trains, outside of compiled modules, in the "
-                "first batch. Set layer=, or drop the callback."
-            )
+        if self._found is None and self._ran_backward:
+            raise RuntimeError(f"{self.display_name}: the first batch reached no {_SOUGHT}. {_WAY_OUT}.")
 
     def _refuse(self, pl_module: pl.LightningModule, name: str, layer: nn.Module) -> None:
         kind = type(layer).__name__
@@ -164,7 +179,7 @@ class TrAct(GradCallback):
             raise ValueError(
                 f"{self.display_name} needs a Linear or a convolution, and {name!r} is a {kind}. {way_out}."
             )
-        if any(is_compiled(module) and layer in module.modules() for module in pl_module.modules()):
+        if id(layer) in _in_compiled_modules(pl_module):
             raise ValueError(f"{self.display_name}: {name!r} is in a compiled module. Compile the other layers only.")
         if not layer.weight.requires_grad:
             raise ValueError(f"{self.display_name}: {name!r} is frozen. Set layer= to a layer that trains.")
@@ -173,6 +188,11 @@ class TrAct(GradCallback):
                 f"{self.display_name} cannot change the gradient of {name!r}, whose weight is computed from another "
                 "tensor. Exclude this layer from the technique that does that, or set layer= to another layer."
             )
+
+
+def _in_compiled_modules(pl_module: nn.Module) -> set[int]:
+    """Return the ids of all compiled modules and their parts."""
+    return {id(part) for module in pl_module.modules() if is_compiled(module) for part in module.modules()}
 
 
 class _Hook:

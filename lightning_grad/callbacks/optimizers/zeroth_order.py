@@ -25,15 +25,16 @@ from lightning_grad.core import (
     wrap_method,
     yes,
 )
+from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.roles import conditioners
 from lightning_grad.functional import move_along_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import check_finite
 from lightning_grad.utilities.optimizers import OptimizerCounts
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, selects, why_none_left
-from lightning_grad.utilities.reporting import counted
+from lightning_grad.utilities.reporting import counted, listed
 
-_NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")
+_NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")  # classes of libraries
 _ONE_STEP = 2**20  # seeds of the runs that use neighboring values of seed do not meet
 
 
@@ -50,8 +51,8 @@ class ZerothOrder(OptimizerCallback):
     Both passes see the same batch and the same random numbers (dropout). Ranks draw the same
     direction, and d is the mean over the ranks. The direction z is drawn again from a seed whenever it
     is needed. With SGD without momentum, the step ``w - lr (d z + weight_decay w)`` is made in place,
-    so that nothing of the size of the weights is stored. Any other optimizer, and any clipping, gets
-    the gradient d z.
+    so that nothing of the size of the weights is stored. For other optimizers, clipping and techniques
+    that read gradients or act on optimizer steps, the gradient d z is stored.
 
     Args:
         epsilon: Length of the move (1e-3 in the paper).
@@ -146,8 +147,9 @@ class ZerothOrder(OptimizerCallback):
             why = why_none_left(pl_module, self.include, self.exclude or [])
             raise ValueError(f"{self.display_name} has no parameter to train. {why}")
         words = f"trains {counted(len(names), 'parameter')} without backward"
-        if not all(self._steps_in_place(optimizer) for optimizer in self.watched.values()):
-            words += ", and writes gradients; with SGD without momentum and without clipping it would need none"
+        readers = list(dict.fromkeys(who for optimizer in self.watched.values() for who in self._readers(optimizer)))
+        if readers:
+            words += f", but stores gradients for {listed(readers)}. SGD without momentum needs none"
         self.announce(words, "parameters", names)
 
     def _selects(self, names: Sequence[str]) -> bool:
@@ -155,17 +157,30 @@ class ZerothOrder(OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        if type(optimizer).__name__ in _NEED_GRADIENTS:
+        if type(optimizer).__name__ in _NEED_GRADIENTS or hasattr(optimizer, "needs_graph"):
             raise ValueError(
                 f"{self.display_name} does not work with {type(optimizer).__name__}, which needs exact gradients. Train "
                 "with another optimizer, such as torch.optim.SGD."
             )
         return True
 
-    def _steps_in_place(self, optimizer: Optimizer) -> bool:
-        """Return True if a step needs nothing but the learning rate and the weight decay of the optimizer."""
-        plain = type(optimizer) is SGD and not any(group["momentum"] for group in optimizer.param_groups)
-        return plain and not self._trainer.gradient_clip_val and not conditioners(self._trainer)
+    def _readers(self, optimizer: Optimizer) -> list[str]:
+        """Return what needs the gradients of an optimizer; if nothing does, steps are made in place."""
+        kind, module = type(optimizer), self._trainer.lightning_module
+        keys = [key for key in ("momentum", "maximize") if any(group.get(key) for group in optimizer.param_groups)]
+        readers = [] if kind is SGD and not keys else [" with ".join([kind.__name__, *keys[:1]])]
+        readers += [technique.display_name for technique in self._others]
+        if self._trainer.gradient_clip_val:
+            readers.append("gradient_clip_val")
+        if overrides(module, "configure_gradient_clipping"):
+            readers.append(f"{type(module).__name__}.configure_gradient_clipping")
+        return readers
+
+    @property
+    def _others(self) -> list[Any]:
+        """Other techniques that change gradients, or that act on steps, of which they see only those with gradients."""
+        callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
+        return [*conditioners(self._trainer), *(c for c in callbacks if c is not self and _acts_on_steps(c))]
 
     def _weights(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
         """Return the parameters that move, each with its param group."""
@@ -193,7 +208,7 @@ class ZerothOrder(OptimizerCallback):
             return result
         self._move(weights, [self.epsilon] * len(weights), seed)
         derivative = self._derivative(index, closure.loss, minus)
-        if self._steps_in_place(optimizer):
+        if not self._readers(optimizer):
             self._step_in_place(weights, groups, derivative, seed)
         else:
             self._write_gradients(weights, derivative, seed)
@@ -229,6 +244,13 @@ class ZerothOrder(OptimizerCallback):
         if self._derivatives and is_log_step(trainer):
             self.log_scalars(pl_module, {self.quantity_of(i, "derivative"): d for i, d in self._derivatives.items()})
         self._derivatives.clear()
+
+
+def _acts_on_steps(callback: object) -> bool:
+    base = OptimizerCallback
+    return isinstance(callback, base) and any(
+        getattr(type(callback), name) is not getattr(base, name) for name in ("before_update", "after_step")
+    )
 
 
 def _without_graph(inner: Callable[..., Any], *args: Any) -> Any:

@@ -14,16 +14,17 @@ from lightning_grad.core.compatibility import Compatibility, manual, no, stand_i
 from lightning_grad.functional import ascend_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import check_finite_above, check_finite_at_least
-from lightning_grad.utilities.optimizers import OptimizerCounts, Shape, optimizer_shape
+from lightning_grad.utilities.optimizers import OptimizerCounts, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns, why_none_left
 from lightning_grad.utilities.reporting import counted
 from lightning_grad.utilities.thresholds import Threshold, as_threshold, choose_buckets
 
 _RHO, _ADAPTIVE_RHO = 0.05, 0.5  # of the papers
-_ON_THEIR_OWN = {
+_DIFFERENTIATES = "differentiates its gradients, and these belong to weights that have moved back"
+_ON_THEIR_OWN = {  # classes of libraries
     "LBFGS": "evaluates its closure many times a step itself",
-    "AdaHessian": "differentiates its gradients, which belong to weights that have moved back",
-    "SophiaH": "differentiates its gradients, which belong to weights that have moved back",
+    "AdaHessian": _DIFFERENTIATES,
+    "SophiaH": _DIFFERENTIATES,
     "SAM": "is SAM already",
     "ASAM": "is SAM already",
     "GSAM": "is SAM already",
@@ -48,11 +49,11 @@ class SAM(OptimizerCallback):
     Args:
         rho: Length of the move. One number, or a mapping from name patterns to numbers (the first
             match applies; parameters without a match do not move). A param group of the optimizer
-            may set its own "rho". 0 turns the callback off. Default: 0.05, with ``adaptive`` 0.5, as
-            in the papers.
+            may set its own "rho", which is read in every step. 0 turns the callback off. Default:
+            0.05, with ``adaptive`` 0.5, as in the papers.
         adaptive: Measure the length relative to the size of each weight (ASAM).
         eta: Added to the sizes of ASAM, so that a weight of zero can move.
-        every_n_steps: Make one sharp step in this many; the others are plain and cost nothing.
+        every_n_steps: Take one sharp step in this many; the others are plain steps.
         sync_ascent: With several ranks, move along the mean gradient of all ranks instead of each
             rank along its own, as the paper does. Costs one more reduction.
         include: Names or wildcards of the parameters or modules to move. Default: all.
@@ -71,12 +72,13 @@ class SAM(OptimizerCallback):
     accumulation, all batches of the step are run again. Clipping and other techniques act on the
     second gradient. ``on_before_backward`` and ``on_after_backward`` are called in both passes.
 
-    **Logs** under ``sam/``, at log steps that are sharp: ``sharpness`` (loss at the moved weights
-    minus the loss).
+    **Logs** under ``sam/``, at log steps: ``sharpness`` (loss at the moved weights minus the loss, of
+    the last sharp step).
 
-    **State.** The number of steps of each optimizer.
+    **State.** The number of steps of each optimizer, and the sharpness until it is logged.
 
-    **Cost.** A second forward and backward pass, and a copy of the moved weights, in each sharp step.
+    **Cost.** A second forward and backward pass in each sharp step, and memory for a copy of the moved
+    weights and of the step's inputs.
 
     Example:
         .. code-block:: yaml
@@ -118,8 +120,7 @@ class SAM(OptimizerCallback):
 
     _steps = until_next_fit.of(OptimizerCounts).saved()
     _module = during_fit[pl.LightningModule]()
-    _moved = during_fit.of(dict[int, tuple[Shape, dict[Tensor, float]]])  # parameters of each optimizer, with their rho
-    _sharpness = during_fit.of(dict[int, Tensor])  # to be logged
+    _moved = during_fit.of(dict[int, tuple[Any, dict[Tensor, float]]])  # parameters of each optimizer, with their rho
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class SAM(OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        reason = _ON_THEIR_OWN.get(type(optimizer).__name__)
+        reason = _DIFFERENTIATES if hasattr(optimizer, "needs_graph") else _ON_THEIR_OWN.get(type(optimizer).__name__)
         if reason is not None:
             raise ValueError(
                 f"{self.display_name} does not work with {type(optimizer).__name__}, which {reason}. Train with a plain "
@@ -174,15 +175,15 @@ class SAM(OptimizerCallback):
 
     def _choose(self, index: int, optimizer: Optimizer) -> dict[Tensor, float]:
         """Return the parameters of an optimizer that move, each with its rho."""
-        shape = optimizer_shape(optimizer)
-        if self._moved.get(index, ((), {}))[0] != shape:
+        now = (optimizer_shape(optimizer), [group.get("rho") for group in optimizer.param_groups])
+        if self._moved.get(index, ((), {}))[0] != now:
             buckets, _ = choose_buckets(optimizer, self._module, self.rho, "rho", self.include, self.exclude)
             chosen = {
                 parameter: as_threshold(bucket.threshold, f"rho of the optimizer's {bucket.name}", _check_rho)
                 for bucket in buckets
                 for parameter in bucket.parameters
             }
-            self._moved[index] = (shape, {parameter: rho for parameter, rho in chosen.items() if rho})
+            self._moved[index] = (now, {parameter: rho for parameter, rho in chosen.items() if rho})
         return self._moved[index][1]
 
     # One optimizer step.
@@ -199,7 +200,7 @@ class SAM(OptimizerCallback):
         finally:
             _give_back(kept)
         if closure.loss is not None and isinstance(loss, Tensor):
-            self._sharpness[index] = loss.detach() - closure.loss
+            self.memory(index)["sharpness"] = loss.detach() - closure.loss
         return result
 
     @torch.no_grad()
@@ -220,9 +221,9 @@ class SAM(OptimizerCallback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if self._sharpness and is_log_step(trainer):
-            self.log_scalars(pl_module, {self.quantity_of(i, "sharpness"): s for i, s in self._sharpness.items()})
-        self._sharpness.clear()
+        if is_log_step(trainer):
+            seen = {self.quantity_of(i, "sharpness"): self.memory(i).pop("sharpness", None) for i in self.watched}
+            self.log_scalars(pl_module, {name: value for name, value in seen.items() if value is not None})
 
 
 @torch.no_grad()

@@ -33,7 +33,8 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
         schedulers: Schedulers of the run.
 
     Returns:
-        Callable: Gives the old object its own groups and state again. Schedulers keep the new one.
+        Callable: Gives the old object its own groups and state again, and the old object to
+            schedulers.
 
     Example:
         >>> import torch
@@ -47,17 +48,20 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
         (0.05, True)
     """
     found = list(held_schedulers(schedulers))
-    cycling = [each for each in found if getattr(each, "cycle_momentum", False) and each.optimizer is old]
-    momenta = [_momenta(old, each.use_beta1) for each in cycling]
+    cycling = [each for each in found if _cycles(each, old)]
+    momenta = _momenta(old) if cycling else []
     own = {**vars(old), "param_groups": [dict(group) for group in old.param_groups]}
     _keep_groups(old, new)
     _share(old, new)
-    for scheduler in found:
-        values = vars(scheduler)
-        values.update({key: _replaced(value, old, new) for key, value in values.items()})
-    for scheduler, values_of_groups in zip(cycling, momenta, strict=True):
-        _match_momentum(scheduler, new, values_of_groups)
-    return functools.partial(setattr, old, "__dict__", own)
+    _rebind(found, old, new)
+    for scheduler in cycling:
+        _match_momentum(scheduler, new, momenta)
+
+    def give_back() -> None:
+        old.__dict__ = own
+        _rebind(found, new, old)
+
+    return give_back
 
 
 def _keep_groups(old: Optimizer, new: Optimizer) -> None:
@@ -116,6 +120,12 @@ def _is_scheduler(thing: Any) -> bool:
     return has_both and hasattr(thing, "__dict__") and not isinstance(thing, (Optimizer, type))
 
 
+def _rebind(schedulers: Iterable[Any], old: Optimizer, new: Optimizer) -> None:
+    for scheduler in schedulers:
+        values = vars(scheduler)
+        values.update({key: _replaced(value, old, new) for key, value in values.items()})
+
+
 def _replaced(value: Any, old: Optimizer, new: Optimizer) -> Any:
     """Return a value with the new optimizer in place of the old one; lists are changed in place."""
     if value is old:
@@ -127,8 +137,15 @@ def _replaced(value: Any, old: Optimizer, new: Optimizer) -> Any:
     return value
 
 
-def _momenta(optimizer: Optimizer, use_beta1: bool) -> list[Any]:
-    return [group["betas"][0] if use_beta1 else group["momentum"] for group in optimizer.param_groups]
+def _cycles(scheduler: Any, optimizer: Optimizer) -> bool:
+    """Return True if a scheduler of torch cycles the momentum of an optimizer."""
+    is_known = getattr(scheduler, "cycle_momentum", False) and hasattr(scheduler, "use_beta1")
+    return is_known and scheduler.optimizer is optimizer
+
+
+def _momenta(optimizer: Optimizer) -> list[Any]:
+    uses_beta1 = "betas" in optimizer.defaults
+    return [group["betas"][0] if uses_beta1 else group["momentum"] for group in optimizer.param_groups]
 
 
 def _match_momentum(scheduler: Any, optimizer: Optimizer, momenta: list[Any]) -> None:

@@ -30,7 +30,7 @@ def precondition(gradient: Tensor, rows: Tensor, damping: float = 0.1) -> Tensor
 
     References:
         Petersen et al., "TrAct: Making First-layer Pre-Activations Trainable", NeurIPS 2024, arXiv 2410.23970,
-        equation 8.
+        figure 2.
     """
     exact = torch.promote_types(gradient.dtype, torch.float32)
     g, x = gradient.to(exact), rows.to(exact)

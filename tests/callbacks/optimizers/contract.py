@@ -8,6 +8,22 @@ _INF = float("inf")
 
 ENTRIES = [
     Technique(
+        "Lookahead",
+        wrong=(
+            ({"k": 0}, "k must be at least 1"),
+            ({"alpha": 0.0}, "alpha must be above 0"),
+            ({"alpha": 1.5}, "alpha must be from 0 to 1"),
+            ({"eval_weights": "slwo"}, "eval_weights must be 'slow' or 'fast'"),
+        ),
+    ),
+    Technique(
+        "Lookahead",
+        "fast",
+        arguments={"k": 4, "eval_weights": "fast"},
+        neutral={"alpha": 1.0},
+        broad=False,
+    ),
+    Technique(
         "TrAct",
         wrong=(({"damping": 0.0}, "damping must be above 0"), ({"damping": _INF}, "damping must be finite")),
     ),
@@ -30,6 +46,7 @@ ENTRIES = [
             ({"optimizer": "lion", "lr_factor": 0.0}, "lr_factor must be above 0"),
             ({"optimizer": "lion", "lr_factor": float("inf")}, "lr_factor must be finite"),
             ({"optimizer": "lion", "wd_factor": -1.0}, "wd_factor must be at least 0"),
+            ({"optimizer": "lion", "options": {"weight_decay": -1.0}}, "options: weight_decay must be at least 0"),
             ({"optimizer": "lion", "which": []}, "which must hold at least one index"),
         ),
     ),

@@ -7,13 +7,20 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor
 
 from lightning_grad.callbacks import NMSparsity, OptimizerSwap
 from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
+from tests.callbacks.optimizers.swapped import searched
+from tests.cases import cases
 
-pytest.importorskip("schedulefree")
+AdamWScheduleFree = pytest.importorskip("schedulefree").AdamWScheduleFree
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You defined multiple optimizers"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
@@ -54,7 +61,8 @@ class Seen(pl.Callback):
 
 class Raises(pl.Callback):
     def __init__(self, hook: str, step: int) -> None:
-        def fail(trainer: pl.Trainer, *args: Any) -> None:
+        def fail(trainer: pl.Trainer, module: Any, *args: Any) -> None:
+            self.run = trainer, module
             if trainer.global_step == step and not trainer.sanity_checking:
                 raise ZeroDivisionError
 
@@ -128,10 +136,18 @@ def test_resumes_bitwise_after_an_exception(hook: str, step: int, tmp_path: Path
     if hook == "on_validation_batch_end":
         settings["val_check_interval"] = 3
     trainer, module = fit([swap()], **settings)
+    raises = Raises(hook, step)
     with pytest.raises(ZeroDivisionError):
-        fit([Raises(hook, step), swap(), OnExceptionCheckpoint(tmp_path)], **settings)
+        fit([raises, swap(), OnExceptionCheckpoint(tmp_path)], **settings)
     (path,) = tmp_path.iterdir()
     saved = torch.load(path, weights_only=True)
+    broken, left = raises.run
+    assert_identical({name: saved["state_dict"][name] for name in weights_of(left)}, weights_of(left))
+    path = tmp_path / "by_hand.ckpt"
+    broken.save_checkpoint(path)
+    later = torch.load(path, weights_only=True)
+    assert_identical(later["state_dict"], saved["state_dict"])
+    assert_identical(later["callbacks"]["OptimizerSwap"], saved["callbacks"]["OptimizerSwap"])
     trained = saved["callbacks"]["OptimizerSwap"]["training_weights"]
     for (name, weight), state in zip(trained.items(), saved["optimizer_states"][0]["state"].values(), strict=True):
         by_hand = (weight.double() - (1 - BETA) * state["z"].double()) / BETA
@@ -190,6 +206,24 @@ def test_of_two_optimizers_one_averages() -> None:
     }
 
 
+def test_groups_that_are_added_later_are_averaged_too() -> None:
+    class Adds(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": pl_module.head.parameters()})
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            self.trained = pl_module.head.weight.detach().double()
+            self.z = trainer.optimizers[0].state[pl_module.head.weight].get("z")
+
+    module, adds = make_classifier(), Adds()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.hidden.parameters(), lr=1e-2)
+    fit([OptimizerSwap("schedulefree-adamw"), adds], module, max_epochs=2, limit_val_batches=0)
+    expected = (adds.trained - 0.1 * adds.z.double()) / 0.9
+    assert not torch.equal(expected, adds.trained)
+    torch.testing.assert_close(module.head.weight.detach().double(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_works_next_to_sparse_weights(first: bool, tmp_path: Path) -> None:
     def callbacks() -> list[pl.Callback]:
@@ -203,11 +237,17 @@ def test_works_next_to_sparse_weights(first: bool, tmp_path: Path) -> None:
     assert_identical(weights_of(resumed[1]), weights_of(module))
 
 
-def test_refuses_another_average() -> None:
-    with pytest.raises(
-        ValueError, match="averages the weights itself, and weight averaging would average its training"
-    ):
-        fit([swap(), EMAWeightAveraging(decay=0.9)], max_epochs=1)
+@cases(
+    ("optimizer", "other", "words"),
+    [
+        ("schedulefree-adamw", EMAWeightAveraging(decay=0.9), "weight averaging would average its training"),
+        (lambda groups: AdamWScheduleFree(groups), EMAWeightAveraging(decay=0.9), "weight averaging would average"),
+        ("schedulefree-adamw", StochasticWeightAveraging(0.1), "StochasticWeightAveraging would average its training"),
+    ],
+)
+def test_refuses_another_average(optimizer: Any, other: pl.Callback, words: str) -> None:
+    with pytest.raises(ValueError, match=f"averages the weights itself, and {words}"):
+        fit([other, OptimizerSwap(optimizer, lr_factor=1.0)], max_epochs=1)
 
 
 def test_says_that_statistics_belong_to_other_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +255,13 @@ def test_says_that_statistics_belong_to_other_weights(monkeypatch: pytest.Monkey
     monkeypatch.setattr(OptimizerSwap, "say", lambda _, text: told.append(text))
     fit([swap()], max_epochs=1, limit_train_batches=1)
     assert any("statistics of BatchNorm belong to the training weights" in text for text in told)
+
+
+@pytest.mark.parametrize("name", ["schedulefree-adamw", "sophia"])
+def test_a_search_for_a_learning_rate_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    """It trains before ``on_fit_start``, and without the callbacks."""
+    first, second = (OptimizerSwap(name, lr_factor=1.0) for _ in range(2))
+    assert_identical(searched(first, tmp_path), searched(second, tmp_path, searches=False))
 
 
 def test_nothing_of_it_stays(whole: Any) -> None:

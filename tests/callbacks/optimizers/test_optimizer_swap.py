@@ -97,6 +97,22 @@ def test_swapping_a_class_for_itself_changes_nothing(swap: Callable[[], Optimize
     assert trainer.optimizers[0].defaults == {**plain_trainer.optimizers[0].defaults, **(swap().options or {})}
 
 
+@cases(
+    ("swap", "others"),
+    [
+        (lambda: OptimizerSwap(None, {"betas": [0.5, 0.9], "amsgrad": True}), {"eps": 1e-2}),
+        (lambda: OptimizerSwap("adamw", {"betas": [0.5, 0.9], "amsgrad": True}), {"eps": 1e-2}),
+        (lambda: OptimizerSwap(functools.partial(AdamW, betas=(0.5, 0.9), amsgrad=True)), {}),
+    ],
+)
+def test_options_replace_those_of_the_same_class(swap: Callable[[], OptimizerSwap], others: dict[str, Any]) -> None:
+    native, swapped = Net(betas=(0.5, 0.9), amsgrad=True, **others), Net(betas=(0.8, 0.95), eps=1e-2)
+    train(native, max_epochs=1)
+    trainer, _ = train(swapped, [swap()], max_epochs=1)
+    assert equal(native, swapped)
+    assert {group["betas"] for group in trainer.optimizers[0].param_groups} == {(0.5, 0.9)}
+
+
 def test_options_of_a_class_that_are_no_keys_of_groups_are_kept() -> None:
     plain, swapped = Net(Lion, maximize=True), Net(Lion, maximize=True)
     train(plain)
@@ -119,11 +135,11 @@ def _flat(groups: list[dict[str, Any]]) -> list[Any]:
     return [parameter for group in groups for parameter in group["params"]]
 
 
-# Everybody sees the new optimizer.
+# Everything that holds the old optimizer sees the new one.
 
 
 class Holding(Net):
-    """Holds its optimizer, its list of groups, one group, and what a function encloses; steps it by none of Lightning's."""
+    """Holds its optimizer, its list of groups, one group, and a function that reads the rate."""
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
@@ -152,13 +168,34 @@ def test_whoever_holds_the_old_optimizer_sees_the_new_one() -> None:
     module = Holding()
     trainer, rates = train(module, [OptimizerSwap("lion")])
     assert [step[0][0] for step in rates] == [1e-3 * (number + 1) for number in range(len(rates))]
-    assert len(module.calls) == BATCHES + 1 or len(module.calls) == BATCHES, "its hook ran until it was removed"
+    assert len(module.calls) == BATCHES, "its hook ran until it was removed"
     assert {id(each) for each in module.calls} == {id(trainer.optimizers[0])}
     assert type(module.mine) is AdamW
     assert module.mine.param_groups[0]["lr"] == 1e-3, "after the fit it is what it was"
     assert "eps" in module.mine.param_groups[0]
     assert not module.mine.state
     assert "exp_avg" in next(iter(trainer.optimizers[0].state.values()))
+
+
+def test_schedulers_that_the_module_keeps_follow_too() -> None:
+    class Keeps(Net):
+        automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            self.schedulers = {"main": OneCycleLR(optimizer, self.options["lr"], total_steps=20)}
+            return optimizer
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+            self.schedulers["main"].step()
+
+    given = train(Keeps(Lion), max_epochs=1)[1]
+    found = train(Keeps(SGD, lr=2e-3, momentum=0.9), [OptimizerSwap("lion", lr_factor=0.5)], max_epochs=1)[1]
+    assert found == given
 
 
 def test_a_step_of_the_old_object_is_one_of_the_new() -> None:
@@ -252,7 +289,52 @@ def test_finetuning_callbacks_add_groups(tmp_path: Path) -> None:
     assert all(torch.equal(ends[0][n][name], ends[1][n][name]) for n in (2, 3) for name in ends[0][2])
 
 
-def test_two_optimizers_and_a_choice(tmp_path: Path) -> None:
+class OneForEach(pl.LightningModule):
+    """A matrix and an AdamW for each short name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(3)
+        self.nets = nn.ModuleList(nn.Linear(4, 2, bias=False) for _ in THERE)
+
+    def configure_optimizers(self) -> Any:
+        return [AdamW(net.parameters(), lr=1e-2) for net in self.nets]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for net, optimizer in zip(self.nets, self.optimizers(), strict=True):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            self.manual_backward((net(batch) - batch[:, :2].sin()).square().mean())
+            optimizer.step()
+
+
+def _is_there(name: str) -> bool:
+    try:
+        find_class(name)
+    except (ImportError, ValueError):  # no extra, or a torch without Muon
+        return False
+    return True
+
+
+THERE = [name for name in NAMES if _is_there(name)]
+SOON = {"spam": {"update_proj_gap": 5, "warmup_epoch": 3}, "soap": {"precondition_frequency": 2}}
+
+
+def test_every_name_resumes_bitwise_and_leaves_no_mark(tmp_path: Path) -> None:
+    def swaps() -> list[OptimizerSwap]:
+        return [OptimizerSwap(name, SOON.get(name), 1.0, which=[i], name=name) for i, name in enumerate(THERE)]
+
+    whole, resumed, start = OneForEach(), OneForEach(), OneForEach()
+    trainer, _ = train(whole, swaps(), save=(tmp_path, [6]))
+    train(resumed, swaps(), ckpt=tmp_path / "6.ckpt")
+    for index, name in enumerate(THERE):
+        assert torch.equal(resumed.nets[index].weight, whole.nets[index].weight), name
+        assert not torch.equal(start.nets[index].weight, whole.nets[index].weight), name
+        assert not vars(whole.nets[index].weight), name
+        assert type(trainer.optimizers[index]) is find_class(name)
+
+
+def test_two_optimizers_and_a_choice() -> None:
     makers = {"a": lambda o: StepLR(o, 2), "b": lambda o: StepLR(o, 3)}
     trainer, _ = train(Nets(AdamW, makers), [OptimizerSwap("lion", which=[1])])
     assert [type(each) for each in trainer.optimizers] == [AdamW, Lion]
@@ -323,6 +405,9 @@ def test_hydra_and_yaml_build_a_partial_function() -> None:
     rates = train(Net(AdamW), [built], max_epochs=1)[1]
     assert [tuple(step[0][1]) for step in rates] == [(0.5, 0.9)] * BATCHES
     assert rates == train(Net(AdamW), [swap], max_epochs=1)[1]
+    with pytest.raises(ValueError, match=r"options must be those of Lion.*Did you mean 'betas'"):
+        OptimizerSwap(built.optimizer, {"beta": 0.9})
+    assert OptimizerSwap(built.optimizer).works_with() == OptimizerSwap("lion").works_with()
 
 
 # What it says.
@@ -340,6 +425,11 @@ def test_hydra_and_yaml_build_a_partial_function() -> None:
             "turns the L2 penalty of Adam into decoupled weight decay of AdamW.",
         ),
         (AdamW, OptimizerSwap(None), "trains with the module's own optimizers."),
+        (
+            Adagrad,
+            OptimizerSwap("adamw"),
+            "keeps the learning rate of Adagrad, and does not know whether it suits AdamW.",
+        ),
     ],
 )
 def test_the_first_lines_say_what_changes(old: Any, swap: OptimizerSwap, words: str, caplog: Any) -> None:
@@ -375,6 +465,8 @@ def _refused(module: Any, swaps: list[Any], words: str, error: type[Exception] =
         (AdamW, OptimizerSwap("adafactor"), r"Set lr_factor=10,"),
         (AdamW, OptimizerSwap("prodigy"), r"Set lr_factor=1000,"),
         (Adagrad, OptimizerSwap("prodigy"), r"Set lr_factor=1000,"),
+        (AdamW, OptimizerSwap("pytorch_optimizer.DAdaptAdam"), r"Set lr_factor=1000,"),
+        (torch.optim.Adadelta, OptimizerSwap("lion"), r"Set lr_factor=0\.0002"),
     ],
 )
 def test_a_rate_of_another_scale_needs_a_factor(old: Any, swap: OptimizerSwap, words: str) -> None:
@@ -419,6 +511,7 @@ class Absent(Net):
         (lambda: Net(lambda g, lr: torch.optim.LBFGS(_flat(g))), r"cannot replace optimizers\[0\]: LBFGS evaluates"),
         (lambda: Net(lambda g, lr: _zero(g)), "splits the state"),
         (lambda: Net(lambda g, lr: Pair(SGD(_flat(g)))), "Pair wraps another optimizer"),
+        (lambda: Net(lambda g, lr: SGD([{"params": _flat(g), "lr": None}])), "groups of SGD have no learning rate"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*returned `None`, this fit will run with no optimizer")
@@ -456,6 +549,7 @@ def test_it_refuses_an_optimizer_for_gpus(monkeypatch: pytest.MonkeyPatch) -> No
         ([OptimizerSwap("lion", {"weight_decay": 0.1})], "groups have different decays: 0.1, 0. Set wd_factor"),
         ([OptimizerSwap(lambda groups: Lion(groups, lr=0.3))], r"must not set a learning rate.*got lr=0\.3"),
         ([OptimizerSwap(functools.partial(Lion, lr=0.3))], r"must not set a learning rate.*got lr=0\.3"),
+        ([OptimizerSwap(functools.partial(Lion, weight_decay=0.3))], r"must not set a weight decay.*set wd_factor"),
         ([OptimizerSwap(lambda groups: Lion(_flat(groups)))], "must have the parameter groups that it is given"),
     ],
 )
@@ -467,18 +561,52 @@ def test_it_refuses_a_callable_that_returns_something_else() -> None:
     _refused(Net(), [OptimizerSwap(lambda groups: None)], "must return a torch.optim.Optimizer", TypeError)  # type: ignore[arg-type, return-value]
 
 
+def test_answers_are_those_of_the_class() -> None:
+    for path, name in (("pytorch_optimizer.SOAP", "soap"), (torch.optim.SGD, "sgd")):
+        assert OptimizerSwap(path, lr_factor=1.0).works_with() == OptimizerSwap(name, lr_factor=1.0).works_with()
+    module = Net(lambda groups, lr: AdamW([nn.Parameter(torch.ones(2, dtype=torch.complex64))], lr=lr))
+    module.configure_optimizers = lambda: AdamW([module.c], lr=1e-3)  # type: ignore[method-assign]
+    module.c = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    _refused(module, [OptimizerSwap("pytorch_optimizer.SOAP")], "optimizer for real parameters, and 'c' holds complex")
+
+
+def test_sgd_takes_sparse_gradients() -> None:
+    class Sparse(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(3, 4, sparse=True)
+
+        def configure_optimizers(self) -> Any:
+            return AdamW(self.words.parameters(), lr=1e-3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.words(torch.tensor([0, 2])).square().sum()
+
+    _refused(Sparse(), [OptimizerSwap("lion")], "takes dense gradients only")
+    module = Sparse()
+    before = weights(module)["words.weight"]
+    train(module, [OptimizerSwap("sgd", lr_factor=1.0, wd_factor=0.0)], max_epochs=1)
+    assert (weights(module)["words.weight"] != before).any(1).tolist() == [True, False, True]
+
+
 def test_muon_takes_matrices_only() -> None:
     pytest.importorskip("torch", "2.9")
     _refused(Net(), [OptimizerSwap("muon")], r"moves matrices only, for net\.bias of shape \(1,\)")
 
 
-def test_names_of_absent_packages_and_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_absent_packages_and_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
     with pytest.raises(ModuleNotFoundError, match=r'Run pip install "lightning-grad\[optimizers\]"') as raised:
         OptimizerSwap("lion")
     assert outcome_of(raised.value, OptimizerSwap).status == "refused", "for lightning-grad check"
     with pytest.raises(ModuleNotFoundError, match="Install no_such_package, or correct the path"):
         OptimizerSwap("no_such_package.Lion")
+    (tmp_path / "of_a_colleague.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"needs no_such_package, which is not installed\. Install no_such_package\.$"
+    ):
+        OptimizerSwap("of_a_colleague.Lion")
     monkeypatch.delattr(torch.optim, "Muon", raising=False)
     with pytest.raises(ValueError, match=r"needs torch >= 2\.9; this is torch"):
         OptimizerSwap("muon")
@@ -497,13 +625,16 @@ def test_checkpoints_of_other_optimizers_are_refused(tmp_path: Path) -> None:
     train(Net(), save=(tmp_path, [BATCHES]), max_epochs=1)
     path = tmp_path / f"{BATCHES}.ckpt"
     _refused(Net(), [OptimizerSwap("lion")], "the checkpoint was written without it.*load_from_checkpoint", ckpt=path)
-    train(Net(), [OptimizerSwap(None)], ckpt=path, max_epochs=2)  # nothing is swapped
+    train(Net(), [OptimizerSwap(None)], ckpt=path, max_epochs=2, save=(tmp_path, [BATCHES]))  # nothing is swapped
+    words = r"optimizers\[0\] is the module's own optimizer, but in this run it is Lion"
+    _refused(Net(), [OptimizerSwap("lion")], words, ckpt=path)
     train(Net(), [OptimizerSwap("lion", {"betas": [0.5, 0.9]})], save=(tmp_path, [BATCHES]), max_epochs=1)
     words = r"cannot resume: in the checkpoint, optimizers\[0\] is {}, but in this run it is {}\. Use the same"
     for swap, was, now in (
         (OptimizerSwap("adabelief"), "Lion", "AdaBelief"),
         (OptimizerSwap("lion"), r"Lion\(betas=\[0\.5, 0\.9\]\)", r"Lion\(betas=\[0\.9, 0\.99\]\)"),
         (OptimizerSwap(None, {"amsgrad": True}), "Lion", "AdamW"),
+        (OptimizerSwap(None), "Lion", "the module's own optimizer"),
     ):
         _refused(Net(), [swap], words.format(was, now), ckpt=path)
     _refused(
@@ -522,12 +653,25 @@ def test_without_it_lightning_names_it_when_its_checkpoint_is_loaded(tmp_path: P
         train(Net(), ckpt=tmp_path / f"{BATCHES}.ckpt", max_epochs=2)
 
 
-def test_a_second_fit_scales_the_rates_once() -> None:
-    class Keeping(Net):
-        def configure_optimizers(self) -> Any:
-            self.kept = vars(self).get("kept") or super().configure_optimizers()
-            return self.kept
+class Keeping(Net):
+    """Returns the same objects in each fit."""
 
+    def configure_optimizers(self) -> Any:
+        self.kept = vars(self).get("kept") or super().configure_optimizers()
+        return self.kept
+
+
+def test_schedulers_of_a_second_fit() -> None:
+    module = Keeping(AdamW, lambda o: StepLR(o, 2, 0.5))
+    for factor in (1.0, 0.25):
+        _, rates = train(module, [OptimizerSwap("lion")], max_epochs=1)
+        assert [step[0][0] for step in rates] == [1e-3, 1e-3, 5e-4, 5e-4], factor
+        module.kept["lr_scheduler"]["scheduler"].last_epoch = 0
+    train(module, [OptimizerSwap("lion", lr_factor=0.5)], max_epochs=1)
+    _refused(module, [OptimizerSwap("lion", lr_factor=0.5)], "would multiply the base rates of StepLR again")
+
+
+def test_a_second_fit_scales_the_rates_once() -> None:
     module, swap = Keeping(), OptimizerSwap("lion", lr_factor=0.5)
     for _ in range(2):
         assert train(module, [swap], max_epochs=1)[1][0][0][0] == 5e-4

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from lightning_grad.callbacks import NMSparsity, TrAct
+from lightning_grad.callbacks import NMSparsity, TrAct, ZerothOrder
 from lightning_grad.functional import precondition
 from lightning_grad.testing import assert_identical
 from tests.core.test_step_window import DATA, Module, Plain, Saves, run
@@ -130,6 +131,47 @@ class Frozen(WithSGD):
         self.net[0].requires_grad_(False)
 
 
+def test_a_checkpointed_layer_is_preconditioned_once() -> None:
+    class Checkpointed(WithSGD):
+        def loss(self, x: Tensor) -> Tensor:
+            return (checkpoint(self.net, x, use_reentrant=False) - x.sum(1, keepdim=True)).square().mean()
+
+    _, module = run(TrAct(0.2), module=Checkpointed(), epochs=1)
+    assert close(module, by_hand(0.2, epochs=1))
+
+
+@pytest.mark.filterwarnings("ignore:.*returned `None`")  # which Lightning says once in a process
+def test_a_first_batch_without_a_loss_is_no_error() -> None:
+    class Skips(WithSGD):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx) if batch_idx else None
+
+    _, module = run(TrAct(), module=Skips(), epochs=1)
+    assert not torch.equal(module.net[0].weight, WithSGD().net[0].weight)
+
+
+def test_a_batch_that_reaches_no_layer_is_an_error() -> None:
+    class Unused(WithSGD):
+        def loss(self, x: Tensor) -> Tensor:
+            return self.net[0].weight.square().sum()
+
+    with pytest.raises(RuntimeError, match=r"the first batch reached no Linear .* set layer="):
+        run(TrAct(), module=Unused())
+
+
+class Compiled(WithSGD):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.compile(backend="eager")
+
+
+class FrozenNet(WithSGD):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
 @pytest.mark.parametrize(
     ("build", "callbacks", "words"),
     [
@@ -138,6 +180,15 @@ class Frozen(WithSGD):
         (Embedded, [TrAct(layer="net.0")], "needs a Linear or a convolution, and 'net.0' is a Embedding"),
         (Frozen, [TrAct(layer="net.0")], "'net.0' is frozen"),
         (WithSGD, [NMSparsity("2:4", include=["net.0"]), TrAct(layer="net.0")], "computed from another tensor"),
+        (
+            WithSGD,
+            [TrAct(layer="net.0"), NMSparsity("2:4", include=["net.0"])],
+            "NMSparsity and another technique both",
+        ),
+        (WithSGD, [ZerothOrder(), TrAct()], "TrAct changes a gradient.*but ZerothOrder runs none"),
+        (Compiled, [TrAct(layer="net.0")], "in a compiled module"),
+        (Compiled, [TrAct()], "finds no Linear or convolution that trains and is not in a compiled module"),
+        (FrozenNet, [TrAct()], "finds no Linear or convolution that trains"),
     ],
 )
 def test_other_layers_are_refused(build: Any, callbacks: list[Any], words: str) -> None:

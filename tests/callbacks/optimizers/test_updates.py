@@ -254,4 +254,20 @@ def test_prodigy_takes_one_rate() -> None:
     assert torch.equal(*ways)
     groups = [{"params": [torch.zeros(1)], "lr": rate} for rate in (1e-3, 1e-4)]
     with pytest.raises(ValueError, match=r"for groups with learning rates 0\.001, 0\.0001\. Give all groups one"):
-        refuse_new("OptimizerSwap", library, NAMES["prodigy"], torch.optim.AdamW(groups), torch.nn.Linear(1, 1))
+        refuse_new("OptimizerSwap", library, torch.optim.AdamW(groups), torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("name", [name for name, entry in NAMES.items() if entry.takes_complex])
+def test_a_complex_entry_is_two_real_ones(name: str) -> None:
+    skip_if_missing(name)
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randn(6, 3, dtype=torch.complex128, generator=generator)
+    ends = []
+    for view in (torch.clone, lambda numbers: torch.view_as_real(numbers).flatten()):
+        weight = torch.nn.Parameter(view(numbers[0]))
+        optimizer: Any = find_class(name)([weight], lr=0.1)
+        for gradient in numbers[1:]:
+            weight.grad = view(gradient)
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(torch.view_as_real(ends[0]).flatten(), ends[1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.callbacks import SAM, NormClipping, ZerothOrder
+from lightning_grad.callbacks import SAM, GradientNoise, Lookahead, NormClipping, OptimizerSwap, ZerothOrder
 from lightning_grad.functional import move_along_
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.core.test_step_window import DATA, Module, Plain, Saves, run
@@ -141,13 +141,13 @@ def test_it_resumes_bitwise(tmp_path: Path) -> None:
     assert_identical(state_of(*whole), state_of(*train(4, tmp_path / "two.ckpt")))
 
 
+@pytest.mark.filterwarnings("ignore:.*returned `None`")  # which Lightning says once in a process
 def test_a_batch_without_a_loss_moves_nothing() -> None:
     class Skips(ForSGD):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None
 
-    with pytest.warns(UserWarning, match="returned `None`"):
-        _, module = run(ZerothOrder(), module=Skips(), epochs=1)
+    _, module = run(ZerothOrder(), module=Skips(), epochs=1)
     for p, q in zip(module.parameters(), Skips().parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
@@ -164,13 +164,42 @@ def test_runs_that_evaluate_otherwise_are_refused(others: list[Any], arguments: 
         run(ZerothOrder(), *others, module=ForSGD(), **arguments)
 
 
-def test_lbfgs_is_refused() -> None:
+def test_optimizers_that_need_exact_gradients_are_refused() -> None:
     class Other(ForSGD):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.parameters())
 
     with pytest.raises(ValueError, match="does not work with LBFGS, which needs exact gradients"):
         run(ZerothOrder(), module=Other())
+    with pytest.raises(ValueError, match="does not work with Sophia, which needs exact gradients"):
+        run(ZerothOrder(), OptimizerSwap("sophia", lr_factor=1.0), module=ForSGD())
+
+
+def test_what_reads_gradients_gets_them_and_is_named(caplog: Any) -> None:
+    seen: list[bool] = []
+
+    class Reads(Double):
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(all(p.grad is not None for p in self.parameters()))
+
+    class Ascends(Double):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.rate, maximize=True)
+
+    caplog.set_level("INFO")
+    _, reads = run(ZerothOrder(), GradientNoise(0.0), module=Reads())
+    assert seen == [True] * 18
+    assert "stores gradients for GradientNoise, Reads.configure_gradient_clipping. SGD without" in caplog.text
+    _, in_place = run(ZerothOrder(), module=Double())
+    assert close(reads, in_place)
+    caplog.clear()
+    run(ZerothOrder(), OptimizerSwap("sgd", lr_factor=1.0), module=ForSGD(), epochs=1)
+    assert "stores gradients" not in caplog.text
+    run(ZerothOrder(), Lookahead(), module=ForSGD(), epochs=1)
+    assert "stores gradients for Lookahead. SGD" in caplog.text
+    _, ascends = run(ZerothOrder(), module=Ascends(), epochs=1)
+    assert "stores gradients for SGD with maximize" in caplog.text
+    assert ascends.loss(DATA) > Double().loss(DATA)
 
 
 def test_other_optimizers_get_the_gradient_and_it_can_be_clipped() -> None:

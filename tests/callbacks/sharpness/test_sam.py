@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_grad.callbacks import SAM, NMSparsity
+from lightning_grad.callbacks import SAM, NMSparsity, OptimizerSwap
 from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
 from tests.core.test_step_window import DATA, Module, Plain, Saves, ascend, by_hand, run, same
 
@@ -107,6 +107,41 @@ def test_the_logged_sharpness_is_the_rise_of_the_loss() -> None:
     assert min(rises) > 0.0
 
 
+def test_the_last_sharpness_is_logged_where_log_steps_are_plain() -> None:
+    """Steps 0, 4, 8, ... are sharp, and steps 2, 5, 8, ... are logged."""
+    logged: list[float] = []
+
+    class Logged(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            logged.append(float(trainer.callback_metrics.get("sam/sharpness", 0.0)))
+
+    run(SAM(0.1, every_n_steps=4), Logged(), log_every_n_steps=3, epochs=1)
+    every: list[float] = logged.copy()
+    logged.clear()
+    run(SAM(0.1, every_n_steps=4), Logged(), log_every_n_steps=1, epochs=1)
+    assert every[1] == 0.0
+    assert every[2] == logged[0] > 0.0
+    assert every[5] == logged[4] != logged[0]
+
+
+def test_a_param_group_may_change_its_length_during_the_run() -> None:
+    lengths: list[float] = []
+
+    class Warms(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().param_groups[0]["rho"] = 0.1 * batch_idx
+            self.before = torch.cat([p.detach().flatten() for p in self.parameters()])
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            now = torch.cat([p.detach().flatten() for p in self.parameters()])
+            if not torch.equal(now, self.before):
+                lengths.append((now - self.before).norm().item())
+            return super().training_step(batch, batch_idx)
+
+    run(SAM(0.7), module=Warms(), epochs=1)
+    assert lengths == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5], rel=1e-4)
+
+
 def test_an_exception_while_weights_are_moved_gives_them_back() -> None:
     class Fails(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -197,6 +232,15 @@ def test_optimizers_that_evaluate_steps_themselves_are_refused(optimizer: Any, w
 
     with pytest.raises(ValueError, match=f"SAM does not work with {words}"):
         run(SAM(), module=Other())
+
+
+@pytest.mark.parametrize("name", ["adahessian", "sophia"])
+def test_optimizers_that_need_graphs_are_refused_when_they_are_swapped_in(name: str) -> None:
+    swap = OptimizerSwap(name, lr_factor=1.0)
+    for callbacks in ([SAM(), swap], [swap, SAM()]):
+        with pytest.raises(ValueError, match=r"SAM does not work with (AdaHessian|Sophia), which differentiates"):
+            run(*callbacks)
+    run(SAM(rho=0.05), OptimizerSwap("torch.optim.RAdam"), epochs=1)  # the way out
 
 
 def test_what_moves_nothing_is_refused() -> None:
