@@ -93,28 +93,28 @@ def lanczos(product: Product, start: Tensor, steps: int, num_eigenvalues: int = 
     """
     basis = torch.empty(min(steps, len(start)), len(start), dtype=start.dtype, device=start.device)
     basis[0] = start / start.norm()
-    diagonal, beside = list[float](), list[float]()
+    diagonal, off_diagonal = list[float](), list[float]()
     for step in range(len(basis)):
         image = product(basis[step])
         diagonal.append(float(basis[step].double() @ image.double()))
         for _ in range(2):  # once is not enough in float32
             image = image - basis[: step + 1].mT @ (basis[: step + 1] @ image)
-        beside.append(float(image.norm()))
-        found = _ritz(diagonal, beside)
-        scale = max(map(abs, (*diagonal, *beside)))
+        off_diagonal.append(float(image.norm()))
+        found = _ritz(diagonal, off_diagonal)
+        scale = max(map(abs, (*diagonal, *off_diagonal)))
         top = found.errors[-num_eigenvalues:] <= tolerance * found.values[-num_eigenvalues:].abs()
         is_exact = step + 1 >= max(_LEAST_STEPS, num_eigenvalues) and bool(top.all())
-        if is_exact or beside[-1] <= _BREAKDOWN * scale or step + 1 == len(basis):
+        if is_exact or off_diagonal[-1] <= _BREAKDOWN * scale or step + 1 == len(basis):
             break
-        basis[step + 1] = image / beside[-1]
+        basis[step + 1] = image / off_diagonal[-1]
     return found
 
 
-def _ritz(diagonal: Sequence[float], beside: Sequence[float]) -> Ritz:
-    off = torch.tensor(beside[:-1], dtype=torch.float64)
+def _ritz(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Ritz:
+    off = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
     matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1)
     values, vectors = torch.linalg.eigh(matrix)
-    return Ritz(values, vectors[0].square(), beside[-1] * vectors[-1].abs())
+    return Ritz(values, vectors[0].square(), off_diagonal[-1] * vectors[-1].abs())
 
 
 def random_signs(size: int, generator: torch.Generator, like: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_grad.functional.gradients._ghost.gradient_rows import GradientRows, Receive, send_by_backward
 from lightning_grad.functional.gradients._ghost.tracer import Tracer
@@ -64,7 +63,6 @@ class PerSampleGradients(PerSampleGradientNorms):
         finally:
             self._receive = None
 
-    @override
     def _measure(self, tracer: Tracer) -> Tensor:
         receive, like = self._receive, self._like(tracer)
         if receive is None:
