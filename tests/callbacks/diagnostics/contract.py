@@ -22,6 +22,7 @@ ENTRIES = [
             ({"slow_stats_every": 0}, "slow_stats_every must be at least 1"),
             ({"layer_depth": 0}, "layer_depth must be at least 1"),
             ({"max_layers": -1}, "max_layers must be at least 0"),
+            ({"spike_factor": 1.0}, "spike_factor must be above 1"),
         ),
     ),
     Technique(
