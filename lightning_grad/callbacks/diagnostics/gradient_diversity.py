@@ -168,7 +168,7 @@ class GradientDiversity(ProbeCallback):
         title = f"{self.display_name}, epoch {look.epoch}, step {look.step}: {score:.1f} directions of {count} samples"
         known = [each for each in labels if each is not None]
         classes = torch.cat(known).cpu() if len(known) == len(labels) else None
-        drawn = partial(_draw_cosines, cosines.cpu(), classes, title)
+        drawn = partial(_draw_cosines, cosines, classes, title)
         return Reading(scalars, pictures={"cosines": drawn} if self.figure else {})
 
     @override

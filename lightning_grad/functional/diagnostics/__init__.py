@@ -5,6 +5,7 @@ from lightning_grad.functional.diagnostics.gradcam import OutputCapture, activat
 from lightning_grad.functional.diagnostics.gradient_diversity import gradsign_score, vendi_score
 from lightning_grad.functional.diagnostics.gradient_statistics import (
     gradient_cosine,
+    learning_rate_sensitivity,
     moment_signal_to_noise,
     noise_scale_terms,
     zero_share,
@@ -35,6 +36,7 @@ __all__ = [
     "hutchinson_trace",
     "input_saliency",
     "lanczos",
+    "learning_rate_sensitivity",
     "mask_inputs",
     "moment_signal_to_noise",
     "noise_scale_terms",

@@ -23,8 +23,8 @@ def vendi_score(gradients: Tensor) -> tuple[float, Tensor]:
         gradients: (n, d), for example from :func:`project_gradients`.
 
     Returns:
-        tuple: V, nan without any row that has a direction; and the cosines between all rows, (n, n), float64, nan for rows
-        without a direction.
+        tuple: V, nan without any row that has a direction; and the cosines between all rows, (n, n), float64 on the CPU,
+        nan for rows without a direction.
 
     Example:
         >>> vendi_score(torch.eye(4))[0], vendi_score(torch.ones(4, 2))[0]
@@ -35,11 +35,12 @@ def vendi_score(gradients: Tensor) -> tuple[float, Tensor]:
         arXiv 2505.20161, section 3.
         Friedman and Dieng, "The Vendi Score: A Diversity Evaluation Metric for Machine Learning", 2022, arXiv 2210.02410.
     """
-    norms = torch.linalg.vector_norm(gradients.double(), dim=1, keepdim=True)
+    gradients = gradients.cpu().double()  # they are few and short, and Apple's GPU has no float64
+    norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
     has_direction = ((norms > 0) & norms.isfinite()).squeeze(1)
-    rows = torch.where(has_direction[:, None], gradients.double() / norms, torch.nan)
+    rows = torch.where(has_direction[:, None], gradients / norms, torch.nan)
     cosines = rows @ rows.mT
-    known = cosines[has_direction][:, has_direction].cpu()
+    known = cosines[has_direction][:, has_direction]
     if not len(known):
         return float("nan"), cosines
     values = torch.linalg.eigvalsh(known / len(known)).clamp(min=0)

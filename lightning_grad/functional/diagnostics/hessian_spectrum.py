@@ -96,7 +96,7 @@ def lanczos(product: Product, start: Tensor, steps: int, num_eigenvalues: int = 
     diagonal, off_diagonal = list[float](), list[float]()
     for step in range(len(basis)):
         image = product(basis[step])
-        diagonal.append(float(basis[step].double() @ image.double()))
+        diagonal.append(_dot(basis[step], image))
         for _ in range(2):  # once is not enough in float32
             image = image - basis[: step + 1].mT @ (basis[: step + 1] @ image)
         off_diagonal.append(float(image.norm()))
@@ -108,6 +108,11 @@ def lanczos(product: Product, start: Tensor, steps: int, num_eigenvalues: int = 
             break
         basis[step + 1] = image / off_diagonal[-1]
     return found
+
+
+def _dot(one: Tensor, other: Tensor) -> float:
+    kind = torch.float32 if one.device.type == "mps" else torch.float64  # Apple's GPU has no float64
+    return float(one.to(kind) @ other.to(kind))
 
 
 def _ritz(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Ritz:
@@ -140,7 +145,7 @@ def hutchinson_trace(product: Product, vectors: Sequence[Tensor]) -> tuple[float
     References:
         Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing splines", 1990.
     """
-    found = torch.tensor([float(vector.double() @ product(vector).double()) for vector in vectors], dtype=torch.float64)
+    found = torch.tensor([_dot(vector, product(vector)) for vector in vectors], dtype=torch.float64)
     spread = float(found.std()) if len(found) > 1 else math.nan
     return float(found.mean()), spread / math.sqrt(len(found))
 
