@@ -1,8 +1,10 @@
 """Go back to a copy of the run at a spike: the callback. The test is :func:`lightning_grad.functional.is_spike`."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,6 +27,7 @@ from lightning_grad.core import (
     until_next_fit,
     yes,
 )
+from lightning_grad.core.record import panels, style_axis
 from lightning_grad.core.roles import refuse_order
 from lightning_grad.core.samples.batch_indices import BatchIndices
 from lightning_grad.core.steps.run_copy import go_back, take_copy
@@ -33,6 +36,9 @@ from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted, listed, log_summary, stepped_batches
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RECENT = 64  # steps whose median is the usual norm
 _MOST_SAMPLES = 8  # indices in a message; the table has all
@@ -70,10 +76,11 @@ class SpikeRewind(GradCallback):
     **Hooks.** ``on_before_optimizer_step``, to measure the gradient. At a spike, gradients are set to ``None``, so the
     optimizer does nothing. ``on_train_batch_end``, after the schedulers, to take a copy or go back.
 
-    **Logs** under ``grad/spike_rewind/``, at log steps: ``rewinds`` (so far); also in the summary. The table ``rewinds`` has
-    the step, the step that the run went back to, norm, usual norm and the samples of the bad batch.
+    **Logs** under ``grad/spike_rewind/``, at log steps: ``rewinds`` (so far); also in the summary. The table ``record`` has
+    the step, the last step that was kept, norm, usual norm and the samples of the bad batch. With a rewind, at the end: a
+    figure of the norms.
 
-    **State.** The norms of the last 64 steps, counters, and, with save_copies, the copies.
+    **State.** The norms of the last 64 steps, the record, counters, and, with save_copies, the copies.
 
     **Cost.** One norm per step. The host must know whether to go back, so it waits for the device once per step, like a
     GradScaler; under DDP the ranks agree by one reduction. Memory: ``copies`` times the weights, buffers and optimizer
@@ -110,6 +117,7 @@ class SpikeRewind(GradCallback):
     trial: ClassVar[Mapping[str, Any]] = {"window": 4, "copies": 2}
 
     rewinds = until_next_fit.of(RunRecord).saved()
+    norms = until_next_fit[RunRecord](lambda _: RunRecord(weight=_norm)).saved()
     _recent = until_next_fit.of(list[float]).saved()
     _age = until_next_fit.of(int).saved()  # steps since the latest copy
     _in_row = until_next_fit.of(int).saved()
@@ -173,7 +181,7 @@ class SpikeRewind(GradCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._copies:
-            self._take_copy(trainer, pl_module)
+            self._take_copy(trainer, pl_module, stepped_batches(trainer) - 1)
 
     # One training step.
 
@@ -204,19 +212,20 @@ class SpikeRewind(GradCallback):
         norm, self._norm = self._norm, None
         if norm is None:
             return
+        self.norms.add({"step": stepped_batches(trainer), "norm": norm})
         if self._has_spiked:
             self._rewind(trainer, pl_module, norm)
         else:
             self._recent = [*self._recent, *([norm] if math.isfinite(norm) else [])][-_RECENT:]
             self._age += 1
             if self._age * self.copies >= self.window:
-                self._take_copy(trainer, pl_module)
+                self._take_copy(trainer, pl_module, stepped_batches(trainer))
         self._has_spiked, self._drawn = False, []
         if is_log_step(trainer):
             self.log_scalars(pl_module, {"rewinds": float(self.rewinds.count)})
 
-    def _take_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        taken = {**take_copy(trainer, pl_module), "step": stepped_batches(trainer), "recent": list(self._recent)}
+    def _take_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        taken = {**take_copy(trainer, pl_module), "step": step, "recent": list(self._recent)}
         self._copies = [*self._copies, taken][-self.copies :]
         self._age = self._in_row = 0
 
@@ -235,7 +244,8 @@ class SpikeRewind(GradCallback):
         go_back(trainer, pl_module, oldest)
         self._copies, self._recent, self._age = [oldest], list(oldest["recent"]), 0
         self._in_row += 1
-        rank_zero_warn(f"{self.display_name} goes back to the weights of step {oldest['step']}: a spike at {where}.")
+        back_to = "first weights" if oldest["step"] < 0 else f"weights after step {oldest['step']}"
+        rank_zero_warn(f"{self.display_name} goes back to the {back_to}: a spike at {where}.")
         row = {
             "step": step,
             "epoch": trainer.current_epoch,
@@ -249,5 +259,27 @@ class SpikeRewind(GradCallback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.rewinds.count:
-            self.rewinds.report(trainer, self, table="rewinds")
+            self.rewinds.report(trainer, self, self._draw)
         log_summary(trainer, {self.log_key("rewinds"): float(self.rewinds.count)})
+
+    def _draw(self) -> Figure:
+        """Draw the norm of each step, with the steps that were taken back."""
+        figure, (axis,) = panels(f"{self.display_name}: {counted(self.rewinds.count, 'rewind')}", [3.0])
+        axis.plot(*self.norms.series("norm"), color="#0072b2", linewidth=1.2, label="gradient norm")
+        rows = self.rewinds.kept
+        for row in rows:
+            label = "steps taken back" if row is rows[0] else None
+            axis.axvspan(row["back_to"] + 0.5, row["step"] + 0.5, color="#f7d4c0", zorder=0, label=label)
+        spikes = [row for row in rows if math.isfinite(row["norm"])]
+        points = [row["step"] for row in spikes], [row["norm"] for row in spikes]
+        axis.plot(*points, "x", color="#b3261e", label="spike")
+        axis.set_yscale("log")
+        axis.set_ylabel("gradient norm")
+        axis.set_xlabel("step")
+        axis.legend(frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        style_axis(axis)
+        return figure
+
+
+def _norm(row: Mapping[str, Any]) -> float:
+    return float(row["norm"]) if math.isfinite(row["norm"]) else math.inf
