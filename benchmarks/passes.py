@@ -174,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the table")
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # masks are refreshed by other operators with several
     silence()
     found = count_all()
     header = ["step", "operators", "KB read", "KB written", "Python calls"]

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.clipping.layerwise import layer_norms, multiply_layers_
-from lightning_grad.functional.clipping.norms import total_norm
 from lightning_grad.functional.gradients.tensor_lists import multiply_
+from lightning_grad.functional.gradients.total_norm import total_norm
 
 
 @torch.no_grad()

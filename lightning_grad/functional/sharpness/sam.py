@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.clipping.norms import total_norm
 from lightning_grad.functional.gradients.tensor_lists import multiply_, read_flags, shards
+from lightning_grad.functional.gradients.total_norm import total_norm
 
 
 @torch.no_grad()
