@@ -51,15 +51,14 @@ class SpikeRewind(GradCallback):
         \lVert g_t \rVert > c \cdot \operatorname{median}\bigl(\lVert g_{t-64} \rVert, \ldots, \lVert g_{t-1} \rVert\bigr)
         \quad\text{or not finite}
 
-    Clipping limits the step of a bad batch. This takes back that step and those before it, whose damage may have caused the
-    spike: weights, buffers, optimizers, schedulers, the GradScaler and random states are those of a copy that is between
-    window / copies and window steps old. The batches since then are not trained on again, so the run continues bit for bit
-    like one whose data never had them.
+    Clipping limits the step of a bad batch. This takes back that step and those before it, whose damage may have caused
+    the spike: weights, buffers, optimizers, schedulers, the GradScaler and random states are those of the oldest copy. The
+    batches since then are not trained on again, so the run continues bit for bit like one whose data never had them.
 
     Args:
-        window: Age in steps of the oldest copy; the run goes back at most this far.
+        window: Largest number of steps that the run goes back.
             The default is a choice of this library; PaLM went back about 100 steps.
-        copies: Copies to hold. A new one is taken every window / copies steps.
+        copies: Copies to hold. A new one is taken every window // copies steps.
         factor: Multiple of the usual norm above which a step is a spike, above 1.
             The default is a choice of this library.
         max_in_row: Raise an error at the next spike after going back this often without a new copy; None never raises.
@@ -218,11 +217,16 @@ class SpikeRewind(GradCallback):
         else:
             self._recent = [*self._recent, *([norm] if math.isfinite(norm) else [])][-_RECENT:]
             self._age += 1
-            if self._age * self.copies >= self.window:
+            if self._age >= self._every:
                 self._take_copy(trainer, pl_module, stepped_batches(trainer))
         self._has_spiked, self._drawn = False, []
         if is_log_step(trainer):
             self.log_scalars(pl_module, {"rewinds": float(self.rewinds.count)})
+
+    @property
+    def _every(self) -> int:
+        """Steps between two copies."""
+        return self.window // self.copies
 
     def _take_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         taken = {**take_copy(trainer, pl_module), "step": step, "recent": list(self._recent)}
@@ -237,7 +241,7 @@ class SpikeRewind(GradCallback):
         where = f"step {step}, with a gradient norm of {norm:.3g}; the batch has the samples {samples}"
         if self.max_in_row is not None and self._in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.display_name} went back {counted(self._in_row, 'time')} without {self.window // self.copies} good "
+                f"{self.display_name} went back {counted(self._in_row, 'time')} without {self._every} good "
                 f"steps in between; the last spike is at {where}. The likely cause is not a batch. Lower the learning rate, "
                 "or increase window or factor. To continue anyway, set max_in_row=None."
             )
@@ -261,6 +265,12 @@ class SpikeRewind(GradCallback):
         if self.rewinds.count:
             self.rewinds.report(trainer, self, self._draw)
         log_summary(trainer, {self.log_key("rewinds"): float(self.rewinds.count)})
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.fitting:  # after an exception, which has no teardown, a checkpoint still needs them
+            self._copies = []
+        super().teardown(trainer, pl_module, stage)
 
     def _draw(self) -> Figure:
         """Draw the norm of each step, with the steps that were taken back."""
