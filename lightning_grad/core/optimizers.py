@@ -35,6 +35,7 @@ class OptimizerCallback(GradCallback):
     - :meth:`before_update`: runs when the gradients of the step are complete;
     - :meth:`after_step`: runs after a step;
     - :meth:`evaluate`: computes the gradients of the step, once or several times;
+    - :meth:`evaluates_again`: returns False for steps that need no second evaluation;
     - :meth:`run_backward`: differentiates a loss.
 
     Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the current step. Store
@@ -65,9 +66,7 @@ class OptimizerCallback(GradCallback):
     _rates = during_fit.of(dict[int, HeldRates])
     _memory = until_next_fit.of(dict[int, dict[str, Any]])
     _inside = during_fit.of(set[int])  # optimizers whose step() Lightning is running now
-    _depths = during_fit.of(
-        Counter[int]
-    )  # running step() methods: a class may call that of its base, which has hooks too
+    _depths = during_fit.of(Counter[int])  # running step() methods: one may call that of a base class, with hooks too
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
@@ -102,6 +101,13 @@ class OptimizerCallback(GradCallback):
         closure.
         """
         return closure()
+
+    def evaluates_again(self) -> bool:
+        """Return False if the current step does not call ``closure.again()``, so that its batches need not be kept.
+
+        Called before each batch of the step, under automatic optimization.
+        """
+        return True
 
     def run_backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call ``backward(loss, *args, **kwargs)``, with other arguments such as ``create_graph=True``, or not at all."""
@@ -180,7 +186,7 @@ class OptimizerCallback(GradCallback):
         if _overrides(self, "run_backward"):
             self.undo.push(wrap_method(trainer.strategy, "backward", self.run_backward))
         if _overrides(self, "evaluate") and pl_module.automatic_optimization:
-            self._window = StepWindow(trainer, pl_module)
+            self._window = StepWindow(trainer, pl_module, self.evaluates_again)
             self.undo.push(self._window.watch())
 
     # The optimizers of the trainer.

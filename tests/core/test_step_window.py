@@ -13,8 +13,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.callbacks import AdversarialTraining, GradientMonitor, InfoBatch, LossReweighting, NMSparsity
+from lightning_grad.callbacks import (
+    SAM,
+    AdversarialTraining,
+    GradientMonitor,
+    InfoBatch,
+    LossReweighting,
+    NMSparsity,
+)
 from lightning_grad.core import OptimizerCallback, StepClosure, is_repeated, read_losses
+from lightning_grad.core.steps import step_window
 from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 RHO = 0.1
@@ -239,6 +247,23 @@ def test_batches_without_a_loss_are_left_out_again() -> None:
     trainer, module = run(Sharp(rho=0.0), module=SkipsHalf(), accumulate_grad_batches=2)
     other, plain = run(module=SkipsHalf(), accumulate_grad_batches=2)
     assert_identical(state_of(trainer, module), state_of(other, plain))
+
+
+def test_batches_of_steps_without_a_second_evaluation_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Any] = []
+
+    class Never(Sharp):
+        def evaluates_again(self) -> bool:
+            return False
+
+    monkeypatch.setattr(step_window, "copy_of", lambda batch: copied.append(batch) or batch)
+    with pytest.raises(
+        RuntimeError, match=r"again\(\) was called in a step for which evaluates_again\(\) returned False"
+    ):
+        run(Never())
+    assert not copied
+    run(SAM(every_n_steps=3), epochs=1, accumulate_grad_batches=2)
+    assert len(copied) == 2 * 2, "one of three steps is sharp: two batches, each copied before its two evaluations"
 
 
 # Manual optimization, and modules that evaluate the closure themselves.

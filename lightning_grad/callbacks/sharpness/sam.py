@@ -189,6 +189,15 @@ class SAM(OptimizerCallback):
     # One optimizer step.
 
     @override
+    def evaluates_again(self) -> bool:
+        # A "rho" of a param group may change between the batches of a step, so its value does not count.
+        return any(
+            self._steps[index] % self.every_n_steps == 0
+            and (self.rho != 0.0 or any("rho" in group for group in optimizer.param_groups))
+            for index, optimizer in self.watched.items()
+        )
+
+    @override
     def evaluate(self, index: int, optimizer: Optimizer, closure: StepClosure) -> Any:
         chosen = self._choose(index, optimizer)
         if not chosen or self._steps[index] % self.every_n_steps:

@@ -45,12 +45,13 @@ class StepWindow:
     Args:
         trainer: The trainer.
         pl_module: Its module.
+        is_needed: Returns False if the current step is not run again. Then nothing is kept.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer, self._pl_module = trainer, pl_module
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_needed: Callable[[], bool]) -> None:
+        self._trainer, self._pl_module, self._is_needed = trainer, pl_module, is_needed
         self._evaluations: list[_Evaluation] = []
-        self._is_again = False
+        self._is_again = self._lacks_batches = False
 
     def watch(self) -> Callable[[], None]:
         """Start recording the batches.
@@ -60,16 +61,20 @@ class StepWindow:
         """
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
+            if self._is_again:
+                return inner(*args)
+            if not self._is_needed():
+                self._lacks_batches = True
+                return inner(*args)
             # Batches are distinguished by their number: an optimizer may call its closure several
             # times for one batch, and a loader may return the same tensor for several batches.
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
-            if is_new and not self._is_again:
-                self._evaluations.append(
-                    _Evaluation(number, copy_of(args), random_states())
-                )  # a step may write into it
+            if is_new:
+                inputs = copy_of(args)  # because a step may write into them
+                self._evaluations.append(_Evaluation(number, inputs, random_states()))
             output = inner(*args)
-            if is_new and not self._is_again:
+            if is_new:
                 loss = _loss_of(output)
                 self._evaluations[-1].loss = None if loss is None else loss.detach()
                 self._evaluations[-1].kept = self._kept()
@@ -95,6 +100,7 @@ class StepWindow:
     def end_step(self) -> None:
         """Drop the batches after their step."""
         self._evaluations = []
+        self._lacks_batches = False
 
     def run_again(self, optimizer: Optimizer) -> Tensor | None:
         """Replace the gradients with the gradients of all batches at the current weights.
@@ -104,7 +110,12 @@ class StepWindow:
 
         Returns:
             Tensor: Sum of these losses; ``None`` if no batch has a loss.
+
+        Raises:
+            RuntimeError: If a batch was not kept.
         """
+        if self._lacks_batches:
+            raise RuntimeError("closure.again() was called in a step for which evaluates_again() returned False.")
         trainer = self._trainer
         self._pl_module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
         self._is_again = True
@@ -169,7 +180,7 @@ class StepClosure:
     _display_name: str
 
     def __post_init__(self) -> None:
-        self._states = random_states()
+        self._states = random_states() if self._window is None else ()
 
     def __call__(self, synchronized: bool = True) -> Any:
         """Compute the gradients and return what the closure returns. Return it from ``evaluate``.

@@ -40,7 +40,10 @@ def move_along_(weights: Sequence[Tensor], lengths: Sequence[float | Tensor], se
     for weight, length in zip(shards(weights), lengths, strict=True):
         if weight.device not in generators:
             generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
-        direction = torch.randn(
-            weight.shape, dtype=weight.dtype, device=weight.device, generator=generators[weight.device]
-        )
-        weight.add_(direction.mul_(length))
+        _add_direction_(weight, length, generators[weight.device])
+
+
+def _add_direction_(weight: Tensor, length: float | Tensor, generator: torch.Generator) -> None:
+    # A function, so that the direction of one weight is gone before that of the next is drawn.
+    direction = torch.randn(weight.shape, dtype=weight.dtype, device=weight.device, generator=generator)
+    weight.add_(direction.mul_(length))

@@ -271,3 +271,17 @@ def test_a_resumed_run_continues_the_count_of_steps(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     resumed = fit([SAM(0.5, every_n_steps=4)], max_epochs=4, ckpt=tmp_path / "one.ckpt")
     assert_identical(state_of(*whole), state_of(*resumed))
+
+
+def test_a_length_that_grows_from_zero_within_a_step_moves_the_weights() -> None:
+    """All batches of the step are kept, although the length is zero at the first one."""
+
+    class Grows(Module):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([{"params": list(self.parameters()), "rho": 0.0}], lr=1e-2)
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.optimizers().param_groups[0]["rho"] = 0.1 if batch_idx or self.current_epoch else 0.0
+
+    _, module = run(SAM(0.0), module=Grows(), accumulate_grad_batches=2)
+    assert same(module, by_hand(2, rho=0.1))
