@@ -42,6 +42,11 @@ class AveragingCallback(GradCallback):
         """
         raise NotImplementedError(f"{type(self).__name__} must define averaging(trainer).")
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._averaged is not None:  # a copy has no part in the fit, but the same state
+            self._training_weights = self._averaged.training_weights
+        return super().__getstate__()
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)

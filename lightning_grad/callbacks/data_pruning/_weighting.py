@@ -1,7 +1,6 @@
 """Base of ``InfoBatch`` and ``LossReweighting``: weight the samples of a batch by their losses."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -34,6 +33,7 @@ class LossWeighting(GradCallback):
 
     # None (read as "share") until a batch has shown which reading of a sample's loss the step means.
     _sample_loss = until_next_fit[SampleLoss](lambda _: None).saved()
+    _module = during_fit[pl.LightningModule]()
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
 
     def weigh(self, losses: SampleLosses) -> Tensor | None:
@@ -65,18 +65,12 @@ class LossWeighting(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
-            own = (
-                pl_module,
-                partial(self._weigh, pl_module),
-                self.asked,
-                self.samples_of,
-                self.acts,
-                self.needs_losses,
-            )
+            self._module = pl_module
+            own = (pl_module, self._weigh, self.asked, self.samples_of, self.acts, self.needs_losses)
             self.undo.push(reweight_losses(*own))
 
-    def _weigh(self, pl_module: pl.LightningModule, losses: SampleLosses) -> Tensor | None:
-        if is_repeated(pl_module):  # the objective must not change, and no loss is recorded
+    def _weigh(self, losses: SampleLosses) -> Tensor | None:
+        if is_repeated(self._module):  # the objective must not change, and no loss is recorded
             return None if self._weighted is None else self._weighted[1]
         weights = self.weigh(losses)
         self._weighted = None if weights is None else (losses, weights)
