@@ -1,7 +1,8 @@
-"""The cost of TrainingDoctor: ratios to a fit without it, while it watches and after it has stopped.
+"""The cost of TrainingDoctor, while it watches and after it has stopped, and of one look of each probe.
 
 All fits train with the same two callbacks. A fit with the doctor, one without it and one without it "again", which shows the
-noise, take turns step by step. The two batches of a fit whose events are recorded have a line of their own.
+noise, take turns step by step. The two batches of a fit whose events are recorded have a line of their own. A look of a probe
+is compared with a training step, and with a batch in evaluation where the budget says so.
 
 With one thread the script measures processor time, which excludes the time that other processes get.
 
@@ -23,7 +24,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -45,7 +46,16 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import GradientMonitor, NormClipping, TrainingDoctor
+from lightning_grad.callbacks import (
+    GradCAMLogger,
+    GradientDiversity,
+    GradientMonitor,
+    HessianSpectrum,
+    InputGradientLogger,
+    NormClipping,
+    TrainingDoctor,
+)
+from lightning_grad.core import ProbeCallback
 
 WATCH_BUDGET, AFTER_BUDGET = 1.02, 1.01
 SKIPPED, RECORDED = 1, 2  # batches before the first that the doctor times
@@ -53,6 +63,28 @@ FOREVER = 10**9  # batches
 SMALLEST = "the smallest step"
 STEPS = {SMALLEST: 300, "a residual convnet": 30, "a transformer": 12}
 Fit = Callable[[], list[Callback]]
+
+LOOKS = "Looks of probes"
+STEP, EVALUATION = "a training step of 32 images", "a batch of 32 images in evaluation"
+LOOKS_OF_A_ROUND = 3
+MAPS_BUDGET = 3.0  # batches in evaluation for the maps of eight images
+LOOKED_AT = 128  # images in the data set of the probes
+PROBES: dict[str, tuple[Callable[[], ProbeCallback], str, float | None]] = {
+    "GradCAMLogger, 8 images": (lambda: GradCAMLogger(every_n_steps=1, split="train"), EVALUATION, MAPS_BUDGET),
+    "GradCAMLogger, smooth_gradcam++, 8 images": (
+        lambda: GradCAMLogger("smooth_gradcam++", every_n_steps=1, split="train"),
+        EVALUATION,
+        None,
+    ),
+    "InputGradientLogger, 8 images": (
+        lambda: InputGradientLogger(every_n_steps=1, split="train"),
+        EVALUATION,
+        MAPS_BUDGET,
+    ),
+    "GradientDiversity, 32 images": (lambda: GradientDiversity(samples=32, every_n_steps=1), STEP, None),
+    "HessianSpectrum, 32 images": (lambda: HessianSpectrum(samples=32, every_n_steps=1), STEP, None),
+}
+"""Each probe with what a look is compared with, and the budget."""
 
 
 class Smallest(LightningModule):
@@ -147,6 +179,49 @@ def recording_row(name: str, plain: Row, rounds: int, clock: Clock) -> Row:
     return Row("TrainingDoctor, a recorded batch", milliseconds, ratio, baseline=plain.name)
 
 
+def look_rows(rounds: int, clock: Clock, chosen: Sequence[str] = tuple(PROBES)) -> list[Row]:
+    """Time one look of each probe at a residual convnet, next to a training step and a batch in evaluation."""
+    found: dict[str, list[float]] = {name: [] for name in (STEP, EVALUATION, f"{STEP}{AGAIN}", *chosen)}
+    for _ in range(rounds):
+        for name in found:
+            found[name] += _seconds_of(name, clock)
+    times = {name: median(each) for name, each in found.items()}
+    rows = [Row(STEP, 1000 * times[STEP], 1.0), Row(EVALUATION, 1000 * times[EVALUATION], 1.0, baseline=EVALUATION)]
+    again = f"{STEP}{AGAIN}"
+    rows.append(Row(again, 1000 * times[again], times[again] / times[STEP], baseline=STEP))
+    for name in chosen:
+        _, baseline, budget = PROBES[name]
+        rows.append(Row(name, 1000 * times[name], times[name] / times[baseline], budget, baseline=baseline))
+    return rows
+
+
+def _seconds_of(name: str, clock: Clock) -> list[float]:
+    """Return the seconds of a few steps, evaluations or looks."""
+    seed_everything(0, verbose=False)
+    module, batch = convnet()
+    if name.startswith(STEP):
+        return timed_fit(module, batch, LOOKS_OF_A_ROUND, [], clock)
+    data = TensorDataset(torch.randn(LOOKED_AT, 3, 32, 32), torch.randint(10, (LOOKED_AT,)))
+    if name == EVALUATION:
+        module.eval().to(clock.device)
+        images = data[:32][0].to(clock.device)
+        with torch.inference_mode():
+            return [clock.seconds(lambda: module(images)) for _ in range(1 + LOOKS_OF_A_ROUND)][1:]
+    probe, times = PROBES[name][0](), list[float]()
+    take: Callable[..., Any] = probe._take
+
+    def timed(*arguments: Any) -> Any:
+        start = clock.now()
+        outcome = take(*arguments)
+        times.append(clock.now() - start)
+        return outcome
+
+    vars(probe)["_take"] = timed
+    trainer = quiet_trainer(clock.device, max_epochs=-1, max_steps=LOOKS_OF_A_ROUND, callbacks=[probe])
+    trainer.fit(module, DataLoader(data, 32))
+    return times[1:] or times  # the first look also finds the loss of the step
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the tables and write them."""
     assert __doc__ is not None
@@ -165,6 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += step_rows(name, variant, callbacks, budget, max(1, options.rounds // 3), clock)
         rows.append(recording_row(name, rows[0], options.rounds, clock))
         show(f"Step of {name}", rows)
+    if not options.quick:
+        tables[LOOKS] = look_rows(max(1, options.rounds // 3), clock)
+        show(LOOKS, tables[LOOKS])
     show_missed(tables)
     write_tables(options, tables)
 

@@ -38,7 +38,7 @@ from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.optimizers import OptimizerCallback
 from lightning_grad.core.probe import ProbeCallback
-from lightning_grad.core.probe_reading import Picture, Reading
+from lightning_grad.core.probe_reading import Picture, Reading, Table
 from lightning_grad.core.probe_samples import ProbeLook
 from lightning_grad.core.progress import run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
@@ -90,6 +90,7 @@ __all__ = [
     "Stage",
     "StepClosure",
     "SubsetCallback",
+    "Table",
     "TrainingSet",
     "UndoList",
     "ViewedWeight",

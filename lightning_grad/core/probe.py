@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_MOST_KEPT = 8  # looks whose kept tensors are in checkpoints
+
+
 class ProbeCallback(GradCallback):
     """Calls :meth:`probe` on the same samples every few epochs or steps, without leaving a trace in the run.
 
@@ -50,6 +53,8 @@ class ProbeCallback(GradCallback):
     - ``way_out``: ends the error about losses that cannot be captured: what to do instead, as an
       imperative.
     - ``looks_on_all_ranks``: set it to True if the probe runs a step in which ranks communicate.
+    - ``credits_samples``: set it to True if the probe reports values by the index of a sample. A
+      ``collate_fn`` that changes the order of the samples then ends the fit.
 
     Args:
         samples: Number of samples to inspect, spread evenly over the set, or their indices.
@@ -69,16 +74,19 @@ class ProbeCallback(GradCallback):
 
     **Logs** what :meth:`probe` returns: scalars to all loggers, arrays as histograms and pictures
     as images to loggers that support them. Each look writes to the log folder one ``.npz`` file
-    with its arrays and one PNG file per picture. The end of the run adds a table of all scalars and
-    a figure.
+    with its arrays, one PNG file per picture and one CSV file per table. The end of the run adds a
+    table of all scalars and a figure.
 
-    **State.** The scalars of all looks, thinned, and whether a look is due.
+    **State.** The scalars of all looks, thinned, what the figure needs of up to eight looks, and
+    whether a look is due.
     """
 
     way_out: ClassVar[str] = "use a probe that needs no losses of samples"
     looks_on_all_ranks: ClassVar[bool] = False
+    credits_samples: ClassVar[bool] = False
 
     record = until_next_fit.of(RunRecord).saved()
+    kept_looks = until_next_fit[RunRecord](lambda _: RunRecord(_MOST_KEPT)).saved()
     _due = until_next_fit[dict[str, int] | None](lambda _: None).saved()  # epoch and step of the next look
     _is_rehearsed = during_fit.of(bool)
     _samples = during_fit[ProbeSamples]()
@@ -116,6 +124,10 @@ class ProbeCallback(GradCallback):
         """Return the reading of one look."""
         raise NotImplementedError(f"{type(self).__name__} must define probe(look).")
 
+    def loss_request(self) -> LossRequest:
+        """Return what the probe needs of the losses of the step."""
+        return LossRequest(self.display_name, way_out=self.way_out)
+
     def draw(self, record: RunRecord) -> Figure:
         """Return the figure of the whole run. Default: one panel for each scalar. Needs matplotlib."""
         return record.draw(self.display_name)
@@ -143,8 +155,9 @@ class ProbeCallback(GradCallback):
                 f"{self.display_name} inspects validation samples, but this fit has no validation. Define "
                 "validation_step and pass a validation loader to fit(), or set split='train'."
             )
-        asked = LossRequest(self.display_name, way_out=self.way_out)
-        self._samples = ProbeSamples(trainer, self.samples, self.split, self.loader_key, self.dataset, asked)
+        asked = self.loss_request()
+        choice = (self.samples, self.split, self.loader_key, self.dataset)
+        self._samples = ProbeSamples(trainer, *choice, asked, self.credits_samples)
 
     # The times of looks.
 
@@ -189,7 +202,10 @@ class ProbeCallback(GradCallback):
         self._due = None
         if outcome.numbers is None:
             return
-        self.record.add({"epoch": due["epoch"], "step": due["step"], **outcome.numbers})
+        place = {"epoch": due["epoch"], "step": due["step"]}
+        self.record.add({**place, **outcome.numbers})
+        if outcome.reading is not None and outcome.reading.kept:
+            self.kept_looks.add({**place, **outcome.reading.kept})
         self.record.save(trainer, self)
         folder = output_file(trainer, self.display_name, "")
         stem = None if folder is None else folder / f"step_{due['step']:08d}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from lightning_grad.core.probe_samples import ProbeLook, ProbeSamples
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional.plain_tensors import plain_tensor
-from lightning_grad.utilities.reporting import log_figure, log_histograms, log_many, log_picture
+from lightning_grad.utilities.reporting import log_figure, log_histograms, log_many, log_picture, log_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +55,23 @@ and call astype('uint8').
 
 
 @dataclass(frozen=True)
+class Table:
+    """A table of one look, such as one row for each sample.
+
+    Args:
+        rows: Rows with the same keys: numbers or strings.
+        pictures: uint8 array of shape (H, W) or (H, W, 3) for each row; W&B shows them in the table.
+
+    Example:
+        >>> Table([{"index": 0, "loss": 0.5}]).rows
+        [{'index': 0, 'loss': 0.5}]
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    pictures: Sequence[NDArray[np.uint8]] = ()
+
+
+@dataclass(frozen=True)
 class Reading:
     """The result of one look.
 
@@ -64,7 +81,10 @@ class Reading:
         arrays: Tensors or arrays by name: written to one ``.npz`` file per look, and logged as
             histograms.
         pictures: Pictures or matplotlib figures by name: written as PNG files, and logged as
-            images.
+            images. A function that returns a figure is called only if the figure can be shown.
+        tables: Tables by name: written as CSV files, and logged as tables.
+        kept: Small tensors that the figure of the whole run needs. ``kept_looks`` of the probe
+            holds those of some looks, spread over the run; they are part of checkpoints.
 
     Example:
         >>> Reading({"norm": 1.0}).scalars
@@ -73,7 +93,9 @@ class Reading:
 
     scalars: Mapping[str, float | Tensor] = field(default_factory=dict)
     arrays: Mapping[str, Tensor | NDArray[Any]] = field(default_factory=dict)
-    pictures: Mapping[str, Picture | Figure] = field(default_factory=dict)
+    pictures: Mapping[str, Picture | Figure | Callable[[], Figure]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    kept: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
@@ -93,13 +115,16 @@ def numbers_of(reading: Any, display_name: str) -> dict[str, float]:
                 f"{display_name}: the array {name!r} must be a tensor or an array; got {type(array).__name__}."
             )
     for name, picture in reading.pictures.items():
-        if not isinstance(picture, Picture) and not hasattr(picture, "savefig"):
+        if not isinstance(picture, Picture) and not hasattr(picture, "savefig") and not callable(picture):
             raise TypeError(
                 f"{display_name}: the picture {name!r} must be a Picture or a matplotlib Figure; got "
                 f"{type(picture).__name__}."
             )
+    for name, table in reading.tables.items():
+        if not isinstance(table, Table):
+            raise TypeError(f"{display_name}: the table {name!r} must be a Table; got {type(table).__name__}.")
     for name in ("epoch", "step"):
-        if name in reading.scalars:
+        if name in reading.scalars or name in reading.kept:
             raise TypeError(
                 f"{display_name}: no scalar can be named {name!r}, because the record has a column of that name. "
                 "Rename it."
@@ -124,7 +149,7 @@ def send_reading(
     key: Callable[[str], str],
     stem: Path | None,
 ) -> None:
-    """Log the numbers on every rank, and on rank zero the arrays and pictures, as media and files.
+    """Log the numbers on every rank, and on rank zero the rest, as media and files.
 
     Args:
         trainer: The trainer, at the step of the look.
@@ -149,6 +174,8 @@ def send_reading(
                 log_picture(trainer, key(name), picture.pixels, path, picture.caption)
             else:
                 log_figure(trainer, key(name), picture, path)
+        for name, table in reading.tables.items():
+            log_table(trainer, key(name), table.rows, stem.with_name(f"{stem.name}_{name}.csv"), table.pictures)
 
 
 def _as_array(array: Tensor | NDArray[Any]) -> NDArray[Any]:

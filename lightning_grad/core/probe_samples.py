@@ -7,21 +7,27 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.utilities import CombinedLoader
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
+from lightning_grad.core.losses.row_order import RowComparison, Seen, rows_of_batch
 from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
 from lightning_grad.core.samples.training_loaders import keys_of, refuse_key
 from lightning_grad.core.undo import UndoList
 from lightning_grad.data import random_streams
 from lightning_grad.utilities.batch_copies import copy_of
+from lightning_grad.utilities.batches import reordered
 from lightning_grad.utilities.checks import check_count, refuse_dataloader_iter
 from lightning_grad.utilities.reporting import counted
 
 Split = Literal["train", "val"]
 NOUNS = {"train": "training", "val": "validation"}
+_COMPARED = 8  # samples whose rows are compared in several orders
+_EXACTNESS = 1e-3  # relative difference of what a step computes for the same sample in another order
 _SEED = 0  # same in all looks, so that augmentation and the probe's random numbers repeat
 
 
@@ -38,6 +44,9 @@ class ProbeLook(Look):
         step: Step on the loggers' x axis.
         undo: Undo steps that run when the look ends, even after an error. Push ``handle.remove`` of
             each hook.
+        read: Reads samples by their indices as one batch, on the device.
+        batch_size: Batch size of the loader.
+        is_part: Whether the samples are from one of several loaders, so the step cannot be run.
     """
 
     trainer: pl.Trainer = field(kw_only=True)
@@ -46,6 +55,34 @@ class ProbeLook(Look):
     undo: UndoList = field(kw_only=True)
     read: Callable[[list[int]], Any] = field(kw_only=True, repr=False)
     batch_size: int = field(kw_only=True)
+    is_part: bool = field(kw_only=True, default=False)
+
+    def on(self, batch: Any) -> Look:
+        """Return a look at another batch of the same samples, for example with changed inputs."""
+        run = _runner(self.trainer, self.pl_module, batch, self.asked, self.is_part)
+        return Look(self.pl_module, batch, self.indices, self.total, run, self.asked, self.memory)
+
+    def refuse_moved_rows(self, rows: Callable[[Look], Tensor]) -> None:
+        """Raise if what the step computes for a sample does not follow it when the samples are reordered.
+
+        Args:
+            rows: Returns a value of each sample, (B, ...).
+
+        Raises:
+            RuntimeError: If the rows are in another order, or mix samples.
+        """
+        chosen = self.indices[:_COMPARED]
+        batch, function = self.read(chosen), "loss_fn" if self.asked.loss_fn else ""
+
+        def see(order: Tensor, seed: int) -> Seen:
+            random_streams.seed_streams(seed)
+            shown = reordered(copy_of(batch), order)
+            run = _runner(self.trainer, self.pl_module, shown, self.asked, self.is_part)
+            look = Look(self.pl_module, shown, chosen, self.total, run, self.asked)
+            return Seen(rows_of_batch(shown, len(chosen)), {"value": rows(look).detach()})
+
+        with random_streams.random_streams_kept():
+            RowComparison(self.asked, _EXACTNESS, function).compare(see, len(chosen))
 
     def parts(self, size: int | None = None) -> Iterator[Look]:
         """Yield the samples in smaller batches, to save memory.
@@ -57,7 +94,7 @@ class ProbeLook(Look):
         for start in range(0, len(self.indices), size):
             indices = self.indices[start : start + size]
             batch = self.read(indices)
-            run = _runner(self.trainer, self.pl_module, batch, self.asked)
+            run = _runner(self.trainer, self.pl_module, batch, self.asked, self.is_part)
             yield Look(self.pl_module, batch, indices, self.total, run, self.asked, self.memory)
 
 
@@ -120,6 +157,7 @@ class ProbeSamples:
         asked: Name of the technique and advice, for errors about losses that cannot be captured.
         at_most: Whether a smaller set is used as a whole. The samples are then read only in the parts of the look, not
             as one batch, because they may be many.
+        in_order: Whether the order of the samples in a batch must be that of their indices.
 
     Attributes:
         indices: Indices that were read; empty before the first look.
@@ -132,6 +170,7 @@ class ProbeSamples:
     dataset: Callable[[pl.Trainer], Any] | None
     asked: LossRequest
     at_most: bool = False
+    in_order: bool = False
     indices: list[int] = field(default_factory=list, init=False)
     _own: Any = field(default=None, init=False)
     _early: Any = field(default=None, init=False)
@@ -141,17 +180,28 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.display_name, self.at_most)
+        indices = chosen_samples(self.samples, total, self.split, self.asked.display_name, self.at_most)
         read = partial(self._read, loader, dataset)
         batch = None if self.at_most else read(indices)
+        if self.in_order and not self.indices:
+            self._refuse_other_order(batch, read(indices[::-1]), len(indices))
+        self.indices = indices
         is_part = self.split == "train" and self.loader_key is not None
         run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
         random_streams.seed_streams(_SEED)
         for module in pl_module.modules():
             random_streams.seed_generators(module, _SEED, depth=1)  # no deeper: the module refers to its Trainer
         look = (pl_module, batch, indices, total, run, self.asked)
-        size = _batch_size(loader)
-        return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
+        return ProbeLook(
+            *look,
+            trainer=self.trainer,
+            epoch=epoch,
+            step=step,
+            undo=undo,
+            read=read,
+            batch_size=_batch_size(loader),
+            is_part=is_part,
+        )
 
     def check(self) -> None:
         """Raise if the data has no indices, or the loader is not known."""
@@ -204,6 +254,16 @@ class ProbeSamples:
             loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
             self._early = getattr(loaders, "iterables", loaders)  # unwrap a CombinedLoader of either namespace
         return self._early
+
+    def _refuse_other_order(self, batch: Any, backwards: Any, samples: int) -> None:
+        """Raise if the batch is the same for samples read backwards, because the collate function sorts them."""
+        rows = list(zip(rows_of_batch(batch, samples), rows_of_batch(backwards, samples), strict=False))
+        is_same = all(torch.equal(one, other) for one, other in rows)
+        if is_same and not all(torch.equal(one, other.flip(0)) for one, other in rows):
+            raise RuntimeError(
+                f"{self.asked.display_name} reports values by the index of a sample, but collate_fn changes the order of "
+                "the samples in a batch. Make collate_fn keep the order, and sort in the module."
+            )
 
     def _refuse_without_indices(self, loader: Any, source: Any) -> None:
         is_indexed = hasattr(source, "__len__") and not isinstance(source, IterableDataset)

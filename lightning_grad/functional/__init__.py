@@ -23,6 +23,11 @@ from lightning_grad.functional.communication import *
 from lightning_grad.functional.data_pruning import *
 from lightning_grad.functional.diagnostics import *
 from lightning_grad.functional.gradients.errors import InseparableLossError
+from lightning_grad.functional.gradients.gradient_rows import (
+    PerSampleGradients,
+    RademacherProjection,
+    project_gradients,
+)
 from lightning_grad.functional.gradients.loss_capture import LossCapture
 from lightning_grad.functional.gradients.loss_functions import LossCall
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
@@ -40,8 +45,11 @@ __all__ = [
     "LossCapture",
     "LossTrace",
     "PerSampleGradientNorms",
+    "PerSampleGradients",
+    "RademacherProjection",
     "Terms",
     "per_sample_gradient_norms",
+    "project_gradients",
 ]
 __all__ += adversarial.__all__
 __all__ += clipping.__all__

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
+from lightning_grad.core import ProbeCallback
 from lightning_grad.testing import (
     BATCH,
     WIDTH,
@@ -74,8 +75,13 @@ def run(callbacks: list[Any], needs_indices: bool) -> tuple[Any, Any, list[Tenso
         if needs_indices
         else DataLoader(train, batch_size=None)
     )
+    validating = (
+        DataLoader(make_data(1, TRAINED), BATCH, collate_fn=as_dict)
+        if needs_indices
+        else DataLoader(validation, batch_size=None)
+    )
     trainer = make_trainer(callbacks=callbacks, max_epochs=EPOCHS)
-    trainer.fit(module, loader, DataLoader(validation, batch_size=None))
+    trainer.fit(module, loader, validating)
     return trainer, module, [*train.tensors(), *validation.tensors()]
 
 
@@ -92,7 +98,7 @@ def plain(needs_indices: bool) -> tuple[dict[str, Any], list[Tensor]]:
 
 @pytest.mark.parametrize("technique", [t for t in CANONICAL if t.has_neutral], ids=str)
 def test_at_its_neutral_setting_a_step_that_writes_into_its_batch_does_what_it_did(technique):
-    needs_indices = technique.kind.namespace == "data"
+    needs_indices = technique.kind.namespace == "data" or issubclass(technique.kind, ProbeCallback)
     trainer, module, data = run([technique.build_neutral()], needs_indices)
     expected, expected_data = plain(needs_indices)
     assert_identical(left_by(trainer, module), expected)
@@ -101,7 +107,8 @@ def test_at_its_neutral_setting_a_step_that_writes_into_its_batch_does_what_it_d
 
 @pytest.mark.parametrize("technique", CANONICAL, ids=str)
 def test_data_are_changed_by_the_step_alone(technique):
-    needs_indices = technique.kind.namespace == "data" or technique.name == "LearnedRounding"
+    reads_samples = issubclass(technique.kind, ProbeCallback) or technique.name == "LearnedRounding"
+    needs_indices = technique.kind.namespace == "data" or reads_samples
     start = start_of(make_writing())
     trainer, module, data = run([technique.build()], needs_indices)
     assert_trained(module, start)

@@ -17,7 +17,8 @@ from tests.contract.settings import CANONICAL, TECHNIQUES, Technique
 
 PAIRING = ("DataPruning", "InfoBatch", "UniformLearning")  # they credit values to indices
 DATA = [t for t in TECHNIQUES if t.name in (*PAIRING, "LossReweighting", "RepeatedRandomSubset")]
-OTHERS = [t for t in CANONICAL if t not in DATA]
+PROBES = [t for t in CANONICAL if getattr(t.kind, "credits_samples", False)]  # they show values of single samples
+OTHERS = [t for t in CANONICAL if t not in (*DATA, *PROBES)]
 BAD = 13  # a sample without a batch, and without a loss
 
 
@@ -130,6 +131,19 @@ def test_a_batch_that_is_none(technique):
     assert_finite(module)
     if technique.name == "DataPruning":
         assert_skipped(callback)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+@pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+@pytest.mark.parametrize("technique", PROBES, ids=str)
+def test_probes_that_credit_samples(technique):
+    changes = {"split": "train"}
+    with pytest.raises(RuntimeError, match=r"collate_fn changes the order.*Make collate_fn keep the order"):
+        run(technique, collate_fn=sort, changes=changes)
+    with pytest.raises((RuntimeError, ValueError), match=r"torch\.stack|label of each sample"):
+        run(technique, two_views, changes=changes)
+    assert_finite(run(technique, data=make_broken_data(), collate_fn=drop, changes=changes)[1])
+    assert_finite(run(technique, data=make_broken_data(), changes=changes)[1])
 
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")

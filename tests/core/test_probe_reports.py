@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
-from lightning_grad.core import Picture, ProbeLook, Reading, RunRecord
+from lightning_grad.core import Picture, ProbeLook, Reading, RunRecord, Table
 from lightning_grad.testing import fit
 from lightning_grad.utilities import reporting
 from tests.core.activation_norm import ActivationNorm
@@ -32,9 +32,12 @@ class Shows(ActivationNorm):
             "gray": Picture(gray, f"step {look.step}"),
             "color": Picture(np.stack([gray] * 3, -1)),
             "drawn": figure,
+            "late": lambda: figure,
         }
         half = found.arrays["norms"].bfloat16()
-        return Reading(found.scalars, {"norms": found.arrays["norms"], "half": half}, pictures)
+        arrays = {"norms": found.arrays["norms"], "half": half}
+        tables = {"rows": Table([{"index": index} for index in look.indices], [gray] * len(look.indices))}
+        return Reading(found.scalars, arrays, pictures, tables, {"norms": found.arrays["norms"]})
 
 
 def test_every_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,15 +62,17 @@ def test_every_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.
     assert logged == [(5, pytest.approx(expected[0])), (11, pytest.approx(expected[1]))]
     kinds = {key.removesuffix("/_type"): row[key] for row in history for key in row if key.endswith("/_type")}
     assert kinds["activations/norms"] == kinds["activations/half"] == "histogram"
-    assert {kinds[f"activations/{name}"] for name in ("gray", "color", "drawn", "figure")} == {"images/separated"}
-    assert kinds["activations/looks"] == "table-file"
+    assert {kinds[f"activations/{name}"] for name in ("gray", "color", "drawn", "late", "figure")} == {
+        "images/separated"
+    }
+    assert kinds["activations/looks"] == kinds["activations/rows"] == "table-file"
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(board.log_dir)
     events.Reload()
     tags = events.Tags()
-    assert {f"activations/{name}" for name in ("gray", "color", "drawn", "figure")} <= set(tags["images"])
+    assert {f"activations/{name}" for name in ("gray", "color", "drawn", "late", "figure")} <= set(tags["images"])
     assert {"activations/norms", "activations/half"} <= set(tags["histograms"])
     assert [event.step for event in events.Images("activations/gray")] == [5, 11]
     assert [event.step for event in events.Scalars("activations/norm")] == [5, 11]
@@ -75,11 +80,13 @@ def test_every_logger_gets_what_it_can_show(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_files_of_each_look_and_of_the_whole_run_are_in_the_folder_of_the_logs(tmp_path: Path) -> None:
-    fit([Shows("hidden", name="h")], logger=CSVLogger(tmp_path, name="", version=""), max_epochs=2)
+    probe = Shows("hidden", name="h")
+    fit([probe], logger=CSVLogger(tmp_path, name="", version=""), max_epochs=2)
+    assert [(row["step"], row["norms"].shape) for row in probe.kept_looks.kept] == [(5, (8,)), (11, (8,))]
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("shows_h*") if path.is_file()}
     assert names == {"shows_h.csv", "shows_h.png"}
     looks = {path.name for path in (tmp_path / "shows_h").iterdir()}
-    endings = (".npz", "_gray.png", "_color.png", "_drawn.png")
+    endings = (".npz", "_gray.png", "_color.png", "_drawn.png", "_late.png", "_rows.csv")
     assert looks == {f"step_{step:08d}{ending}" for step in (5, 11) for ending in endings}
     with np.load(tmp_path / "shows_h" / "step_00000005.npz", allow_pickle=False) as arrays:
         assert arrays["norms"].shape == (8,)
@@ -108,7 +115,7 @@ def test_without_matplotlib_and_pillow_all_but_figures_and_pictures_is_written(
     fit([Shows("hidden")], logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
     assert len([text for text in said if "Without figures: Shows." in text]) == 1
     assert (tmp_path / "shows.csv").is_file()
-    assert [path.name for path in (tmp_path / "shows").iterdir()] == ["step_00000005.npz"]
+    assert {path.name for path in (tmp_path / "shows").iterdir()} == {"step_00000005.npz", "step_00000005_rows.csv"}
     assert not list(tmp_path.rglob("*.png"))
 
 

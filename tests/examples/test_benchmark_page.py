@@ -30,7 +30,7 @@ TITLES = {
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
     "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
     "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
-    "diagnostics": tuple(diagnostics.MODELS),
+    "diagnostics": (*diagnostics.MODELS, diagnostics.LOOKS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),
         *(f"Memory, {name}" for name in PRUNING[:2]),

@@ -47,3 +47,11 @@ def test_variants_watch_and_stop():
         timed.append(sum(row["milliseconds"] > 0 for row in doctor.rows) > 0)
         assert (doctor.rows[0]["host_syncs"] is None) == (variant is diagnostics.watching)
     assert timed == [True, True]
+
+
+def test_looks_are_compared_with_steps(monkeypatch):
+    monkeypatch.setattr(diagnostics, "LOOKS_OF_A_ROUND", 1)
+    rows = diagnostics.look_rows(1, Clock("cpu"), ["GradCAMLogger, 8 images"])
+    assert [row.name for row in rows[2:]] == [f"{diagnostics.STEP}, again", "GradCAMLogger, 8 images"]
+    assert rows[-1].baseline == diagnostics.EVALUATION
+    assert all(row.milliseconds > 0 for row in rows)

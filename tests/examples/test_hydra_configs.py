@@ -99,7 +99,7 @@ QUIET = {
 }
 
 
-@pytest.mark.parametrize("word", [*CONDITIONERS, "gradient_monitor", "optimizer_swap", "tract"])
+@pytest.mark.parametrize("word", [*CONDITIONERS, "gradient_monitor", "optimizer_swap", "spike_rewind", "tract"])
 def test_snippet_of_what_reads_gradients_becomes_its_callback_and_trains(word: str) -> None:
     callback = instantiate_one(word)
     trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)
@@ -133,6 +133,10 @@ def test_snippet_of_what_chooses_samples_becomes_its_callback_and_chooses(
         ("accuracy_gradient_lr", "lr/scale"),
         ("adversarial_evaluation", "adversarial/val_acc"),
         ("adversarial_training", "adversarial/pgd_accuracy"),
+        ("gradcam", "explain/gradcam/confidence"),
+        ("gradient_diversity", "diversity/g_vendi"),
+        ("hessian_spectrum", "curvature/eigenvalue_1"),
+        ("input_gradients", "explain/input_gradients/top_share"),
     ],
 )
 def test_snippet_of_what_validates_becomes_its_callback_and_logs(word: str, logged: str) -> None:

@@ -16,6 +16,7 @@ from lightning_grad.callbacks.clipping.norm_clipping import NormClipping
 from lightning_grad.callbacks.clipping.normalized_gradient import NormalizedGradient
 from lightning_grad.callbacks.clipping.skip_non_finite import SkipNonFinite
 from lightning_grad.callbacks.clipping.spike_clipping import SpikeClipping
+from lightning_grad.callbacks.clipping.spike_rewind import SpikeRewind
 from lightning_grad.callbacks.clipping.value_clipping import ValueClipping
 from lightning_grad.callbacks.clipping.zclip import ZClip
 
@@ -31,6 +32,7 @@ __all__ = [
     "NormalizedGradient",
     "SkipNonFinite",
     "SpikeClipping",
+    "SpikeRewind",
     "ValueClipping",
     "ZClip",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.core.record import Row, RunRecord, panels, style_axis
 from lightning_grad.utilities.forward_order import ForwardOrder
-from lightning_grad.utilities.reporting import log_file, log_summary, output_file, send_alert
+from lightning_grad.utilities.reporting import listed, log_file, log_summary, output_file, send_alert
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 _MOST_COLUMNS = 256  # of the heat map
 _MOST_NAMES = 40  # of layers, next to the heat map
 _CLIPPED = 1.0 - 1e-5  # a smaller coefficient is not a rounding error
+_RECENT, _LEAST = 64, 8  # finite steps whose median is the usual norm, and how many it needs
+_MOST_SPIKES = 256
+_MOST_SAMPLES = 8  # indices in a message; the table has all
 _BAD = "#f7d4c0"  # light orange, behind the lines
 
 
@@ -32,6 +36,8 @@ class MonitorRecord(RunRecord):
         super().__init__(weight=_norm)
         self.clipped = self.skipped = 0  # steps
         self.layers = RunRecord(_MOST_COLUMNS)
+        self.reference: dict[str, float] = {}  # norm of each parameter's gradient at the last log step
+        self._recent: list[float] = []
         self._largest: float | None = None  # of the steps since the last log step, if there was one
 
     def add_step(self, step: int, before: float, after: float, skipped: bool, unclipped: float | None = None) -> None:
@@ -49,8 +55,14 @@ class MonitorRecord(RunRecord):
         self.skipped += skipped
         known = math.nan if self._largest is None else self._largest
         self._largest = before if math.isfinite(before) and not before <= known else known
+        if math.isfinite(before):
+            self._recent = [*self._recent, before][-_RECENT:]
         events = {"clipped": float(clipped), "skipped": float(skipped)}
         self.add({"step": step, "norm": before, "norm_after": after, **events})
+
+    def usual_norm(self) -> float | None:
+        """Return the median norm of the last finite steps; ``None`` while there are too few."""
+        return statistics.median(self._recent) if len(self._recent) >= _LEAST else None
 
     def add_layers(self, step: int, norms: Mapping[str, float]) -> None:
         """Add the norms of the layers at a log step."""
@@ -71,7 +83,8 @@ class MonitorRecord(RunRecord):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record in types that a checkpoint may hold."""
-        own = {"clipped": self.clipped, "skipped": self.skipped, "largest": self._largest}
+        own: dict[str, Any] = {"clipped": self.clipped, "skipped": self.skipped, "largest": self._largest}
+        own |= {"recent": list(self._recent), "reference": dict(self.reference)}
         return {**super().state_dict(), **own, "layers": self.layers.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -79,6 +92,7 @@ class MonitorRecord(RunRecord):
         super().load_state_dict(state)
         self.clipped, self.skipped, self._largest = state["clipped"], state["skipped"], state["largest"]
         self.layers.load_state_dict(state["layers"])
+        self._recent, self.reference = list(state["recent"]), dict(state["reference"])
 
     def draw(self, title: str) -> Figure:
         """Draw the norms of all steps, their changes, and a heat map of the layers."""
@@ -149,6 +163,21 @@ def _norm(row: Row) -> float:
     return float(row["norm"]) if math.isfinite(row["norm"]) else math.inf
 
 
+class SpikeTable(RunRecord):
+    """One row for each spike and non-finite step: where it was, the suspected parameter, and the samples of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__(_MOST_SPIKES, weight=_norm)
+
+    def note(self, optimizer: str, facts: Mapping[str, Any], order: ForwardOrder) -> None:
+        """Add a step of one optimizer, with the first of its suspects in the order of the forward pass."""
+        suspects: dict[str, float] = facts["suspects"]
+        first = order.sort(list(suspects))[0] if suspects else None
+        row = {key: facts[key] for key in ("step", "epoch", "batch_idx", "loss", "norm", "usual_norm")}
+        own = {"parameter": first, "growth": suspects.get(first or ""), "suspects": len(suspects)}
+        self.add({**row, "optimizer": optimizer, **own, "samples": " ".join(map(str, facts["samples"]))})
+
+
 class FirstBadStep:
     """The facts of the first step with a non-finite gradient, reported once."""
 
@@ -175,6 +204,8 @@ class FirstBadStep:
             f"{facts['batch_idx']}, loss {facts['loss']:g}: "
             f"{f'{count} bad parameters, starting with {parameter}' if count else parameter}."
         )
+        if facts["samples"]:
+            text += f" The batch has the samples {listed(facts['samples'], _MOST_SAMPLES)} of the training set."
         rank_zero_warn(f"{display_name}: {text}")
         log_summary(trainer, {key(f"first_bad_{fact}"): float(facts[fact]) for fact in ("step", "batch_idx")})
         path = output_file(trainer, display_name, "_first_bad_step.json")

@@ -18,16 +18,19 @@ from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 
 _MOST_ROWS = 4096  # waiting for a log step; a run that never logs waits for the device once per this many steps
 
+_ALMOST = 0.5  # times the largest growth: parameters with less are no suspects
+
 Named = Sequence[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class Place:
-    """The position of a step in the run: its number, the epoch, and the batch."""
+    """The position of a step in the run: its number, the epoch, the batch, and the indices of its samples, if known."""
 
     step: int
     epoch: int
     batch_idx: int
+    samples: tuple[int, ...] = ()
 
 
 class OptimizerWatch:
@@ -43,17 +46,31 @@ class OptimizerWatch:
         layer_depth: Join layers whose names agree in this many leading parts.
         record: Where numbers go.
         scaled: Whether a GradScaler skips steps that overflow; they then are not bad steps.
+        spike_factor: Multiple of the usual norm above which a step is a spike; ``None`` for none.
+
+    Attributes:
+        spikes: Steps found since they were last taken, each with the names of the suspected parameters.
     """
 
     def __init__(
-        self, optimizer: Optimizer, named: Named, layer_depth: int | None, record: MonitorRecord, scaled: bool
+        self,
+        optimizer: Optimizer,
+        named: Named,
+        layer_depth: int | None,
+        record: MonitorRecord,
+        scaled: bool,
+        spike_factor: float | None = None,
     ) -> None:
         self.record = record
         self.first_bad: dict[str, Any] = {}
+        self.spikes: list[dict[str, Any]] = []
+        self._spike_factor = spike_factor
+        self._norms: Tensor | None = None
         self._layer_depth = layer_depth
         self._scaled = scaled
-        # Place, numbers (norm before, norm before clipping, norm after, loss), and whether the step was skipped.
-        self._rows: list[tuple[Place, Tensor, bool]] = []
+        # Place, numbers (norm before, norm before clipping, norm after, loss), whether the step was skipped, and the
+        # norm of each parameter.
+        self._rows: list[tuple[Place, Tensor, bool, Tensor]] = []
         self._before: Tensor | None = None
         self._unclipped: Tensor | None = None
         self._details: dict[str, Tensor] = {}
@@ -94,7 +111,7 @@ class OptimizerWatch:
         self._before = self._unclipped = None
         if all(gradient is None for gradient in gradients):
             return None
-        norms = stack_norms(gradients)
+        norms = self._norms = stack_norms(gradients)
         self._before = torch.linalg.vector_norm(norms)
         self._remember_first_bad(norms, loss)
         if measured:
@@ -120,6 +137,7 @@ class OptimizerWatch:
         present = [(n, p, g) for n, p, g in zip(self.names, self.parameters, gradients, strict=True) if g is not None]
         weights = [plain_tensor(parameter).detach() for parameter in self.parameters]
         self._details = {"norm": self._join(norms), "weight_norm": self._join(stack_norms(weights))}
+        self._measured_norms = norms
         self._snapshot = [(p, weight.clone()) for p, weight in zip(self.parameters, weights, strict=True)]
         self._measure_vanishing(gradients, norms)
         pairs = [(g, self._previous[n]) for n, _, g in present if n in self._previous]
@@ -173,7 +191,8 @@ class OptimizerWatch:
         unclipped = before if self._unclipped is None else self._unclipped
         value = torch.full_like(before, math.nan) if loss is None else loss.detach().float().mean().to(before.device)
         numbers = [number.float() for number in (before, unclipped, after, value)]
-        self._rows.append((place, torch.stack(numbers), gone))
+        assert self._norms is not None
+        self._rows.append((place, torch.stack(numbers), gone, self._norms))
         if len(self._rows) >= _MOST_ROWS:
             self.drain()
 
@@ -198,13 +217,34 @@ class OptimizerWatch:
         if not self._rows:
             return
         numbers = torch.stack([row[1] for row in self._rows]).tolist()
-        for (place, _, skipped), (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
+        for (place, _, skipped, norms), (before, unclipped, after, loss) in zip(self._rows, numbers, strict=True):
             finite = math.isfinite(before)
+            usual = self.record.usual_norm()
             self.record.add_step(place.step, before, after, skipped or (self._scaled and not finite), unclipped)
-            expected = self._scaled and math.isfinite(loss)
-            if not finite and not expected and not self.first_bad:
-                self.first_bad = {**vars(place), "loss": loss, "norm": before, "parameters": self._bad_names()}
+            facts = {**vars(place), "samples": list(place.samples), "loss": loss, "norm": before}
+            is_bad = not finite and not (self._scaled and math.isfinite(loss))
+            if is_bad and not self.first_bad:
+                self.first_bad = {**facts, "parameters": self._bad_names()}
+            if is_bad or self._is_spike(before, usual):
+                self.spikes.append({**facts, "usual_norm": usual, "suspects": self._suspects(norms.tolist())})
         self._rows = []
+
+    def _is_spike(self, norm: float, usual: float | None) -> bool:
+        return self._spike_factor is not None and usual is not None and norm > self._spike_factor * usual
+
+    def _suspects(self, norms: Sequence[float]) -> dict[str, float]:
+        """Return the non-finite gradients, or those that grew at least half as much as the one that grew the most.
+
+        The growth is that since the last log step, or, before the first one, the norm itself.
+        """
+        named = dict(zip(self.names, norms, strict=False))
+        bad = {name: norm for name, norm in named.items() if not math.isfinite(norm)}
+        if bad:
+            return bad
+        known = self.record.reference
+        grown = {name: norm / (known.get(name) or math.inf) for name, norm in named.items()} if known else named
+        largest = max(grown.values(), default=0.0)
+        return {name: growth for name, growth in grown.items() if growth >= _ALMOST * largest and largest > 0}
 
     def _bad_names(self) -> list[str]:
         norms = [] if self._bad_norms is None else self._bad_norms.tolist()
@@ -216,6 +256,8 @@ class OptimizerWatch:
         self._details, self._snapshot = {}, []
         if not details or layers is None:
             return {}, {}
+        finite = zip(self.names, self._measured_norms.tolist(), strict=True)
+        self.record.reference = {name: norm for name, norm in finite if math.isfinite(norm) and norm > 0}
         flat = torch.cat([value.reshape(-1) for value in details.values()]).tolist()
         scalars, by_layer = {}, {}
         for key, value in details.items():

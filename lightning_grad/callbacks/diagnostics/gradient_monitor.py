@@ -20,12 +20,13 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._logits import LogitWatch
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
-from lightning_grad.callbacks.diagnostics._monitor_record import FirstBadStep, MonitorRecord
+from lightning_grad.callbacks.diagnostics._monitor_record import FirstBadStep, MonitorRecord, SpikeTable
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core import (
     GradCallback,
     Role,
+    check_above,
     check_count,
     during_fit,
     is_log_step,
@@ -36,12 +37,21 @@ from lightning_grad.core import (
 from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.core.roles import refuse_order
+from lightning_grad.core.samples.batch_indices import BatchIndices
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.forward_order import ForwardOrder, is_compiled
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape
 from lightning_grad.utilities.parameters import as_names, check_patterns
 from lightning_grad.utilities.precision import grad_scaler, true_loss
-from lightning_grad.utilities.reporting import counted, log_histograms, log_many, stepped_batches
+from lightning_grad.utilities.reporting import (
+    counted,
+    log_histograms,
+    log_many,
+    log_table,
+    output_file,
+    stepped_batches,
+    tolerated,
+)
 
 
 class GradientMonitor(GradCallback):
@@ -62,6 +72,8 @@ class GradientMonitor(GradCallback):
         max_layers: Largest number of layers with their own log keys; the heat map shows all.
         figure: Draw a figure at the end of the run. Needs matplotlib and a logger with a folder.
         alert: Send a W&B alert at the first non-finite gradient.
+        spike_factor: List steps whose norm exceeds this many times the median of the last 64.
+            None lists only non-finite ones. The default is a choice of this library.
         include: Names or wildcards of the parameters or modules to watch. Default: all.
         exclude: Names or wildcards of the parameters or modules not to watch.
         name: Name of this instance. Required if the Trainer has two of this class.
@@ -89,8 +101,10 @@ class GradientMonitor(GradCallback):
     layer: ``norm/...``, ``weight_norm/...`` and ``update_ratio/...`` (norm of the update divided by
     the norm of the weights), and histograms with the slow statistics. With several optimizers, keys
     begin with ``grad/optimizer<i>/`` and ``grad_layers/optimizer<i>/``. At the end: a figure and a
-    table. At the first non-finite gradient: a warning that names the parameter, the loss and the
-    batch, a file with these facts, and an alert.
+    table. The table ``spikes`` has one row for each spike and non-finite step: norm and usual norm,
+    the parameter whose gradient grew the most since the last log step (the first in the forward
+    pass), and the indices of the samples in the batch. At the first non-finite gradient: a warning
+    that names the parameter, the loss and the samples, a file with these facts, and an alert.
 
     **State.** The record and the averages of the noise scale. The cosine is missing at the first
     log step after a resume.
@@ -124,6 +138,9 @@ class GradientMonitor(GradCallback):
     _records = until_next_fit.of(dict[int, MonitorRecord])
     _noise = until_next_fit.of(NoiseScale)
     _first_bad = until_next_fit.of(FirstBadStep)
+    spikes = until_next_fit.of(SpikeTable).saved()
+    _indices = during_fit[BatchIndices]()
+    _drawn = during_fit.of(list[int])
     _watches = during_fit.of(list[OptimizerWatch])
     _vantage = during_fit[Vantage]()
     _loss = during_fit[Tensor | None](lambda _: None)
@@ -131,6 +148,7 @@ class GradientMonitor(GradCallback):
     _order = during_fit[ForwardOrder]()
     _logits = during_fit[LogitWatch | None](lambda _: None)
     _stepped = during_fit.of(bool)
+    _stepped_before = during_fit.of(bool)
     _meter = during_fit[NoiseScaleMeter](lambda self: NoiseScaleMeter(self._noise))
 
     def __init__(
@@ -142,6 +160,7 @@ class GradientMonitor(GradCallback):
         max_layers: int = 16,
         figure: bool = True,
         alert: bool = False,
+        spike_factor: float | None = 10.0,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
         name: str | None = None,
@@ -154,6 +173,7 @@ class GradientMonitor(GradCallback):
         self.max_layers = check_count(max_layers, 0, "max_layers")
         self.figure = figure
         self.alert = alert
+        self.spike_factor = check_above(spike_factor, 1.0, "spike_factor")
         self.include = as_names(include)
         self.exclude = as_names(exclude)
 
@@ -164,6 +184,7 @@ class GradientMonitor(GradCallback):
         super().setup(trainer, pl_module, stage)
         if self.fitting:
             refuse_order(trainer)
+            self._indices = BatchIndices(trainer, self.undo)
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -195,7 +216,9 @@ class GradientMonitor(GradCallback):
     def _watch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, index: int, optimizer: Optimizer) -> None:
         record = self._records.setdefault(index, MonitorRecord())
         named = named_parameters(pl_module, optimizer, self.include, self.exclude)
-        watch = OptimizerWatch(optimizer, named, self.layer_depth, record, scaled=grad_scaler(trainer) is not None)
+        watch = OptimizerWatch(
+            optimizer, named, self.layer_depth, record, grad_scaler(trainer) is not None, self.spike_factor
+        )
         self._watches.append(watch)
         self._watch_updates(watch)
 
@@ -240,7 +263,8 @@ class GradientMonitor(GradCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx)
+        self._drawn = [*([] if self._stepped_before else self._drawn), *self._indices.of_batch(batch_idx)]
+        self._place = Place(stepped_batches(trainer), trainer.current_epoch, batch_idx, tuple(self._drawn))
         self._order.watch()
         if is_log_step(trainer) and NoiseScaleMeter.why_not(trainer, pl_module) is None:
             self._meter.begin_batch(self._watches[0].parameters, batch)
@@ -301,7 +325,7 @@ class GradientMonitor(GradCallback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         if self._stepped and is_log_step(trainer):
             self._log_step(trainer, pl_module)
-        self._stepped, self._loss = False, None
+        self._stepped_before, self._stepped, self._loss = self._stepped, False, None
         if self._logits is not None:
             self._logits.forget()
 
@@ -325,12 +349,16 @@ class GradientMonitor(GradCallback):
             log_many(trainer, shown)
         seen = {} if self._logits is None else self._logits.read()
         self.log_scalars(pl_module, {**seen, **self._noise.read()})
+        self.spikes.save(trainer, self, "spikes")
         self._warn_of_first_bad(trainer)
 
     def _drain(self) -> None:
-        for watch in self._watches:
+        for index, watch in enumerate(self._watches):
             watch.drain()
             self._first_bad.note(watch.first_bad, self._order)
+            for facts in watch.spikes:
+                self.spikes.note(self._part(index) or "optimizer0", facts, self._order)
+            watch.spikes.clear()
 
     def _warn_of_first_bad(self, trainer: pl.Trainer) -> None:
         self._first_bad.warn(trainer, self.display_name, self.log_key, self.alert)
@@ -354,6 +382,7 @@ class GradientMonitor(GradCallback):
         with contextlib.suppress(Exception):
             self._drain()
             self._warn_of_first_bad(trainer)
+            self.spikes.save(trainer, self, "spikes", now=True)
             for index, watch in enumerate(self._watches):
                 watch.record.save(trainer, self, self._part(index), now=True)
 
@@ -367,5 +396,8 @@ class GradientMonitor(GradCallback):
                 summary = record.totals() if record.count else {}
                 draw = partial(record.draw, f"{self.display_name} {part}".rstrip())
                 record.report(trainer, self, draw, summary=summary, part=part)
+            with tolerated(self.display_name, "the table of spikes"):
+                path = output_file(trainer, self.display_name, "_spikes.csv")
+                log_table(trainer, self.log_key("spikes"), self.spikes.rows(), path)
             self._noise.write(trainer, self.log_key)
         super().teardown(trainer, pl_module, stage)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_grad.core.losses.given_functions import ANY_LOSS, LossRequest, call_of, checked_losses, with_graph
 from lightning_grad.core.losses.sample_losses import SampleLosses, only_loss, refuse_rest, terms_of, trace_of
-from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, PerSampleGradientNorms
+from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, PerSampleGradients
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 
 Measure = Callable[["Look"], Mapping[str, Tensor]]
@@ -155,10 +155,19 @@ class Look:
 
     def gradient_norms(self) -> tuple[Tensor, SampleLosses]:
         """Return the gradient norm of every sample, and the losses."""
+        return self._differentiated(lambda gradients, losses: gradients(losses))
+
+    def gradient_rows(self, receive: Callable[[str, int, Tensor], None]) -> SampleLosses:
+        """Send the gradient of every sample in blocks, as :meth:`PerSampleGradients.stream` does, and return the losses."""
+        return self._differentiated(lambda gradients, losses: gradients.stream(losses, receive))[1]
+
+    def _differentiated(
+        self, measure: Callable[[PerSampleGradients, Callable[[], Tensor]], Any]
+    ) -> tuple[Any, SampleLosses]:
         if self._is_first and self.asked.loss_fn is None:
             self.losses()
         if "norms" not in self.memory:
-            self.memory["norms"] = PerSampleGradientNorms(self.pl_module)
+            self.memory["norms"] = PerSampleGradients(self.pl_module)
         found: list[SampleLosses] = []
 
         def losses() -> Tensor:
@@ -167,12 +176,10 @@ class Look:
 
         try:
             with torch.enable_grad():
-                return self.memory["norms"](losses), found[0]
+                return measure(self.memory["norms"], losses), found[0]
         except (RuntimeError, ValueError) as error:  # it may be the step's own error, so only a note is added
-            display_name, way_out = self.asked.display_name, self.asked.way_out
-            error.add_note(
-                f"{display_name} was measuring the gradient of each sample. Use another score, or {way_out}."
-            )
+            name, advice = self.asked.display_name, self.asked.advice
+            error.add_note(f"{name} was measuring the gradient of each sample. If the module cannot change: {advice}")
             raise
 
     def features(self) -> tuple[Tensor, LossCall, nn.Linear]:

@@ -21,6 +21,7 @@ from lightning_grad.functional.clipping.normalized_gradient import normalize_gra
 from lightning_grad.functional.clipping.norms import clip_to_threshold_
 from lightning_grad.functional.clipping.skip_non_finite import nonfinite
 from lightning_grad.functional.clipping.spike_clipping import clip_spikes_
+from lightning_grad.functional.clipping.spike_rewind import is_spike
 from lightning_grad.functional.clipping.value_clipping import clip_value_
 from lightning_grad.functional.clipping.zclip import zclip_state, zclip_threshold_
 from lightning_grad.functional.gradients.total_norm import total_norm
@@ -36,6 +37,7 @@ __all__ = [
     "clip_spikes_",
     "clip_to_threshold_",
     "clip_value_",
+    "is_spike",
     "layer_limits",
     "noise_deviation",
     "nonfinite",

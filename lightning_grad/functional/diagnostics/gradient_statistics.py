@@ -5,6 +5,7 @@ The callback that logs them is :class:`lightning_grad.callbacks.GradientMonitor`
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -144,3 +145,41 @@ def zero_share(gradients: Sequence[Tensor]) -> Tensor:
         tensor(0.2500)
     """
     return share_of(gradient == 0 for gradient in gradients)
+
+
+def learning_rate_sensitivity(final_losses: Mapping[float, float], initial_loss: float) -> float:
+    r"""Return how much the final loss depends on the learning rate.
+
+    .. math::
+        \mathbb E_{\eta}\bigl[\min(\ell(\eta), \ell_0)\bigr] - \min_\eta \ell(\eta)
+
+    where :math:`\ell(\eta)` is the final loss of a run with learning rate :math:`\eta`, and :math:`\ell_0` the loss at
+    initialization. The mean is over :math:`\log \eta`, by the trapezoidal rule. A diverged run counts as
+    :math:`\ell_0`. Compare it between models over the same range of rates.
+
+    Args:
+        final_losses: Final loss of each run by its learning rate; nan and infinity if it diverged.
+        initial_loss: :math:`\ell_0`.
+
+    Raises:
+        ValueError: For fewer than two learning rates, one that is not above 0, or if all runs diverged.
+
+    Example:
+        >>> round(learning_rate_sensitivity({1e-3: 1.0, 1e-2: 0.5, 1e-1: float("nan")}, initial_loss=2.0), 6)
+        0.5
+
+    References:
+        Wortsman et al., "Small-scale proxies for large-scale Transformer training instabilities", 2023, arXiv 2309.14322,
+        section 2.2.
+    """
+    rates = sorted(final_losses)
+    if len(rates) < 2 or rates[0] <= 0:
+        raise ValueError(f"final_losses must have at least two learning rates above 0; got {rates}.")
+    losses = [
+        min(final_losses[rate], initial_loss) if math.isfinite(final_losses[rate]) else initial_loss for rate in rates
+    ]
+    if not any(math.isfinite(final_losses[rate]) for rate in rates):
+        raise ValueError("All runs diverged. Add runs with smaller learning rates.")
+    logs = [math.log(rate) for rate in rates]
+    areas = [(b - a) * (x + y) / 2 for (a, b), (x, y) in zip(pairwise(logs), pairwise(losses), strict=True)]
+    return sum(areas) / (logs[-1] - logs[0]) - min(losses)

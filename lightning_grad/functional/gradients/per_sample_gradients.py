@@ -23,10 +23,11 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.gradients._ghost import graph
+from lightning_grad.functional.gradients._ghost.contributions import Contribution
 from lightning_grad.functional.gradients._ghost.layouts import Layout, candidates
 from lightning_grad.functional.gradients._ghost.outline import Outline, outline_of
 from lightning_grad.functional.gradients._ghost.sums import SquaredNorms
-from lightning_grad.functional.gradients._ghost.tracer import Key, Leaf, Tracer, Use
+from lightning_grad.functional.gradients._ghost.tracer import Key, Leaf, Source, Tracer, Use
 
 _PROBES = 8  # samples to probe before an undecided layout is accepted
 _RUNS = 12  # largest number of forward passes for the first batch; each but the last learns something
@@ -237,18 +238,31 @@ class PerSampleGradientNorms:
 
     def _measure(self, tracer: Tracer) -> Tensor:
         """Return the norms: by rules, and by one backward pass per sample for parameters without a rule."""
-        losses, ends = tracer.losses, tracer.ends
+        rest, entries = self._without_rule(tracer)
+        sums = SquaredNorms(tracer.uses, tracer.parameters, self._like(tracer))
+        if rest:
+            sums.total += graph.squared_norms_by_backward(tracer.losses, list(rest.values()), entries)
+        self._add_up(tracer, sums.add)
+        return sums.finish().clamp(min=0).sqrt()
+
+    def _without_rule(self, tracer: Tracer) -> tuple[Mapping[str, Tensor], int]:
+        """Return the parameters without a rule, and the entries of memory that a backward pass to them needs."""
+        ends = tracer.ends
         rest = {name: p for name, p in tracer.parameters.items() if id(p) in ends}
         self._report(tracer, {name: ends[id(p)] for name, p in rest.items()})
-        is_double = any(tensor.dtype == torch.float64 for tensor in (losses, *tracer.parameters.values()))
-        dtype = torch.float64 if is_double else torch.float32
-        like = losses.detach().to(dtype)
-        sums = SquaredNorms(tracer.uses, tracer.parameters, like)
-        if rest:
-            if self._fallback == "raise":
-                raise RuntimeError(_uncovered_message({name: self._coverage[name] for name in rest}))
-            largest = max([p.numel() for p in rest.values()] + [math.prod(use.shape) for use in tracer.uses])
-            sums.total += graph.squared_norms_by_backward(losses, list(rest.values()), 4 * largest)
+        if rest and self._fallback == "raise":
+            raise RuntimeError(_uncovered_message({name: self._coverage[name] for name in rest}))
+        sizes = [*(p.numel() for p in rest.values()), *(math.prod(use.shape) for use in tracer.uses)]
+        return rest, 4 * max(sizes, default=1)
+
+    def _like(self, tracer: Tracer) -> Tensor:
+        """Return a tensor (B,) with the dtype and device of the results."""
+        is_double = any(tensor.dtype == torch.float64 for tensor in (tracer.losses, *tracer.parameters.values()))
+        return tracer.losses.detach().to(torch.float64 if is_double else torch.float32)
+
+    def _add_up(self, tracer: Tracer, add: Callable[[Source, Contribution], None]) -> None:
+        """Run the backward pass, and hand on the contribution of each use of a parameter."""
+        losses, dtype = tracer.losses, self._like(tracer).dtype
 
         def receive(use: Use, gradient: Tensor) -> None:
             layout = use.layout
@@ -260,12 +274,11 @@ class PerSampleGradientNorms:
                 return split.to(dtype) if split.is_floating_point() else split
 
             for source, term in use.terms:
-                sums.add(source, term(gradient, rows))
+                add(source, term(gradient, rows))
             use.release()
 
         if tracer.uses:
             tracer.backward(losses, receive, retain_graph=False)
-        return sums.finish().clamp(min=0).sqrt()
 
     def _report(self, tracer: Tracer, rest: Mapping[str, Leaf]) -> None:
         """Update the coverage of the parameters; ``rest`` are those measured by autograd."""

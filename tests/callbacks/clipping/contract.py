@@ -83,6 +83,17 @@ ENTRIES = [
             ({"max_warnings": -1}, "max_warnings must be at least 0"),
         ),
     ),
+    Technique(
+        "SpikeRewind",
+        compile=True,
+        wrong=(
+            ({"window": 0}, "window must be at least 1"),
+            ({"copies": 0}, "copies must be at least 1"),
+            ({"window": 2, "copies": 3}, "window must be at least copies=3; got 2"),
+            ({"factor": 1.0}, "factor must be above 1"),
+            ({"max_in_row": 0}, "max_in_row must be at least 1"),
+        ),
+    ),
     conditioner(
         "GradientNoise",
         together=True,

@@ -20,7 +20,7 @@ from lightning_grad.callbacks import GradientMonitor, GradientNoise, NormClippin
 from lightning_grad.callbacks.diagnostics._logits import LogitProbe
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.functional import total_norm
-from lightning_grad.testing import fit, make_classifier, make_trainer
+from lightning_grad.testing import ResumableLoader, fit, make_classifier, make_trainer
 from lightning_grad.utilities import reporting
 from tests.wandb_offline import read_history
 
@@ -562,3 +562,95 @@ def test_state_survives_a_round_trip():
 def test_noise_behind_clipping_is_on_the_side_of_after(tmp_path):
     rows = monitored(tmp_path, NormClipping(1e-3), GradientNoise(eta=1.0))
     assert all(row["grad/norm_after"] > 1.0 for row in rows)
+
+
+# Spikes and their culprits.
+
+
+class Scaled(pl.LightningModule):
+    """Two layers and a part that only large inputs reach; logs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, factor = batch
+        hidden = self.first(x).tanh()
+        return (F.cross_entropy(self.second(hidden), y, reduction="none") * factor).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+def spiky(factor: float, at: int = 77, amount: int = 100) -> TensorDataset:
+    x = torch.randn(amount, 4, generator=torch.Generator().manual_seed(0))
+    factors = torch.ones(amount)
+    factors[at] = factor
+    return TensorDataset(x, torch.arange(amount) % 3, factors)
+
+
+def monitor_spikes(data: Any, folder: Path, *callbacks: Any, ckpt: Any = None, **arguments: Any) -> GradientMonitor:
+    pl.seed_everything(1, verbose=False)
+    monitor = GradientMonitor(logits=False, histograms=False)
+    logger = CSVLogger(folder, name="", version="")
+    saves = any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in callbacks)
+    arguments = {"max_epochs": 1, "log_every_n_steps": 5, "logger": logger, "enable_checkpointing": saves, **arguments}
+    trainer = make_trainer(callbacks=[*callbacks, monitor], **arguments)
+    trainer.fit(Scaled(), ResumableLoader(data, 4), ckpt_path=ckpt)
+    return monitor
+
+
+def test_a_spike_is_listed_with_its_parameter_and_the_samples_of_its_batch(tmp_path):
+    monitor = monitor_spikes(spiky(2000.0), tmp_path)
+    rows = list(csv.DictReader((tmp_path / "gradient_monitor_spikes.csv").read_text().splitlines()))
+    (row,) = rows
+    assert (row["step"], row["batch_idx"], row["samples"]) == ("19", "19", "76 77 78 79")
+    assert float(row["norm"]) > 10 * float(row["usual_norm"]) > 0
+    assert row["parameter"] in dict(Scaled().named_parameters())
+    assert float(row["growth"]) > 10
+    assert not (tmp_path / "gradient_monitor_first_bad_step.json").exists()
+    assert monitor.spikes.count == 1
+    assert monitor_spikes(spiky(1.0), tmp_path / "well").spikes.count == 0, "an ordinary run has none"
+    assert not (tmp_path / "well" / "gradient_monitor_spikes.csv").exists()
+
+
+def test_the_suspect_is_the_parameter_whose_gradient_grew(tmp_path):
+    class Grows(Scaled):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y, factor = batch
+            hidden = self.first(x).tanh()
+            more = (factor[:, None] - 1) * hidden.detach()  # only the second weight sees the factor
+            return F.cross_entropy(self.second(hidden) + more @ self.second.weight.mT, y)
+
+    rows = []
+    for kind in (Grows, Scaled):
+        monitor = GradientMonitor(logits=False, histograms=False)
+        pl.seed_everything(1, verbose=False)
+        make_trainer(callbacks=[monitor], max_epochs=1, log_every_n_steps=5).fit(kind(), DataLoader(spiky(-3000.0), 4))
+        rows.append(monitor.spikes.kept[0])
+    assert rows[0]["parameter"] == "second.weight"
+    assert rows[1]["parameter"] != "second.weight", "where all grow alike, the first in the forward pass is named"
+
+
+@pytest.mark.filterwarnings("ignore:GradientMonitor. the gradient was not finite")
+def test_samples_of_a_bad_step_are_those_of_all_its_batches(tmp_path):
+    monitor = monitor_spikes(spiky(math.nan), tmp_path, accumulate_grad_batches=2)
+    facts = json.loads((tmp_path / "gradient_monitor_first_bad_step.json").read_text())
+    assert facts["samples"] == list(range(72, 80))
+    assert monitor.spikes.kept[0]["samples"] == "72 73 74 75 76 77 78 79"
+    with pytest.warns(UserWarning, match=r"The batch has the samples 76, 77, 78, 79 of the training set\."):
+        monitor_spikes(spiky(math.nan), tmp_path / "single")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("every", [3, 7])
+def test_spikes_do_not_depend_on_checkpoints_and_resuming(every, tmp_path):
+    whole = monitor_spikes(spiky(2000.0), tmp_path / "whole", max_epochs=2)
+    assert whole.spikes.count == 2
+    saving = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=every, save_top_k=-1)
+    saved = monitor_spikes(spiky(2000.0), tmp_path / "saved", saving, max_epochs=2)
+    assert saved.spikes.rows() == whole.spikes.rows()
+    path = next(tmp_path.glob(f"*step={every * 2}.ckpt"))
+    resumed = monitor_spikes(spiky(2000.0), tmp_path / "resumed", ckpt=path, max_epochs=2)
+    assert resumed.spikes.rows() == whole.spikes.rows()

@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_grad.functional import gradient_cosine, moment_signal_to_noise, noise_scale_terms, zero_share
+from lightning_grad.functional import (
+    gradient_cosine,
+    learning_rate_sensitivity,
+    moment_signal_to_noise,
+    noise_scale_terms,
+    zero_share,
+)
 from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 from tests.functional.ranks import on_two_ranks
 
@@ -150,3 +156,19 @@ def test_averages_of_noise_terms_ignore_what_is_not_finite() -> None:
     assert averages is not None
     assert averages.tolist() == [0.75 * 4.0 + 0.25 * 2.0, 0.75 * 2.0 + 0.25 * 1.0]
     assert average_noise_terms(None, bad, decay=0.75).isnan().all()
+
+
+def test_learning_rate_sensitivity_is_the_mean_over_logs_above_the_best() -> None:
+    assert learning_rate_sensitivity({0.1: 1.0, 1.0: 1.0, 0.01: 1.0}, 2.0) == 0
+    # Over two decades: means 1.0 and 2.0, the second cut at the initial loss of 2.5; the best is 0.5.
+    assert learning_rate_sensitivity({1e-3: 1.5, 1e-2: 0.5, 1e-1: 9.0}, 2.5) == pytest.approx((1.0 + 1.5) / 2 - 0.5)
+    uneven = learning_rate_sensitivity({1e-3: 1.0, 1e-2: 0.5, 1e-1: 0.5, 1.0: 0.5}, 2.0)
+    assert uneven == pytest.approx((0.75 + 0.5 + 0.5) / 3 - 0.5)
+    assert learning_rate_sensitivity({1e-3: 1.0, 1e-2: float("inf")}, 2.0) == pytest.approx(0.5)
+    for losses, words in (
+        ({0.1: 1.0}, "at least two"),
+        ({0.0: 1.0, 1.0: 1.0}, "above 0"),
+        ({0.1: math.nan, 1.0: math.inf}, "diverged"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            learning_rate_sensitivity(losses, 2.0)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_grad.functional.gradients._ghost.layouts import Layout, belongs_to, candidates
 from lightning_grad.functional.gradients._ghost.sums import connected
 from lightning_grad.functional.gradients._ghost.tracer import Source
+from lightning_grad.functional.gradients.gradient_rows import PerSampleGradients
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
 from tests.cases import cases
 
@@ -40,7 +41,7 @@ def assert_exact(
 ) -> dict[str, str]:
     """Compare batches of several sizes, the last ones partial, and return the coverage."""
     module = module.to(dtype).eval()
-    norms = PerSampleGradientNorms(module)
+    norms, rows = PerSampleGradientNorms(module), PerSampleGradients(module)
     for samples in sizes:
         inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in draw(samples))
 
@@ -51,12 +52,32 @@ def assert_exact(
 
         expected = reference(module, compute_losses())
         found = norms(compute_losses)
+        if dtype == torch.float64:
+            assert_rows(module, rows, compute_losses)
         assert found.dtype == dtype
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[dtype], atol=1e-12)
         assert expected.min() > 0
         if samples > 1:
             assert expected.max() / expected.min() > 1.0001  # norms that were all the same would show little
     return dict(norms.coverage)
+
+
+def assert_rows(module: nn.Module, gradients: PerSampleGradients, compute_losses: Callable[[], Tensor]) -> None:
+    """Compare all blocks of the stream with one backward pass for each sample."""
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    losses = compute_losses()
+    found = {name: p.new_zeros(len(losses), p.numel()) for name, p in parameters.items()}
+
+    def receive(name: str, start: int, block: Tensor) -> None:
+        assert block.shape[1] == parameters[name].numel()
+        found[name][start : start + len(block)] += block
+
+    gradients.stream(compute_losses, receive)
+    for row, loss in enumerate(losses):
+        each = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for (name, parameter), gradient in zip(parameters.items(), each, strict=True):
+            expected = torch.zeros_like(parameter) if gradient is None else gradient.to_dense()
+            torch.testing.assert_close(found[name][row], expected.flatten(), rtol=1e-9, atol=1e-12, msg=name)
 
 
 def images(*shape: int) -> Draw:

@@ -26,6 +26,7 @@ from lightning_grad.functional.gradients._ghost.contributions import (
 )
 from lightning_grad.functional.gradients._ghost.convolutions import convolution
 from lightning_grad.functional.gradients._ghost.layers import BY_NAME, addmm, getitem, linear, matmul
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 Rule = Callable[..., Binding | None]
 
@@ -181,6 +182,10 @@ def find_binding(function: Any, is_source: IsSource, args: Sequence[Any], kwargs
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
     """
+
+    def _plain(value: Any) -> Any:  # a tensor of a class of its own may not allow what a rule does with it
+        return plain_tensor(value) if isinstance(value, Tensor) and not is_source(value) else value
+
     if function in TWO_SIDED_RULES:
         rule: Rule = partial(TWO_SIDED_RULES[function], is_source)
     elif function in RULES:
@@ -188,6 +193,6 @@ def find_binding(function: Any, is_source: IsSource, args: Sequence[Any], kwargs
     else:
         return None
     try:
-        return rule(*args, **kwargs)
+        return rule(*(_plain(each) for each in args), **{name: _plain(each) for name, each in kwargs.items()})
     except TypeError:  # the rule does not know this way of calling, or an option such as out=
         return None

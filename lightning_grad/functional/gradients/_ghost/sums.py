@@ -101,14 +101,14 @@ class SquaredNorms:
             sums = [leaf.new_zeros(stop - start, *leaf.shape, dtype=self.total.dtype) for leaf in leaves]
             for source, contributions in parts:
                 rows = add_up(contributions, start, stop).view(stop - start, *source.tensor.shape)
-                for total, gradient in zip(sums, _carried(source.tensor, leaves, rows), strict=True):
+                for total, gradient in zip(sums, carried(source.tensor, leaves, rows), strict=True):
                     if gradient is not None:
                         total += gradient
             for total in sums:
                 self.total[start:stop] += sum_squares(total).to(self.total)
 
 
-def _carried(tensor: Tensor, leaves: list[Tensor], rows: Tensor) -> list[Tensor | None]:
+def carried(tensor: Tensor, leaves: list[Tensor], rows: Tensor) -> list[Tensor | None]:
     if tensor.grad_fn is None:  # the tensor is a parameter
         return [rows if leaf is tensor else None for leaf in leaves]
     return rows_of_jacobian(tensor, leaves, rows.to(tensor.dtype))

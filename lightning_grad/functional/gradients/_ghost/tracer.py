@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_grad.functional.gradients._ghost.contributions import Binding, Term
 from lightning_grad.functional.gradients._ghost.layouts import Layout
 from lightning_grad.functional.gradients._ghost.rules import find_binding
-from lightning_grad.functional.plain_tensors import tensors_in
+from lightning_grad.functional.plain_tensors import dressed, plain_tensor, tensors_in
 
 Key = tuple[str, tuple[str, ...], int]  # operation, parameters, number of earlier calls of these
 
@@ -262,7 +262,9 @@ class Tracer(TorchFunctionMode):
         named = {name: constants.get(id(value), value) for name, value in kwargs.items()}
         out = (binding.call or func)(*(constants.get(id(value), value) for value in args), **named)
         if not out.requires_grad:  # only the detached sources required grad, so no gradient would reach the hook
-            out = _Root.apply(out.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
+            own = plain_tensor(out)  # a class of its own may not allow detach()
+            root = _Root.apply(own.detach(), self.anchor, binding.aliases)  # type: ignore[no-untyped-call]
+            out = root if own is out else dressed(root, out)
         batchless = not any(tensor.requires_grad for tensor in others)
         use = Use(key, terms, tuple(out.shape), binding.dims(out.shape), batchless, kept, out.grad_fn)
         self.uses.append(use)

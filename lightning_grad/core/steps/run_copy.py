@@ -1,0 +1,118 @@
+"""A copy of everything that a training step changes, to which a run can go back."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_grad.data.random_streams import random_states, set_random_states
+
+
+def take_copy(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+    """Return a copy of weights, buffers, optimizers, schedulers, the GradScaler and random states.
+
+    It consists of tensors, numbers, strings, lists and dicts, as far as the schedulers' own states do, so a checkpoint
+    may hold it. Tensors stay on their devices.
+
+    Args:
+        trainer: The trainer, between two steps.
+        pl_module: Its module.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return {
+        "tensors": {name: tensor.detach().clone() for name, tensor in _tensors(pl_module)},
+        "optimizers": [_copy_of(optimizer) for optimizer in trainer.optimizers],
+        "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+        "scaler": {} if scaler is None else dict(scaler.state_dict()),
+        "random": _plain_random_states(),
+    }
+
+
+@torch.no_grad()
+def go_back(trainer: pl.Trainer, pl_module: pl.LightningModule, taken: Mapping[str, Any]) -> None:
+    """Restore in place what :func:`take_copy` copied; the copy can be used again.
+
+    Args:
+        trainer: The trainer, between two steps.
+        pl_module: Its module.
+        taken: The copy.
+    """
+    for name, tensor in _tensors(pl_module):
+        if name in taken["tensors"]:
+            tensor.detach().copy_(taken["tensors"][name])
+    for optimizer, saved in zip(trainer.optimizers, taken["optimizers"], strict=True):
+        _restore(optimizer, saved)
+    for config, state in zip(trainer.lr_scheduler_configs, taken["schedulers"], strict=True):
+        config.scheduler.load_state_dict(copy.deepcopy(state))
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        scaler.load_state_dict(dict(taken["scaler"]))
+    if "random" in taken:
+        _set_random_states(taken["random"])
+
+
+def _tensors(pl_module: pl.LightningModule) -> Iterator[tuple[str, Tensor]]:
+    yield from pl_module.named_parameters()
+    yield from pl_module.named_buffers()
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _copy_of(optimizer: Optimizer) -> dict[str, Any]:
+    states = [optimizer.state.get(parameter) for parameter in _parameters(optimizer)]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return {"states": [None if state is None else _copied(state) for state in states], "groups": _copied(groups)}
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copied(child) for key, child in value.items()}
+    if isinstance(value, (list, tuple)):  # a checkpoint loads no tuples by default
+        return [_copied(child) for child in value]
+    return copy.deepcopy(value)
+
+
+def _restore(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    for parameter, state in zip(_parameters(optimizer), saved["states"], strict=True):
+        if state is None:
+            optimizer.state.pop(parameter, None)
+        else:
+            _put_back(optimizer.state[parameter], state)
+    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+        _put_back(group, values, keep=("params",))
+
+
+def _put_back(held: dict[Any, Any], saved: Mapping[Any, Any], keep: tuple[str, ...] = ()) -> None:
+    """Write saved values into a dictionary; tensors in place, because others may hold them."""
+    for key in [key for key in held if key not in saved and key not in keep]:
+        del held[key]
+    for key, value in saved.items():
+        own = held.get(key)
+        if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+            own.detach().copy_(value)
+        else:
+            held[key] = tuple(value) if isinstance(own, tuple) else _copied(value)
+
+
+def _plain_random_states() -> dict[str, Any]:
+    (version, words, gauss), (kind, keys, *rest), cpu, cuda = random_states()
+    python = [version, list(words), gauss]
+    return {"python": python, "numpy": [kind, keys.tolist(), *rest], "cpu": cpu, "cuda": cuda and list(cuda)}
+
+
+def _set_random_states(saved: Mapping[str, Any]) -> None:
+    version, words, gauss = saved["python"]
+    kind, keys, *rest = saved["numpy"]
+    numpy = (kind, np.array(keys, dtype=np.uint32), *rest)
+    cpu, cuda = saved["cpu"].cpu(), saved["cuda"]
+    devices = None if cuda is None else [state.cpu() for state in cuda]
+    set_random_states(((version, tuple(words), gauss), numpy, cpu, devices))
