@@ -58,7 +58,14 @@ from benchmarks.common import (
 )
 from benchmarks.rows import AGAIN, Row
 from lightning_grad import callbacks
-from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, NormClipping, SpikeClipping, ZClip
+from lightning_grad.callbacks import (
+    AdaptiveGradientClipping,
+    AutoClip,
+    NormalizedGradient,
+    NormClipping,
+    SpikeClipping,
+    ZClip,
+)
 from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.functional import (
     add_gradient_noise_,
@@ -73,6 +80,7 @@ from lightning_grad.functional import (
     clip_value_,
     layer_limits,
     nonfinite,
+    normalize_gradients_,
     normalize_layers_,
     total_norm,
     zclip_state,
@@ -87,6 +95,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 }
 PASS_BUDGET, UNCLIPPED_BUDGET, SPIKES_BUDGET, FEW_SPIKES_BUDGET = 1.15, 0.55, 2.5, 1.2
 NORM_BUDGET, STATISTICS_BUDGET, AGC_BUDGET, MONITOR_BUDGET, PUBLISHED_FACTOR = 1.0, 1.5, 0.6, 1.03, 3.0
+NORMALIZE_BUDGET = 1.05  # of norm clipping
 NORM, MAX_NORM, CLIP_VALUE, RATIO, EPS = 5.0, 1.0, 1e-3, 0.01, 1e-3  # NORM: joint norm of all gradients
 WINDOW, FEW, PERCENTILE = 4096, 16, 10.0
 MEAN, VARIANCE, Z_THRESHOLD, ALPHA = 1.0, 0.04, 2.5, 0.97
@@ -241,6 +250,7 @@ def function_cases(found: Gradients, tiny: bool) -> list[Case]:
         Case(f"{TORCH_NORM}, again", lambda: clip_grad_norm_(p, MAX_NORM, foreach=True)),
         Case("clip_norm_", lambda: clip_norm_(g, MAX_NORM), budget=NORM_BUDGET),
         Case("clip_norm_ below its limit", lambda: clip_norm_(g, 2 * NORM), budget=unclipped),
+        Case("normalize_gradients_", lambda: normalize_gradients_(g), budget=NORMALIZE_BUDGET),
         Case(FULL_WINDOW, autoclip_of(g, WINDOW), budget=STATISTICS_BUDGET),
         Case(EMPTY_WINDOW, autoclip_of(g, FEW), budget=STATISTICS_BUDGET),
         Case("ZClip", zclip_of(g), budget=STATISTICS_BUDGET),
@@ -270,6 +280,7 @@ def layers_of(found: Gradients) -> list[Case]:
     return [
         Case("clip_layers_", lambda: clip_layers_(g, index, layer_limits(sizes, MAX_NORM))),
         Case("normalize_layers_", lambda: normalize_layers_(g, p, index, count)),
+        Case("normalize_gradients_, each layer", lambda: normalize_gradients_(g, index, count)),
     ]
 
 
@@ -363,6 +374,7 @@ def hook_rows(shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock) -> l
     hooks: dict[str, GradientConditioner] = {
         "NormClipping": NormClipping(MAX_NORM),
         "AutoClip": AutoClip(PERCENTILE, WINDOW),
+        "NormalizedGradient": NormalizedGradient(),
         "ZClip": ZClip(),
         "AdaptiveGradientClipping": AdaptiveGradientClipping(RATIO, EPS, head=None),
     }
@@ -373,6 +385,7 @@ def hook_rows(shapes: Sequence[tuple[int, ...]], rounds: int, clock: Clock) -> l
         functions: dict[str, Callable[[], object]] = {
             "NormClipping": lambda: clip_norm_(g, MAX_NORM),
             "AutoClip": autoclip_of(g, 2),
+            "NormalizedGradient": lambda: normalize_gradients_(g),
             "ZClip": zclip_of(g),
             "AdaptiveGradientClipping": lambda: clip_adaptively_(g, p, RATIO, EPS),
         }

@@ -13,6 +13,7 @@ SCRIPTS = (
     "sparsity",
     "clipping",
     "optimizers",
+    "sharpness",
     "diagnostics",
     "data_pruning",
     "adversarial",

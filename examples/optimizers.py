@@ -1,11 +1,11 @@
-"""Train a small transformer with AdamW and with Lion, without a change of the module. Takes seconds.
+"""Train a small transformer with AdamW, Lookahead, Lion and TrAct, without a change of the module. Takes seconds.
 
 ::
 
     python examples/optimizers.py
     python examples/optimizers.py --optimizer adabelief --lr-factor 1 --wd-factor 1
 
-Only the callback and the report in :func:`train` use lightning-grad; ``plain_project`` does not know them.
+Only the callbacks and the report in :func:`train` use lightning-grad; ``plain_project`` does not know them.
 """
 
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, VisionTransformer
 
-from lightning_grad.callbacks import OptimizerSwap
+from lightning_grad.callbacks import Lookahead, OptimizerSwap, TrAct
 from lightning_grad.utilities import optimizer_report
 
 
@@ -38,18 +38,21 @@ def train(callbacks: list[Callback], epochs: int, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train twice with the options of the command line."""
+    """Train four times with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--optimizer", default="lion", help="short name or dotted path of the other optimizer")
     parser.add_argument("--lr-factor", type=float, default=0.2, help="factor of the learning rate")
     parser.add_argument("--wd-factor", type=float, default=5.0, help="factor of the weight decay")
+    parser.add_argument("--damping", type=float, default=0.1, help="damping of TrAct, with AdamW")
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
     parser.add_argument("--output", type=Path, default=Path("runs/optimizers"), help="folder of the results")
     given = parser.parse_args(arguments)
     train([], given.epochs, given.output / "adamw")
+    train([Lookahead(k=5, alpha=0.5)], given.epochs, given.output / "lookahead")  # AdamW with slow weights
     swap = OptimizerSwap(given.optimizer, lr_factor=given.lr_factor, wd_factor=given.wd_factor)
     train([swap], given.epochs, given.output / "swapped")
-    print(f"Written to {given.output}/: metrics.csv of both trainings.")
+    train([TrAct(given.damping)], given.epochs, given.output / "tract")
+    print(f"Written to {given.output}/: metrics.csv of each training.")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ SECTIONS = (
     "Limits",
     "Attribution",
 )
-WITHOUT_FUNCTIONS = {"optimizers"}  # a family whose mathematics is that of optimizer classes
 OUR_FOLDERS = ("lightning_grad/", "tests/", "examples/", "studies/", "benchmarks/", "docs/", ".ci/")
 
 FENCE = re.compile(r"^```([^`\n]*)\n(.*?)^```$(?:\s*^```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
@@ -446,7 +445,7 @@ def test_family_has_its_files(family: str) -> None:
     for file in (f"examples/{family}.py", f"examples/{family}.yaml", f"docs/{family}.md"):
         text = without_parts(file)
         assert any(re.search(rf"\b{name}\b", text) for name in members), f"{file} shows none of {', '.join(members)}"
-    assert (ROOT / f"lightning_grad/functional/{family}").is_dir() == (family not in WITHOUT_FUNCTIONS)
+    assert (ROOT / f"lightning_grad/functional/{family}").is_dir()
 
 
 def test_every_page_of_a_family_is_in_its_folder() -> None:

@@ -4,13 +4,23 @@ Each family has a folder and each technique a file. All classes can be imported 
 classes are in :mod:`lightning_grad.core`.
 """
 
-from lightning_grad.callbacks import adversarial, clipping, data_pruning, diagnostics, optimizers, schedules, sparsity
+from lightning_grad.callbacks import (
+    adversarial,
+    clipping,
+    data_pruning,
+    diagnostics,
+    optimizers,
+    schedules,
+    sharpness,
+    sparsity,
+)
 from lightning_grad.callbacks.adversarial import *
 from lightning_grad.callbacks.clipping import *
 from lightning_grad.callbacks.data_pruning import *
 from lightning_grad.callbacks.diagnostics import *
 from lightning_grad.callbacks.optimizers import *
 from lightning_grad.callbacks.schedules import *
+from lightning_grad.callbacks.sharpness import *
 from lightning_grad.callbacks.sparsity import *
 
 __all__: list[str] = []
@@ -20,4 +30,5 @@ __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
 __all__ += optimizers.__all__
 __all__ += schedules.__all__
+__all__ += sharpness.__all__
 __all__ += sparsity.__all__

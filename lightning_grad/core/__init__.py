@@ -6,6 +6,7 @@ them share. Attributes that live for one fit are in ``fit.py``.
 - :class:`GradientConditioner`: a rule on the gradients of one optimizer step.
 - :class:`WeightCallback`: computes the weights that the module sees from the weights that train.
 - :class:`OptimizerCallback`: changes optimizers, their steps, learning rates, moments and closures.
+- :class:`AveragingCallback`: shows averaged weights in validation and checkpoints.
 - :class:`SubsetCallback`: chooses the samples of each epoch.
 - :class:`MonitoredCallback`: acts on the values of a metric.
 - :class:`ProbeCallback`: measures the module at regular intervals and logs the results; changes
@@ -24,6 +25,7 @@ folders hold the parts of the bases; the ``__init__.py`` of each lists its files
 - ``samples/``: the training loader, its batches, and the length of epochs and schedules.
 """
 
+from lightning_grad.core.averaging import AveragingCallback
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner, GradientStep, Role
@@ -43,6 +45,7 @@ from lightning_grad.core.quiet import is_quiet, quiet
 from lightning_grad.core.ranks import mean_over_ranks, sum_over_ranks
 from lightning_grad.core.record import RunRecord
 from lightning_grad.core.samples.training_set import TrainingSet
+from lightning_grad.core.steps.averaged_weights import AveragedCopies
 from lightning_grad.core.steps.chosen_rates import ChosenRates, as_indices
 from lightning_grad.core.steps.frozen_moments import FrozenMoments
 from lightning_grad.core.steps.held_rates import HeldRates
@@ -61,6 +64,8 @@ from lightning_grad.utilities.reporting import is_log_step
 __all__ = [
     "ELEMENTWISE",
     "WHOLE_WEIGHTS",
+    "AveragedCopies",
+    "AveragingCallback",
     "Chosen",
     "ChosenRates",
     "Compatibility",

@@ -93,6 +93,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
       ``pruner.progress_bar = ["density"]`` or ``clipper.progress_bar = ["clipped_share"]``.
     - ``neutral``: changes to ``trial`` with which the technique changes nothing in a run, or the
       reason why there are none.
+    - ``of_batch``: names of attributes that belong to the current batch. When a step is repeated
+      (:meth:`StepClosure.again`), each batch finds its own.
 
     Args:
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
@@ -106,6 +108,7 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
     fixed_settings: ClassVar[Mapping[str, str]] = {}
     trial: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any] | str] = {}
+    of_batch: ClassVar[tuple[str, ...]] = ()
     progress_bar: Sequence[str] = ()
 
     undo = during_fit.of(UndoList)

@@ -1,5 +1,6 @@
 """The base of callbacks that act on optimizers: their steps, learning rates, moments and closures."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ class OptimizerCallback(GradCallback):
     - :meth:`before_update`: runs when the gradients of the step are complete;
     - :meth:`after_step`: runs after a step;
     - :meth:`evaluate`: computes the gradients of the step, once or several times;
+    - :meth:`evaluates_again`: returns False for steps that need no second evaluation;
     - :meth:`run_backward`: differentiates a loss.
 
     Inside them, :meth:`multiply_rates` and :meth:`reset_moments` act on the current step. Store
@@ -43,8 +45,14 @@ class OptimizerCallback(GradCallback):
     A step that the GradScaler skips calls neither ``before_step`` nor ``after_step``; a step
     without gradients (skipped by ``SkipNonFinite``) does not call ``after_step``. So compute in
     ``before_update`` what depends on the gradients, and store it in ``after_step``.
+
+    Class attributes:
+
+    - ``moves_weights``: whether ``after_step`` changes weights. It then comes before all other hooks
+      of the step, so views of weights and monitors see the result, whatever the order of callbacks.
     """
 
+    moves_weights: ClassVar[bool] = False
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fused_fp16=no(
             "counts optimizer steps, and {} decides inside its step whether the fp16 GradScaler skips it",
@@ -58,6 +66,7 @@ class OptimizerCallback(GradCallback):
     _rates = during_fit.of(dict[int, HeldRates])
     _memory = until_next_fit.of(dict[int, dict[str, Any]])
     _inside = during_fit.of(set[int])  # optimizers whose step() Lightning is running now
+    _depths = during_fit.of(Counter[int])  # running step() methods: one may call that of a base class, with hooks too
     _window = during_fit[StepWindow | None](lambda _: None)
 
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
@@ -92,6 +101,13 @@ class OptimizerCallback(GradCallback):
         closure.
         """
         return closure()
+
+    def evaluates_again(self) -> bool:
+        """Return False if the current step does not call ``closure.again()``, so that its batches need not be kept.
+
+        Called before each batch of the step, under automatic optimization.
+        """
+        return True
 
     def run_backward(self, backward: Callable[..., Any], loss: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call ``backward(loss, *args, **kwargs)``, with other arguments such as ``create_graph=True``, or not at all."""
@@ -159,6 +175,8 @@ class OptimizerCallback(GradCallback):
     def restore(self, state: Mapping[str, Any]) -> None:
         super().restore(state)
         self._memory = {int(index): dict(memory) for index, memory in state.get("memory", {}).items()}
+        for index, optimizer in self.watched.items():  # a search for a learning rate restores during the fit
+            self._move_memory(index, optimizer)
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -168,7 +186,7 @@ class OptimizerCallback(GradCallback):
         if _overrides(self, "run_backward"):
             self.undo.push(wrap_method(trainer.strategy, "backward", self.run_backward))
         if _overrides(self, "evaluate") and pl_module.automatic_optimization:
-            self._window = StepWindow(trainer, pl_module)
+            self._window = StepWindow(trainer, pl_module, self.evaluates_again)
             self.undo.push(self._window.watch())
 
     # The optimizers of the trainer.
@@ -192,15 +210,23 @@ class OptimizerCallback(GradCallback):
 
     def _attach(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
         self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
+        self._move_memory(index, optimizer)
+        ends, rates = self._ends.setdefault(index, UndoList()), HeldRates(optimizer)
+        self._rates[index] = rates
+        ends.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, rates)).remove)
+        after = optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, rates))
+        if self.moves_weights:
+            hooks: Any = optimizer._optimizer_step_post_hooks
+            hooks.move_to_end(after.id, last=False)
+        ends.push(after.remove)
+        ends.push(rates.give_back)
+
+    def _move_memory(self, index: int, optimizer: Optimizer) -> None:
+        """Move the memory of an optimizer to the device of its parameters."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if index in self._memory and parameters:
             device = parameters[0].device
             self._memory[index] = map_tensors(self._memory[index], lambda kept: kept.to(device))
-        ends, rates = self._ends.setdefault(index, UndoList()), HeldRates(optimizer)
-        self._rates[index] = rates
-        ends.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, rates)).remove)
-        ends.push(optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, rates)).remove)
-        ends.push(rates.give_back)
 
     def _leave(self, indices: Iterable[int]) -> None:
         for index in indices:
@@ -209,6 +235,7 @@ class OptimizerCallback(GradCallback):
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self._depths.clear()  # a step of the raw torch optimizer may have raised
         self._follow(trainer)  # for steps of the raw torch optimizer, which do not reach _step
 
     # One optimizer step.
@@ -228,6 +255,7 @@ class OptimizerCallback(GradCallback):
         index = self._number_of(optimizer)
         if index is not None and index in self._ends:
             self._inside.add(index)
+            self._depths.clear()
             if _overrides(self, "evaluate"):
                 whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.display_name)
                 closure = partial(self.evaluate, index, optimizer, whole)
@@ -243,6 +271,10 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _before_step(self, index: int, rates: HeldRates) -> None:
+        depths = self._depths
+        depths[index] += 1
+        if depths[index] > 1:
+            return
         if index not in self._inside:
             rates.give_back()  # left by an earlier step of the raw torch optimizer that raised
         self.before_step(index, self._seen[index])
@@ -263,6 +295,10 @@ class OptimizerCallback(GradCallback):
     @torch.no_grad()
     @on_plain_tensors
     def _after_step(self, index: int, rates: HeldRates) -> None:
+        depths = self._depths
+        depths[index] -= 1
+        if depths[index] > 0:
+            return
         rates.give_back()
         optimizer = self._seen[index]
         if any(parameter.grad is not None for group in optimizer.param_groups for parameter in group["params"]):

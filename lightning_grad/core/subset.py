@@ -46,6 +46,8 @@ class SubsetCallback(GradCallback):
         manual_optimization=yes(OWN_SCHEDULES),
     )
 
+    of_batch: ClassVar[tuple[str, ...]] = ("indices",)
+
     training_set = during_fit[TrainingSet]()
     indices = during_fit.of(list[int])
     kept = until_next_fit[Tensor | None](lambda _: None).saved()

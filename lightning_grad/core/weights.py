@@ -112,8 +112,8 @@ class WeightCallback(GradCallback, Generic[W]):
         for weight in choice.chosen:
             if self._chains.is_taken(weight.found, self.stage):
                 raise ValueError(
-                    f"{self.display_name} and another instance both choose {clean_name(weight.name)} "
-                    f"({weight.found.class_name()}). Separate them with include= or exclude=."
+                    f"{self.display_name} and another technique both choose {clean_name(weight.name)} "
+                    f"({weight.found.class_name()}). Separate them: set include= or exclude=."
                 )
         for optimizer in trainer.optimizers:
             if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):

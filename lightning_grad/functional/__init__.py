@@ -11,7 +11,9 @@ from lightning_grad.functional import (
     communication,
     data_pruning,
     diagnostics,
+    optimizers,
     schedules,
+    sharpness,
     sparsity,
 )
 from lightning_grad.functional.adversarial import *
@@ -25,7 +27,9 @@ from lightning_grad.functional.gradients.loss_functions import LossCall
 from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGradientNorms, per_sample_gradient_norms
 from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.gradients.trace import LossTrace
+from lightning_grad.functional.optimizers import *
 from lightning_grad.functional.schedules import *
+from lightning_grad.functional.sharpness import *
 from lightning_grad.functional.sparsity import *
 
 __all__ = [
@@ -42,5 +46,7 @@ __all__ += clipping.__all__
 __all__ += communication.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
+__all__ += optimizers.__all__
 __all__ += schedules.__all__
+__all__ += sharpness.__all__
 __all__ += sparsity.__all__

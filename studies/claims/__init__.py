@@ -11,8 +11,21 @@ from studies.claims import (
     data_pruning,
     label_errors,
     optimizers,
+    sharpness,
     sparsity,
+    tract,
 )
 
-FAMILIES = (sparsity, clipping, clipping_spikes, data_pruning, label_errors, adversarial, communication, optimizers)
+FAMILIES = (
+    sparsity,
+    clipping,
+    clipping_spikes,
+    data_pruning,
+    label_errors,
+    adversarial,
+    communication,
+    optimizers,
+    sharpness,
+    tract,
+)
 CLAIMS: dict[str, Claim[Any]] = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}

@@ -63,7 +63,9 @@ def draw_curves(axis: Axes, claim: Optimizers, results: Sequence[Result]) -> Non
     """Draw the validation loss of each optimizer, the mean over its seeds and their range."""
     for arm in claim.arms:
         rows = [read_curve(claim.folder(each) / "metrics.csv", "val_loss") for each in results if each.arm == arm]
-        steps = sorted(set.intersection(*(set(row) for row in rows)))
+        steps = sorted(
+            set.intersection(*(set(row) for row in rows)) & set(range(claim.steps + 1))
+        )  # one more follows the fit
         losses = np.array([[row[step] for step in steps] for row in rows])
         axis.plot(steps, losses.mean(0), color=COLOURS[arm], linewidth=2, label=arm)
         axis.fill_between(steps, losses.min(0), losses.max(0), color=COLOURS[arm], alpha=0.15, linewidth=0)

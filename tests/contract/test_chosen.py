@@ -29,6 +29,7 @@ KNOWN: dict[str, Callable[[Any], list[str | int]]] = {
     "samples": lambda trainer: list(range(len(make_data()))),
     "optimizers": lambda trainer: [f"optimizers[{i}]" for i in range(len(trainer.optimizers))],
     "learning rates": lambda trainer: ["optimizers[0].param_groups[0]"],
+    "layers": lambda trainer: [name for name, _ in trainer.lightning_module.named_modules()],
     "inputs": lambda trainer: ["batch[0]"],
     "losses": lambda trainer: ["training_step"],
     "callbacks": lambda trainer: [type(callback).__name__ for callback in trainer.callbacks],
@@ -72,7 +73,7 @@ def assert_answers(asks: Asks) -> None:
     assert last.names, "a technique at its trial setting acts on something"
     assert set(first.names) <= set(last.names) <= set(asks.known)
     assert first.kind == "samples" or len(set(last.names)) == len(last.names)  # samples may be repeated
-    if first.kind not in ("samples", "inputs"):  # which the first batch shows
+    if first.kind not in ("samples", "inputs", "layers"):  # which the first batch shows
         assert first.names == last.names
 
 

@@ -143,7 +143,7 @@ SPARSITY = [
     Row(
         "one weight twice",
         lambda _: fit(nm(), nm(name="b")),
-        r"both choose hidden.weight .*Separate them with include= or exclude=",
+        r"both choose hidden.weight .*Separate them: set include= or exclude=",
         lambda _: fit(nm(), nm(name="b", include=["encoder"])),
     ),
     Row(

@@ -13,8 +13,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.callbacks import InfoBatch, NMSparsity
-from lightning_grad.core import OptimizerCallback, StepClosure, is_repeated
+from lightning_grad.callbacks import (
+    SAM,
+    AdversarialTraining,
+    GradientMonitor,
+    InfoBatch,
+    LossReweighting,
+    NMSparsity,
+)
+from lightning_grad.core import OptimizerCallback, StepClosure, is_repeated, read_losses
+from lightning_grad.core.steps import step_window
 from lightning_grad.testing import assert_identical, fit, loaders, make_classifier, make_trainer, state_of
 
 RHO = 0.1
@@ -100,8 +108,15 @@ def run(*callbacks: Any, module: Any = None, epochs: int = 3, **arguments: Any) 
     return trainer, module
 
 
-def by_hand(accumulate: int = 1, rho: float = RHO, epochs: int = 3, clip: float | None = None) -> Any:
-    """Train with the sharp gradient of each whole window in a loop of our own."""
+def by_hand(
+    accumulate: int = 1,
+    rho: float = RHO,
+    epochs: int = 3,
+    clip: float | None = None,
+    every: int = 1,
+    move: Any = ascend,
+) -> Any:
+    """Train with the sharp gradient of each whole window in a loop of our own; of every so many windows."""
     module = Module()
     optimizer = module.configure_optimizers()
     batches = DATA.split(8)
@@ -116,9 +131,12 @@ def by_hand(accumulate: int = 1, rho: float = RHO, epochs: int = 3, clip: float 
                     (module.loss(batch) / accumulate).backward()
 
             gradients()
+            if (epoch * len(batches) + start) // accumulate % every:
+                optimizer.step()
+                continue
             buffers = [(b, b.clone()) for b in module.net.buffers()]
             with torch.no_grad():
-                kept = ascend(list(module.net.parameters()), rho)
+                kept = move(list(module.net.parameters()), rho)
             gradients()
             with torch.no_grad():
                 torch._foreach_copy_(list(module.net.parameters()), kept)
@@ -229,6 +247,23 @@ def test_batches_without_a_loss_are_left_out_again() -> None:
     trainer, module = run(Sharp(rho=0.0), module=SkipsHalf(), accumulate_grad_batches=2)
     other, plain = run(module=SkipsHalf(), accumulate_grad_batches=2)
     assert_identical(state_of(trainer, module), state_of(other, plain))
+
+
+def test_batches_of_steps_without_a_second_evaluation_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Any] = []
+
+    class Never(Sharp):
+        def evaluates_again(self) -> bool:
+            return False
+
+    monkeypatch.setattr(step_window, "copy_of", lambda batch: copied.append(batch) or batch)
+    with pytest.raises(
+        RuntimeError, match=r"again\(\) was called in a step for which evaluates_again\(\) returned False"
+    ):
+        run(Never())
+    assert not copied
+    run(SAM(every_n_steps=3), epochs=1, accumulate_grad_batches=2)
+    assert len(copied) == 2 * 2, "one of three steps is sharp: two batches, each copied before its two evaluations"
 
 
 # Manual optimization, and modules that evaluate the closure themselves.
@@ -427,10 +462,51 @@ def test_it_begins_with_the_optimizer_that_it_acts_on(accumulate: int) -> None:
     assert not same(run(OnlyRAdam(), Swaps(), accumulate_grad_batches=accumulate)[1], plain)
 
 
-def test_weights_of_samples_are_those_of_their_batch() -> None:
-    """With the samples of the last batch for all, earlier batches of a step would get the weights of others."""
-    callback, trainers = (lambda: InfoBatch(0.5, total_steps=100)), []
-    for others in ([], [Sharp(rho=0.0)]):
-        trainers.append(fit([callback(), *others], accumulate_grad_batches=2))
-    assert_identical(state_of(*trainers[0]), state_of(*trainers[1]))
-    assert trainers[0][0].callback_metrics["data/kept_share"] < 1.0
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: InfoBatch(0.5, total_steps=100),
+        lambda: LossReweighting(total_steps=100, start_temperature=2.0),
+        lambda: AdversarialTraining(epsilon=0.1, attack="pgd"),
+    ],
+    ids=["InfoBatch", "LossReweighting", "AdversarialTraining"],
+)
+def test_what_belongs_to_a_batch_is_there_when_it_is_evaluated_again(build: Any) -> None:
+    """With the samples, weights or attack of the last batch for all, earlier batches of a step would have other gradients."""
+    plain, again = (fit([build(), *others], accumulate_grad_batches=2) for others in ([], [Sharp(rho=0.0)]))
+    assert_identical(state_of(*plain), state_of(*again))
+    assert_identical(plain[0].callback_metrics, again[0].callback_metrics)
+
+
+def test_losses_at_other_weights_are_not_recorded() -> None:
+    """In the first step the weights are those of the plain run, and so are the losses of its samples."""
+    runs = [fit([InfoBatch(0.5, total_steps=100), *others], max_steps=1) for others in ([], [Sharp(rho=5.0)])]
+    plain, sharp = (trainer.callbacks[0].state_dict() for trainer, _ in runs)
+    assert_identical(plain, sharp)
+
+
+def test_readers_of_losses_see_each_batch_once() -> None:
+    seen: list[float] = []
+
+    class Reads(pl.Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.stop = read_losses(pl_module, lambda call: seen.append(call.losses.mean().item()))
+
+        def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.stop()
+
+    fit([Reads(), Sharp()], max_epochs=2)
+    assert len(seen) == 12
+
+
+def test_a_monitor_compares_parts_of_the_gradient_that_is_stepped_with() -> None:
+    """The noise scale relates the norm of a step to those of its parts, which are evaluated twice, but count once."""
+
+    def noise(*callbacks: Any) -> Any:
+        trainer, _ = run(
+            GradientMonitor(slow_stats_every=1), *callbacks, accumulate_grad_batches=3, log_every_n_steps=1
+        )
+        return {key: value for key, value in trainer.callback_metrics.items() if key.startswith("grad/")}
+
+    assert "grad/noise_scale" in noise()
+    assert_identical(noise(), noise(Sharp(rho=0.0)))

@@ -299,7 +299,7 @@ def test_nothing_is_left_of_a_chain(make: Any, how: str) -> None:
 
 
 def test_two_of_one_stage_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"WeightNoise\[b\] and another instance both choose mix.w \(Mix\).*include="):
+    with pytest.raises(ValueError, match=r"WeightNoise\[b\] and another technique both choose mix.w \(Mix\).*include="):
         fit([WeightNoise(include=LAYERS, name="a"), WeightNoise(include=["mix.w"], name="b")])
     fit([WeightNoise(include=["hidden"], name="a"), sparse(), WeightNoise(include=["mix.w"], name="b")], max_epochs=1)
 
@@ -376,7 +376,7 @@ def test_a_look_at_the_module_in_between_changes_nothing() -> None:
 def test_a_weight_that_somebody_else_shows_is_refused() -> None:
     module = make_classifier()
     undo = attach_view(module.hidden, "weight", ViewedWeight(FoundWeight("hidden.weight", module.hidden, "weight")))
-    with pytest.raises(ValueError, match=r"WeightNoise and another instance both choose hidden.weight \(Linear\)"):
+    with pytest.raises(ValueError, match=r"WeightNoise and another technique both choose hidden.weight \(Linear\)"):
         fit([WeightNoise(include=["hidden"])], module)
     undo()
 

@@ -15,6 +15,7 @@ from benchmarks import (
     memory,
     optimizers,
     rows,
+    sharpness,
     small_layers,
     topk_selection,
 )
@@ -26,6 +27,7 @@ TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
+    "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),

@@ -108,6 +108,7 @@ def test_the_check_for_waits_covers_every_rule_but_the_guard():
         "AutoClip",
         "LayerwiseClipping",
         "NormClipping",
+        "NormalizedGradient",
         "SpikeClipping",
         "ValueClipping",
         "ZClip",

@@ -12,8 +12,10 @@ import optimizers
 import plain_project
 import pytest
 import schedules
+import sharpness
 
 from lightning_grad.callbacks import (
+    SAM,
     AccuracyGradientLR,
     DataPruning,
     GradientMonitor,
@@ -60,10 +62,21 @@ def test_another_optimizer_moves_the_weights(tmp_path: Path, capsys: pytest.Capt
     pytest.importorskip("pytorch_optimizer")
     optimizers.main(["--epochs", "1", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
-    usual, swapped = ([part for part in line.split("  ") if part] for line in printed.splitlines() if line[:2] == "0:")
-    assert (usual[0], swapped[0]) == ("0: AdamW", "0: Lion")
+    lines = [[part for part in line.split("  ") if part] for line in printed.splitlines() if line[:2] == "0:"]
+    assert [line[0] for line in lines] == ["0: AdamW", "0: AdamW", "0: Lion", "0: AdamW"]
+    usual, _, swapped, _ = lines
     assert float(usual[-1].split()[0]) == pytest.approx(2 * float(swapped[-1].split()[0]), rel=0.02)
     assert str(tmp_path) in printed
+
+
+def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sharpness.main(["--epochs", "2", "--rho", "0.2", "--output", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "the loss rises by" in line]
+    plain, sharp = (float(line.rpartition(" ")[2]) for line in lines)
+    assert 0 < sharp < plain
+    check_files(tmp_path / "sam")
+    assert "sam/sharpness" in (tmp_path / "sam/metrics.csv").read_text()
+    assert "sam/sharpness" not in (tmp_path / "plain/metrics.csv").read_text()
 
 
 def test_diagnosis_names_the_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +122,7 @@ def test_two_processes_send_less(
         ("schedules", AccuracyGradientLR, "accuracy_gradient_lr.png"),
         ("diagnostics", GradientMonitor, "gradient_monitor.png"),
         ("optimizers", OptimizerSwap, None),
+        ("sharpness", SAM, None),
     ],
 )
 def test_yaml_runs_on_the_command_line(

@@ -99,7 +99,7 @@ QUIET = {
 }
 
 
-@pytest.mark.parametrize("word", [*CONDITIONERS, "gradient_monitor", "optimizer_swap"])
+@pytest.mark.parametrize("word", [*CONDITIONERS, "gradient_monitor", "optimizer_swap", "tract"])
 def test_snippet_of_what_reads_gradients_becomes_its_callback_and_trains(word: str) -> None:
     callback = instantiate_one(word)
     trainer = Trainer(max_steps=2, accelerator="cpu", limit_val_batches=0, callbacks=[callback], **QUIET)

@@ -90,7 +90,7 @@ def with_optimizer(make: Any) -> Any:
     return build
 
 
-_CLIPPERS = [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no]
+_CLIPPERS = [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no and t.family == "clipping"]
 CLIPPERS = [(clipper,) for clipper in _CLIPPERS]
 
 

@@ -20,6 +20,7 @@ from lightning_grad.core.fit import during_fit
 from lightning_grad.core.losses.sample_losses import loss_of_output
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.core.quiet import is_quiet, quiet
+from lightning_grad.core.steps.step_window import is_repeated
 from lightning_grad.functional.adversarial.attacks import IndependentLossError
 from lightning_grad.utilities.batches import same_tensors
 from lightning_grad.utilities.checks import check_between, check_count, check_share, refuse_dataloader_iter
@@ -119,6 +120,7 @@ class AdversarialTraining(GradCallback):
         compiled=COMPILED, **manual(_NO_MANUAL), **WHOLE_WEIGHTS
     )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 0.1}
+    of_batch: ClassVar[tuple[str, ...]] = ("_attacked",)
     neutral: ClassVar[Mapping[str, Any] | str] = {"epsilon": 0.0}
 
     _place = during_fit[Place | None](lambda _: None)
@@ -237,7 +239,8 @@ class AdversarialTraining(GradCallback):
             self._overfitting.keep(place, batch, args, kwargs)
         with place.shown(batch, inputs) as shown:
             output = run(shown)
-        self._keep_for_log(trainer, output, share)
+        if not is_repeated(trainer.lightning_module):
+            self._keep_for_log(trainer, output, share)
         return output
 
     def _share(self, trainer: pl.Trainer) -> float:
@@ -250,8 +253,10 @@ class AdversarialTraining(GradCallback):
         """Return the place of the inputs and the attacked inputs, which are the same if the step is evaluated again."""
         position = (trainer.current_epoch, trainer.fit_loop.batch_idx)
         # Compare tensors, because DDP on a GPU passes them in new containers.
-        if self._attacked is not None and self._attacked[0] == position and same_tensors(self._attacked[1], batch):
-            return self._attacked[2]  # LBFGS or SAM evaluates its closure again: the objective must not change
+        if self._attacked is not None:
+            is_again = self._attacked[0] == position and same_tensors(self._attacked[1], batch)
+            if is_again or is_repeated(trainer.lightning_module):
+                return self._attacked[2]  # LBFGS or SAM evaluates its closure again: the objective must not change
         pl_module, is_first = trainer.lightning_module, self._place is None
         place = self._place = self._place or find_place(pl_module, batch, self.input_key, self.display_name)
         way_out = f", or train without {self.display_name}"

@@ -13,6 +13,7 @@ from lightning_grad.callbacks.clipping.layerwise_clipping import LayerwiseClippi
 from lightning_grad.callbacks.clipping.layerwise_normalization import LayerwiseNormalization
 from lightning_grad.callbacks.clipping.momentum_reset import MomentumReset
 from lightning_grad.callbacks.clipping.norm_clipping import NormClipping
+from lightning_grad.callbacks.clipping.normalized_gradient import NormalizedGradient
 from lightning_grad.callbacks.clipping.skip_non_finite import SkipNonFinite
 from lightning_grad.callbacks.clipping.spike_clipping import SpikeClipping
 from lightning_grad.callbacks.clipping.value_clipping import ValueClipping
@@ -27,6 +28,7 @@ __all__ = [
     "LayerwiseNormalization",
     "MomentumReset",
     "NormClipping",
+    "NormalizedGradient",
     "SkipNonFinite",
     "SpikeClipping",
     "ValueClipping",

@@ -9,7 +9,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.core import GradientConditioner, GradientStep, Role, check_count, during_fit, until_next_fit
+from lightning_grad.core import (
+    GradientConditioner,
+    GradientStep,
+    Role,
+    check_count,
+    during_fit,
+    is_repeated,
+    until_next_fit,
+)
 from lightning_grad.functional import nonfinite
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.utilities.forward_order import ForwardOrder
@@ -111,7 +119,8 @@ class SkipNonFinite(GradientConditioner):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        self._loss = true_loss(trainer, pl_module, loss)
+        if not is_repeated(pl_module):
+            self._loss = true_loss(trainer, pl_module, loss)
         self._order.stop()
 
     @override

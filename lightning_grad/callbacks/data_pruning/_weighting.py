@@ -13,6 +13,7 @@ from lightning_grad.core.losses.given_functions import GivenFunction, LossReques
 from lightning_grad.core.losses.loss_tap import reweight_losses
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
+from lightning_grad.core.steps.step_window import is_repeated
 from lightning_grad.utilities.checks import check_count, check_only_one
 from lightning_grad.utilities.reporting import is_log_step
 
@@ -24,6 +25,7 @@ class LossWeighting(GradCallback):
     ``acts`` and calls :meth:`choose_loss`.
     """
 
+    of_batch: ClassVar[tuple[str, ...]] = ("_weighted",)
     way_out: ClassVar[str]  # advice if the loss cannot be read: a clause that begins with an imperative verb
     loss_index: int | None
     loss_fn: GivenFunction | None
@@ -31,6 +33,7 @@ class LossWeighting(GradCallback):
 
     # None (read as "share") until a batch has shown which reading of a sample's loss the step means.
     _sample_loss = until_next_fit[SampleLoss](lambda _: None).saved()
+    _module = during_fit[pl.LightningModule]()
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
 
     def weigh(self, losses: SampleLosses) -> Tensor | None:
@@ -62,10 +65,13 @@ class LossWeighting(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
+            self._module = pl_module
             own = (pl_module, self._weigh, self.asked, self.samples_of, self.acts, self.needs_losses)
             self.undo.push(reweight_losses(*own))
 
     def _weigh(self, losses: SampleLosses) -> Tensor | None:
+        if is_repeated(self._module):  # the objective must not change, and no loss is recorded
+            return None if self._weighted is None else self._weighted[1]
         weights = self.weigh(losses)
         self._weighted = None if weights is None else (losses, weights)
         return weights

@@ -109,6 +109,7 @@ class LossReweighting(LossWeighting):
     )
     trial: ClassVar[Mapping[str, Any]] = {"warmup_fraction": 0.0}
     neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
+    of_batch: ClassVar[tuple[str, ...]] = ("_batch_idx", "_samples", "_now")
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
     _trainer = during_fit[pl.Trainer]()

@@ -71,6 +71,7 @@ class NoiseScaleMeter:
         self._squares: list[Tensor] = []
         self._parts = 0
         self._batch_size = 1
+        self._is_again = False
 
     @staticmethod
     def why_not(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str | None:
@@ -87,6 +88,7 @@ class NoiseScaleMeter:
 
     def begin_batch(self, parameters: Sequence[Tensor], batch: Any) -> None:
         """Prepare for one part of the batch of a measured step."""
+        self._is_again = False
         if not self._handles:
             self._squares, self._parts = [], 0
             trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -101,6 +103,11 @@ class NoiseScaleMeter:
     @on_plain_tensors
     def _see(self, gradient: Tensor) -> None:
         self._squares.append(joined_norm([plain_tensor(gradient).detach()]).square())
+
+    def begin_again(self) -> None:
+        """Drop what was seen of the step, whose parts are all evaluated again; the norm will be that of the new ones."""
+        if not self._is_again:
+            self._is_again, self._squares, self._parts = True, [], 0
 
     def end_part(self) -> None:
         """Count one backward pass."""

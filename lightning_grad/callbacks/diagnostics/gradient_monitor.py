@@ -23,7 +23,16 @@ from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_p
 from lightning_grad.callbacks.diagnostics._monitor_record import FirstBadStep, MonitorRecord
 from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.core import GradCallback, Role, check_count, during_fit, is_log_step, until_next_fit, wrap_method
+from lightning_grad.core import (
+    GradCallback,
+    Role,
+    check_count,
+    during_fit,
+    is_log_step,
+    is_repeated,
+    until_next_fit,
+    wrap_method,
+)
 from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.core.roles import refuse_order
@@ -238,6 +247,9 @@ class GradientMonitor(GradCallback):
 
     @override
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        if is_repeated(pl_module):
+            self._meter.begin_again()
+            return
         self._loss = true_loss(trainer, pl_module, loss)
         self._order.stop()
 

@@ -234,7 +234,7 @@ class OptimizerSwap(OptimizerNeeds):
         if self._in_checkpoint is not None:
             refuse_other_optimizers(self.display_name, self._in_checkpoint, self._optimizers)
         strategy.optimizers = optimizers  # Lightning wraps each in an object of a derived class
-        self.keep_graphs(trainer)
+        self.prepare(trainer, pl_module)
 
     def _indices(self, count: int) -> Sequence[int]:
         outside = [index for index in self.which or [] if index >= count]

@@ -26,6 +26,7 @@ from lightning_grad.core.losses import sample_losses
 from lightning_grad.core.losses import weighted_steps as ways
 from lightning_grad.core.losses.batch_sizes import batch_size_of
 from lightning_grad.core.quiet import aside, eager, is_quiet, quiet
+from lightning_grad.core.steps.step_window import is_repeated
 from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, Terms
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
@@ -253,7 +254,8 @@ class _LossTap:
             if is_quiet(pl_module):
                 return inner(*args, **kwargs)
             samples = self.samples(next(iter((*args, *kwargs.values()))))
-            return self._run(ways.Step(pl_module, inner, args, kwargs, samples, bool(self.readers), may_skip))
+            is_read = bool(self.readers) and not is_repeated(pl_module)
+            return self._run(ways.Step(pl_module, inner, args, kwargs, samples, is_read, may_skip))
 
         self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
 
@@ -287,9 +289,9 @@ class _LossTap:
             way = self._way or ways.ByCall(asked, weighing.reweight)
         output, seen = way.run(step)
         if seen is not None:
-            if self.readers and not self._has_loss and step.may_skip and torch.is_grad_enabled():
+            if step.is_read and not self._has_loss and step.may_skip and torch.is_grad_enabled():
                 sample_losses.trained_loss(output, self.readers[0].asked.needs_losses())
             self._has_loss = True
-            for reader in self.readers:
+            for reader in self.readers if step.is_read else ():
                 reader.read(reader.call_of(seen, step))
         return output

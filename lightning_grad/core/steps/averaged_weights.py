@@ -1,8 +1,8 @@
-"""Optimizers whose weights for inference are an average of those that train, such as Schedule-Free.
+"""Weights for inference that are an average of those that train, as in Schedule-Free and Lookahead.
 
-Such an optimizer has methods ``train()`` and ``eval()``, which replace the weights in place. The
-second does not undo the first exactly, so the training weights are copied before ``eval()`` and
-copied back afterwards.
+An optimizer that averages has methods ``train()`` and ``eval()``, which replace the weights in
+place. The second does not undo the first exactly, so the training weights are copied before
+``eval()`` and copied back afterwards. A callback that averages uses an object with the same methods.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +16,19 @@ from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.undo import UndoList
+from lightning_grad.functional.plain_tensors import on_plain_tensors
 
 
 @runtime_checkable
 class Averaging(Protocol):
-    """An optimizer that averages weights."""
+    """An optimizer that averages its weights, or an object that averages those of an optimizer."""
 
-    param_groups: list[dict[str, Any]]
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The parameter groups of the optimizer."""
 
     def train(self) -> Any:
-        """Replace the averaged weights by the training weights."""
+        """Replace the averaged weights by the training weights, up to rounding, or do nothing."""
 
     def eval(self) -> Any:
         """Replace the training weights by the averaged weights."""
@@ -39,6 +42,40 @@ def averages(optimizer: Optimizer) -> bool:
         False
     """
     return isinstance(optimizer, Averaging)
+
+
+class AveragedCopies:
+    """Averages that a callback keeps next to the weights: an :class:`Averaging` for them.
+
+    Args:
+        pairs: Returns the weights and their averages, in the same order; nothing before there are any.
+
+    Example:
+        >>> weight, average = torch.zeros(1), torch.ones(1)
+        >>> copies = AveragedCopies(lambda: ([weight], [average]))
+        >>> copies.eval()
+        >>> weight
+        tensor([1.])
+    """
+
+    def __init__(self, pairs: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]]) -> None:
+        self._pairs = pairs
+
+    @property
+    def param_groups(self) -> Sequence[Mapping[str, Any]]:
+        """The weights that have an average, in one group."""
+        return [{"params": list(self._pairs()[0])}]
+
+    def train(self) -> None:
+        """Do nothing: :class:`AveragedWeights` copies the training weights back."""
+
+    @torch.no_grad()
+    @on_plain_tensors
+    def eval(self) -> None:
+        """Copy the averages into the weights."""
+        weights, averages = self._pairs()
+        if weights:
+            torch._foreach_copy_(list(weights), list(averages))
 
 
 class AveragedWeights:
@@ -70,26 +107,31 @@ class AveragedWeights:
         self._optimizers = optimizers
         self._is_resumed = is_resumed
         self._kept: dict[Tensor, Tensor] | None = None  # the training weights while the module has the averaged ones
-        self.has_started = False
+        self._has_started = False
         self._in_training = 0  # number of groups that were put into training mode
 
     def watch(self, undo: UndoList, undo_after_saving: UndoList) -> None:
-        """Wrap validations, the saving of checkpoints, and the end of the fit. Call it in ``on_fit_start``."""
+        """Wrap validations, the saving of checkpoints, and the start and the end of the training.
+
+        Call it in ``on_fit_start`` at the latest. Hooks of callbacks would not do, because a search for
+        a learning rate trains without the callbacks.
+        """
         loop = self._trainer.fit_loop
+        undo.push(wrap_method(loop, "on_run_start", self._begin))
         undo.push(wrap_method(loop.epoch_loop.val_loop, "run", self._show))
         undo.push(wrap_method(loop, "on_run_end", self._end))
         undo_after_saving.push(wrap_method(self._trainer, "save_checkpoint", self._show))
 
-    def start(self) -> None:
-        """Put the optimizers into training mode. Call it in ``on_train_start``, when all states are restored."""
-        if not self.has_started:
-            self.has_started = True
+    def _start(self) -> None:
+        """Put the optimizers into training mode, when all states are restored."""
+        if not self._has_started:
+            self._has_started = True
             self._kept = self._copies() if self._is_resumed else None
             self._train()
 
     def finish(self) -> None:
         """Leave the averaged weights in the module."""
-        self.start()
+        self._start()
         if self._kept is None:
             if self._in_training < self._count_groups():  # a callback added some, which begin in the other mode
                 self._kept = self._copies()
@@ -97,6 +139,11 @@ class AveragedWeights:
             self._kept = self._copies()
             for optimizer in self._optimizers:
                 optimizer.eval()
+
+    @property
+    def is_training(self) -> bool:
+        """Whether the module has the training weights, because training has started and has not ended."""
+        return self._has_started and self._kept is None
 
     @property
     def training_weights(self) -> dict[str, Tensor]:
@@ -119,6 +166,13 @@ class AveragedWeights:
     def _show(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with self.shown():
             return inner(*args, **kwargs)
+
+    def _begin(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._kept is not None:  # a search for a learning rate trained before, and the weights were loaded again
+            self._kept = self._copies()
+            self._train()
+        self._start()
+        return inner(*args, **kwargs)
 
     def _end(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.finish()

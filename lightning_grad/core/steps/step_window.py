@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakSet
 
@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.quiet import unseen
 from lightning_grad.data.random_streams import random_states, set_random_states
+from lightning_grad.utilities.batch_copies import copy_of
 
 _REPEATED: WeakSet[nn.Module] = WeakSet()
+_Kept = list[tuple[Any, dict[str, Any]]]  # callbacks, each with its attributes that belong to a batch
 _NO_CLOSURE = "do_nothing_closure"  # its name, because both of Lightning's namespaces have their own function
 
 
@@ -24,14 +26,15 @@ def is_repeated(pl_module: nn.Module) -> bool:
     return pl_module in _REPEATED
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Evaluation:
-    """One call of ``training_step``: its batch, its arguments, and what else it depends on."""
+    """One call of ``training_step``: its batch, its arguments, its loss, and what else it depends on."""
 
     batch_idx: int
     arguments: tuple[Any, ...]
     states: tuple[Any, ...]  # states of the random streams
-    samples: list[tuple[Any, Any]]  # callbacks that know the samples of the batch, each with their indices
+    loss: Tensor | None = None
+    kept: _Kept = field(default_factory=list)
 
 
 class StepWindow:
@@ -42,12 +45,13 @@ class StepWindow:
     Args:
         trainer: The trainer.
         pl_module: Its module.
+        is_needed: Returns False if the current step is not run again. Then nothing is kept.
     """
 
-    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._trainer, self._pl_module = trainer, pl_module
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_needed: Callable[[], bool]) -> None:
+        self._trainer, self._pl_module, self._is_needed = trainer, pl_module, is_needed
         self._evaluations: list[_Evaluation] = []
-        self._is_again = False
+        self._is_again = self._lacks_batches = False
 
     def watch(self) -> Callable[[], None]:
         """Start recording the batches.
@@ -57,23 +61,46 @@ class StepWindow:
         """
 
         def step(inner: Callable[..., Any], *args: Any) -> Any:
+            if self._is_again:
+                return inner(*args)
+            if not self._is_needed():
+                self._lacks_batches = True
+                return inner(*args)
             # Batches are distinguished by their number: an optimizer may call its closure several
             # times for one batch, and a loader may return the same tensor for several batches.
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
-            if is_new and not self._is_again:
-                self._evaluations.append(_Evaluation(number, args, random_states(), self._samples()))
-            return inner(*args)
+            if is_new:
+                inputs = copy_of(args)  # because a step may write into them
+                self._evaluations.append(_Evaluation(number, inputs, random_states()))
+            output = inner(*args)
+            if is_new:
+                loss = _loss_of(output)
+                self._evaluations[-1].loss = None if loss is None else loss.detach()
+                self._evaluations[-1].kept = self._kept()
+            return output
 
         return wrap_method(self._trainer.strategy, "training_step", step)
 
-    def _samples(self) -> list[tuple[Any, Any]]:
+    @property
+    def loss(self) -> Tensor | None:
+        """Mean of the losses of the first run over all accumulated batches; ``None`` if no batch has a loss."""
+        losses = [evaluation.loss for evaluation in self._evaluations if evaluation.loss is not None]
+        return torch.stack(losses).sum() / self._trainer.accumulate_grad_batches if losses else None
+
+    def _kept(self) -> _Kept:
+        """Return what callbacks know of the current batch."""
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
-        return [(callback, callback.indices) for callback in callbacks if hasattr(callback, "indices")]
+        kept = [
+            (callback, {name: getattr(callback, name) for name in _names_of_batch(type(callback))})
+            for callback in callbacks
+        ]
+        return [(callback, values) for callback, values in kept if values]
 
     def end_step(self) -> None:
         """Drop the batches after their step."""
         self._evaluations = []
+        self._lacks_batches = False
 
     def run_again(self, optimizer: Optimizer) -> Tensor | None:
         """Replace the gradients with the gradients of all batches at the current weights.
@@ -83,42 +110,58 @@ class StepWindow:
 
         Returns:
             Tensor: Sum of these losses; ``None`` if no batch has a loss.
+
+        Raises:
+            RuntimeError: If a batch was not kept.
         """
+        if self._lacks_batches:
+            raise RuntimeError("closure.again() was called in a step for which evaluates_again() returned False.")
         trainer = self._trainer
         self._pl_module.optimizer_zero_grad(trainer.current_epoch, trainer.fit_loop.batch_idx, optimizer)
         self._is_again = True
         losses: list[Tensor] = []
-        samples = self._samples()
+        kept = self._kept()
         try:
             for number, evaluation in enumerate(self._evaluations, 1):
-                with self._synchronized(number == len(self._evaluations)), torch.enable_grad():
+                with _synchronized(trainer.strategy, number == len(self._evaluations)), torch.enable_grad():
                     losses += self._run(evaluation, optimizer)
         finally:
             self._is_again = False
-            _set_indices(samples)
+            _give_back(kept)
         return torch.stack(losses).sum() if losses else None
 
     def _run(self, evaluation: _Evaluation, optimizer: Optimizer) -> list[Tensor]:
         strategy = self._trainer.strategy
         set_random_states(evaluation.states)
-        _set_indices(evaluation.samples)
-        output: Any = strategy.training_step(*evaluation.arguments)
-        loss = output["loss"] if isinstance(output, dict) else output
+        _give_back(evaluation.kept)
+        loss = _loss_of(strategy.training_step(*copy_of(evaluation.arguments)))
         if loss is None:
             return []
         part = loss / self._trainer.accumulate_grad_batches
         strategy.backward(part, optimizer)
         return [part.detach()]
 
-    def _synchronized(self, is_last: bool) -> AbstractContextManager[Any]:
-        block = getattr(self._trainer.strategy, "block_backward_sync", None)
-        return nullcontext() if is_last or block is None else block()
+
+def _loss_of(output: Any) -> Tensor | None:
+    loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
+    return loss
 
 
-def _set_indices(samples: list[tuple[Any, Any]]) -> None:
-    """Set the sample indices of a batch on the callbacks that know them."""
-    for callback, indices in samples:
-        callback.indices = indices
+def _synchronized(strategy: Any, wanted: bool) -> AbstractContextManager[Any]:
+    """Return a context in which backward reduces gradients over the ranks only if wanted."""
+    block = getattr(strategy, "block_backward_sync", None)
+    return nullcontext() if wanted or block is None else block()
+
+
+def _names_of_batch(kind: type) -> tuple[str, ...]:
+    """Return the attributes of a callback that belong to a batch, those of its bases included."""
+    return tuple(name for cls in kind.__mro__ for name in vars(cls).get("of_batch", ()))
+
+
+def _give_back(kept: _Kept) -> None:
+    for callback, values in kept:
+        for name, value in values.items():
+            setattr(callback, name, value)
 
 
 @dataclass(eq=False)
@@ -137,13 +180,24 @@ class StepClosure:
     _display_name: str
 
     def __post_init__(self) -> None:
-        self._states = random_states()
+        self._states = random_states() if self._window is None else ()
 
-    def __call__(self) -> Any:
-        """Compute the gradients and return what the closure returns. Return it from ``evaluate``."""
+    def __call__(self, synchronized: bool = True) -> Any:
+        """Compute the gradients and return what the closure returns. Return it from ``evaluate``.
+
+        Args:
+            synchronized: Reduce the gradients over all ranks. ``False`` leaves each rank its own, as
+                far as the strategy can; :meth:`again` always reduces.
+        """
         if getattr(self._closure, "__name__", "") == _NO_CLOSURE:
             self._refuse()
-        return self._closure()
+        with _synchronized(self._trainer.strategy, synchronized):
+            return self._closure()
+
+    @property
+    def loss(self) -> Tensor | None:
+        """Loss of the first run over all accumulated batches; ``None`` without one, and under manual optimization."""
+        return None if self._window is None else self._window.loss
 
     def again(self) -> Any:
         """Replace the gradients with the gradients at the current weights.

@@ -112,7 +112,13 @@ def _viewing_class(base: type[nn.Module], attributes: frozenset[str]) -> type[nn
         return object.__new__, (base,), state
 
     def shown(name: str) -> property:
-        return property(lambda self: self.__dict__[_VIEWS][name].value(self._parameters[name]))
+        def value(self: nn.Module) -> Tensor:
+            try:
+                return self.__dict__[_VIEWS][name].value(self._parameters[name])  # type: ignore[no-any-return]
+            except AttributeError as error:  # torch would return the parameter, as if there were no view
+                raise RuntimeError(f"The view of {base.__name__}.{name} failed: {error}") from error
+
+        return property(value)
 
     members: dict[str, Any] = {name: shown(name) for name in attributes}
     members |= {"_save_to_state_dict": save, "__reduce_ex__": reduce, "_viewed_class": base}

@@ -17,11 +17,13 @@ from lightning_grad.functional.clipping.gradient_noise import add_gradient_noise
 from lightning_grad.functional.clipping.layerwise import clip_layers_, layer_limits, normalize_layers_
 from lightning_grad.functional.clipping.momentum_reset import reset_moments_, reset_warmup
 from lightning_grad.functional.clipping.norm_clipping import clip_norm_
-from lightning_grad.functional.clipping.norms import clip_to_threshold_, total_norm
+from lightning_grad.functional.clipping.normalized_gradient import normalize_gradients_
+from lightning_grad.functional.clipping.norms import clip_to_threshold_
 from lightning_grad.functional.clipping.skip_non_finite import nonfinite
 from lightning_grad.functional.clipping.spike_clipping import clip_spikes_
 from lightning_grad.functional.clipping.value_clipping import clip_value_
 from lightning_grad.functional.clipping.zclip import zclip_state, zclip_threshold_
+from lightning_grad.functional.gradients.total_norm import total_norm
 
 __all__ = [
     "add_gradient_noise_",
@@ -37,6 +39,7 @@ __all__ = [
     "layer_limits",
     "noise_deviation",
     "nonfinite",
+    "normalize_gradients_",
     "normalize_layers_",
     "reset_moments_",
     "reset_warmup",

@@ -9,12 +9,14 @@ from lightning_grad.functional.clipping.norms import EPS
 from lightning_grad.functional.gradients.tensor_lists import read_flags, shards, stack_norms
 
 
-def _layer_norms(tensors: Sequence[Tensor], layers: Tensor, count: int) -> Tensor:
+def layer_norms(tensors: Sequence[Tensor], layers: Tensor, count: int) -> Tensor:
+    """Return the norm of each layer, (layers,), from the layer index of each tensor."""
     squares = stack_norms(tensors).square()
     return squares.new_zeros(count).index_add_(0, layers, squares).sqrt()
 
 
-def _multiply_layers_(gradients: Sequence[Tensor], coefficients: Tensor, layers: Tensor) -> None:
+def multiply_layers_(gradients: Sequence[Tensor], coefficients: Tensor, layers: Tensor) -> None:
+    """Multiply each gradient by the coefficient of its layer, in place; on a CPU a coefficient of 1 costs nothing."""
     local, factors = shards(gradients), coefficients[layers]
     scaled, parts = read_flags(factors != 1.0), factors.unbind()
     chosen = [i for i, g in enumerate(local) if scaled is None or scaled[i] or g.is_complex()]
@@ -51,9 +53,9 @@ def clip_layers_(gradients: Sequence[Tensor], layers: Tensor, max_norms: Tensor)
         Pelikan et al., "Federated Learning with Differential Privacy for End-to-End Speech Recognition", 2023,
         arXiv 2310.00098.
     """
-    norms = _layer_norms(gradients, layers, len(max_norms))
+    norms = layer_norms(gradients, layers, len(max_norms))
     coefficients = torch.clamp(max_norms / (norms + EPS), max=1.0).masked_fill_(max_norms.isinf(), 1.0)
-    _multiply_layers_(gradients, coefficients, layers)
+    multiply_layers_(gradients, coefficients, layers)
     return norms, coefficients
 
 
@@ -117,9 +119,9 @@ def normalize_layers_(
         You et al., "Large Batch Training of Convolutional Networks", 2017, arXiv 1708.03888, equation 6; Pelikan et
         al., 2023, arXiv 2310.00098, use it on federated gradients.
     """
-    norms, sizes = _layer_norms(gradients, layers, count), _layer_norms(weights, layers, count)
+    norms, sizes = layer_norms(gradients, layers, count), layer_norms(weights, layers, count)
     ratios = trust_coefficient * sizes / norms
     factors = ratios if max_ratio is None else ratios.clamp(max=max_ratio)
     factors = torch.where((ratios > 0) & ratios.isfinite(), factors, 1.0)
-    _multiply_layers_(gradients, factors, layers)
+    multiply_layers_(gradients, factors, layers)
     return norms, factors

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_grad.functional.clipping.norms import EPS, total_norm
+from lightning_grad.functional.clipping.norms import EPS
 from lightning_grad.functional.gradients.tensor_lists import multiply_
+from lightning_grad.functional.gradients.total_norm import total_norm
 
 
 @torch.no_grad()

@@ -97,4 +97,6 @@ ENTRIES = [
         "GradientCentralization",
         together=True,
     ),
+    conditioner("NormalizedGradient", wrong=(({"scope": "layers"}, "Did you mean 'layer'"),)),
+    conditioner("NormalizedGradient", "by-layer", {"scope": "layer"}, broad=False),
 ]

@@ -4,7 +4,38 @@ from __future__ import annotations
 
 from tests.contract.entries import Technique
 
+_INF = float("inf")
+
 ENTRIES = [
+    Technique(
+        "Lookahead",
+        wrong=(
+            ({"k": 0}, "k must be at least 1"),
+            ({"alpha": 0.0}, "alpha must be above 0"),
+            ({"alpha": 1.5}, "alpha must be from 0 to 1"),
+            ({"eval_weights": "slwo"}, "eval_weights must be 'slow' or 'fast'"),
+        ),
+    ),
+    Technique(
+        "Lookahead",
+        "fast",
+        arguments={"k": 4, "eval_weights": "fast"},
+        neutral={"alpha": 1.0},
+        broad=False,
+    ),
+    Technique(
+        "TrAct",
+        wrong=(({"damping": 0.0}, "damping must be above 0"), ({"damping": _INF}, "damping must be finite")),
+    ),
+    Technique(
+        "ZerothOrder",
+        wrong=(
+            ({"epsilon": 0.0}, "epsilon must be above 0"),
+            ({"epsilon": _INF}, "epsilon must be finite"),
+            ({"max_derivative": -1.0}, "max_derivative must be above 0"),
+            ({"seed": -1}, "seed must be at least 0"),
+        ),
+    ),
     Technique(
         "OptimizerSwap",
         wrong=(

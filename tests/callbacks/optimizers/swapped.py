@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_grad.testing import ResumableLoader, make_trainer
+from lightning_grad.testing import ResumableLoader, fit, make_classifier, make_trainer, state_of
 
 BATCHES, EPOCHS = 4, 3
 Make = Callable[..., Optimizer]
@@ -128,3 +130,15 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
     """Return True if two modules have bitwise the same parameters."""
     both = zip(one.parameters(), other.parameters(), strict=True)
     return all(torch.equal(first, second) for first, second in both)
+
+
+def searched(technique: Any, folder: Path, searches: bool = True) -> Any:
+    """Return what a fit of 12 steps leaves, with or without a search for a learning rate before it."""
+    module, search = make_classifier(), LearningRateFinder(num_training_steps=7, update_attr=False)
+    module.lr = 1e-2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        callbacks = [technique, *([search] if searches else [])]
+        trainer, _ = fit(callbacks, module, max_epochs=2, default_root_dir=folder)
+    assert not searches or search.optimal_lr.results["loss"], "it did not train"
+    return state_of(trainer, module)["optimizers"], weights(module), module.validated, technique.state_dict()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import (
     EMAWeightAveraging,
-    LearningRateFinder,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks import NMSparsity, OptimizerSwap
 from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
+from tests.callbacks.optimizers.swapped import searched
 from tests.cases import cases
 
 AdamWScheduleFree = pytest.importorskip("schedulefree").AdamWScheduleFree
@@ -243,10 +243,9 @@ def test_works_next_to_sparse_weights(first: bool, tmp_path: Path) -> None:
         ("schedulefree-adamw", EMAWeightAveraging(decay=0.9), "weight averaging would average its training"),
         (lambda groups: AdamWScheduleFree(groups), EMAWeightAveraging(decay=0.9), "weight averaging would average"),
         ("schedulefree-adamw", StochasticWeightAveraging(0.1), "StochasticWeightAveraging would average its training"),
-        ("schedulefree-adamw", LearningRateFinder(), "LearningRateFinder trains without this callback"),
     ],
 )
-def test_refuses_another_average_and_tuners(optimizer: Any, other: pl.Callback, words: str) -> None:
+def test_refuses_another_average(optimizer: Any, other: pl.Callback, words: str) -> None:
     with pytest.raises(ValueError, match=f"averages the weights itself, and {words}"):
         fit([other, OptimizerSwap(optimizer, lr_factor=1.0)], max_epochs=1)
 
@@ -256,6 +255,13 @@ def test_says_that_statistics_belong_to_other_weights(monkeypatch: pytest.Monkey
     monkeypatch.setattr(OptimizerSwap, "say", lambda _, text: told.append(text))
     fit([swap()], max_epochs=1, limit_train_batches=1)
     assert any("statistics of BatchNorm belong to the training weights" in text for text in told)
+
+
+@pytest.mark.parametrize("name", ["schedulefree-adamw", "sophia"])
+def test_a_search_for_a_learning_rate_leaves_no_trace(name: str, tmp_path: Path) -> None:
+    """It trains before ``on_fit_start``, and without the callbacks."""
+    first, second = (OptimizerSwap(name, lr_factor=1.0) for _ in range(2))
+    assert_identical(searched(first, tmp_path), searched(second, tmp_path, searches=False))
 
 
 def test_nothing_of_it_stays(whole: Any) -> None:
