@@ -91,8 +91,8 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
 
     Raises:
         ValueError: In the constructor for impossible numbers or an unknown score. Before training if no weight is
-            selected, a name matches nothing, under manual optimization, weight averaging or sharded parameters, or if
-            another technique quantizes the same weight.
+            selected, a name matches nothing, under manual optimization or sharded parameters, if weights are averaged (by a
+            callback or by an optimizer), or if another technique quantizes the same weight.
         TypeError: Before training if the training data has no indices.
 
     **Hooks.** The last ``on_train_batch_end`` rounds, or ``on_train_end``. Meanwhile the module is quiet and in eval mode,
