@@ -338,6 +338,10 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     @override
     def settle(self, trainer: pl.Trainer) -> Sequence[RoundedWeight]:
         self._report = self.report
+        if self.bits is not None and not self.is_rounded and trainer.global_step > 0:
+            rank_zero_warn(
+                f"{self.display_name} rounded nothing, because the run had no batch left to train. {_AFTERWARDS}."
+            )
         return self.weights if self.is_rounded else []
 
 

@@ -148,6 +148,8 @@ def test_a_longer_run_continues_from_the_weights_before_rounding(tmp_path: Path)
     over = fit(again, last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=1)
     assert all(torch.equal(over.state_dict()[name], value) for name, value in shorter.state_dict().items())
     assert again.report.keys() == set(WEIGHTS)
+    with pytest.warns(UserWarning, match=r"rounded nothing, because the run had no batch left.*round_weights"):
+        fit(rounding(bits=3), last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=1)
 
 
 def test_sparse_weights_stay_sparse(tmp_path: Path) -> None:
