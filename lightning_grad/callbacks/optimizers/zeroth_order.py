@@ -35,9 +35,7 @@ from lightning_grad.utilities.parameters import all_names, as_names, check_patte
 from lightning_grad.utilities.reporting import counted, listed
 
 _NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")  # classes of libraries
-_ONE_STEP = 2**20  # seeds of the runs that use neighboring values of seed do not meet
-
-
+_STEPS_OF_A_SEED = 2**20  # so that runs with neighboring values of seed do not share directions
 _NO_SCALER = no("has no backward pass whose gradients {} could scale", "Use precision='bf16-mixed' or 32")
 
 
@@ -198,7 +196,7 @@ class ZerothOrder(OptimizerCallback):
     @override
     def evaluate(self, index: int, optimizer: Optimizer, closure: StepClosure) -> Any:
         weights, groups = self._weights(optimizer)
-        seed = self.seed * _ONE_STEP + self._steps[index]
+        seed = self.seed * _STEPS_OF_A_SEED + self._steps[index]
         self._steps[index] += 1
         moved = self.epsilon
         self._move(weights, [moved] * len(weights), seed)
