@@ -69,11 +69,16 @@ def why_input_stays(layer: nn.Module, attribute: str) -> str:
     return "it is no layer that multiplies its input by this weight"
 
 
+def rounds_its_input(layer: nn.Module) -> bool:
+    """Return True if a layer rounds its input already."""
+    return any(isinstance(hook, RoundedInput) for hook in layer._forward_pre_hooks.values())
+
+
 def apply_activation_quantization(module: nn.Module, formats: Mapping[str, Mapping[str, Any]]) -> Callable[[], None]:
     """Round the inputs of layers, so a module computes what quantization-aware training with activations validated.
 
     A checkpoint of such a training holds the weights only. Load it into the module, then call this function. The module
-    can be copied and pickled; its ``state_dict`` stays as it is.
+    can be copied and pickled; its ``state_dict`` stays as it is. Layers that round their input already keep that rounding.
 
     Args:
         module: The module that was trained, plain.
@@ -106,7 +111,9 @@ def apply_activation_quantization(module: nn.Module, formats: Mapping[str, Mappi
             "trained, or the same part of it with names that begin there."
         )
     handles = [
-        layers[name].register_forward_pre_hook(RoundedInput(**form), with_kwargs=True) for name, form in formats.items()
+        layers[name].register_forward_pre_hook(RoundedInput(**form), with_kwargs=True)
+        for name, form in formats.items()
+        if not rounds_its_input(layers[name])
     ]
 
     def undo() -> None:

@@ -160,16 +160,19 @@ def _cells(row: LayerQuantization) -> list[str]:
 def quantized_weights(module: nn.Module, report: Report, needed_by: str) -> dict[str, QuantizedTensor]:
     """Return integers and scales of the weights in a report, after comparing them with the module's weights.
 
+    A tied weight is returned once, with its first name.
+
     Args:
         module: The module, after the fit.
         report: Grids of its weights.
         needed_by: Name of the exporter, for errors.
 
     Raises:
-        ValueError: If the report names no grid, a weight is not the module's or differs from it, or its integers are in a
-            Hadamard basis.
+        ValueError: If the report names no grid, a weight is not the module's, differs from it or is not in float32, or its
+            integers are in a Hadamard basis.
     """
-    named = {clean_name(name): p.detach() for name, p in module.named_parameters(remove_duplicate=False)}
+    named = {clean_name(name): p for name, p in module.named_parameters(remove_duplicate=False)}
+    first = {id(parameter): name for name, parameter in reversed(named.items())}
     given: Mapping[str, Any] = report if isinstance(report, Mapping) else {row.name: row.quantized for row in report}
     found = {}
     for name, grid in given.items():
@@ -182,7 +185,13 @@ def quantized_weights(module: nn.Module, report: Report, needed_by: str) -> dict
                 f"{needed_by} writes integers of the layer, but {name} has integers only in a Hadamard basis, which would "
                 "need a transform of the inputs at run time. Train with QuantizationAwareTraining(hadamard=False)."
             )
-        found[name] = _matching(name, named[name], grid, needed_by)
+        weight = named[name].detach()
+        if weight.dtype != torch.float32:
+            raise ValueError(
+                f"{needed_by} needs weights in float32, but {name} is {weight.dtype}. Train in float32 or with "
+                "precision='bf16-mixed', or call module.float() and then round_weights."
+            )
+        found[first[id(named[name])]] = _matching(name, weight, grid, needed_by)
     if not found:
         raise ValueError(
             f"{needed_by}: no weight of the report lies on a grid of at most 8 bits. Train with QuantizationAwareTraining "

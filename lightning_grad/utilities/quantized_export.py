@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional import MixedTensor, QuantizedTensor
+from lightning_grad.utilities.batches import tensors_in
+from lightning_grad.utilities.modes import evaluated
 from lightning_grad.utilities.parameters import clean_name, named_owners
 from lightning_grad.utilities.quantization import Report, int8_grid, quantized_weights
 from lightning_grad.utilities.sparsity import ExportedLayer
@@ -67,7 +69,7 @@ def export_onnx_int8(module: nn.Module, report: Report, path: str | Path, inputs
     grids = quantized_weights(module, report, needed_by)
     integers = {name: int8_grid(name, grid, needed_by) for name, grid in grids.items()}
     example = _example(module, inputs)
-    with _evaluated(module), _exporting():
+    with evaluated(module), _exporting():
         batch = tuple(
             {0: torch.export.Dim.AUTO} if isinstance(each, Tensor) and each.ndim else None for each in example
         )
@@ -78,13 +80,11 @@ def export_onnx_int8(module: nn.Module, report: Report, path: str | Path, inputs
             expected = module(*example)
     _strip(model)
     float_size = model.ByteSize()
-    names = {clean_name(name): name for name, _ in module.named_parameters(remove_duplicate=False)}
-    written = {initializer.name for initializer in model.graph.initializer}
-    missing = [name for name in grids if names[name] not in written]
+    names = _names_in(model.graph, module)
+    missing = [name for name in grids if name not in names]
     if missing:
         raise ValueError(
-            f"{needed_by}: the graph has no {missing[0]}. It is not used in forward(), or is a second name of a tied weight. "
-            "Remove it from the report."
+            f"{needed_by}: the graph has no {missing[0]}, because forward() does not use it. Remove it from the report."
         )
     for name, grid in grids.items():
         _replace(model.graph, names[name], *integers[name], grid)
@@ -99,17 +99,6 @@ def _example(module: nn.Module, inputs: Any) -> tuple[Any, ...]:
             "export_onnx_int8 needs an example of the inputs. Pass inputs=, or set self.example_input_array in the module."
         )
     return tuple(given) if isinstance(given, (tuple, list)) else (given,)
-
-
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
 
 
 @contextmanager
@@ -137,6 +126,14 @@ def _strip(model: Any) -> None:
     del model.graph.value_info[:]
     del model.graph.metadata_props[:]
     del model.metadata_props[:]
+
+
+def _names_in(graph: Any, module: nn.Module) -> dict[str, str]:
+    """Return the name of each parameter in a graph by its first name in the module; a tied one may have another name."""
+    written = {initializer.name for initializer in graph.initializer}
+    named = [*module.named_parameters(remove_duplicate=False)]
+    first = {id(parameter): clean_name(name) for name, parameter in reversed(named)}
+    return {first[id(parameter)]: name for name, parameter in named if name in written}
 
 
 def _replace(graph: Any, name: str, integers: Tensor, scales: Tensor, grid: QuantizedTensor) -> None:
@@ -186,13 +183,11 @@ def _difference(path: str | Path, example: Sequence[Any], expected: Any) -> floa
     except ImportError:
         return None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    arrays = [each.detach().cpu().numpy() for each in example if isinstance(each, Tensor)]
+    arrays = [each.detach().cpu().numpy() for each in tensors_in(example)]
     fed = {node.name: array for node, array in zip(session.get_inputs(), arrays, strict=True)}
-    outputs = session.run(None, fed)
-    tensors = [expected] if isinstance(expected, Tensor) else list(expected)
-    return max(
-        float((torch.from_numpy(own) - other.cpu()).abs().max()) for own, other in zip(outputs, tensors, strict=True)
-    )
+    outputs = map(torch.from_numpy, session.run(None, fed))
+    pairs = zip(outputs, tensors_in(expected), strict=True)
+    return max(float((own.double() - other.cpu().double()).abs().max()) for own, other in pairs)
 
 
 def to_torchao(module: nn.Module, report: Report) -> list[ExportedLayer]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from lightning_grad.functional import QuantizedTensor, integer_range, outlier_mask, with_outliers
 from lightning_grad.functional.quantization.outliers import OutlierScore
 from lightning_grad.utilities.checks import check_at_least, check_between
+from lightning_grad.utilities.modes import evaluated
 from lightning_grad.utilities.parameters import check_patterns, clean_name, named_owners, selects
 from lightning_grad.utilities.reconstruction import Reconstruction, RoundedUnit
 from lightning_grad.utilities.reporting import format_table
@@ -85,7 +85,7 @@ def round_weights(
     data = list(batches)
     if not data:
         raise ValueError("round_weights needs at least one batch; got none. Pass batches of training data.")
-    with _evaluated(module):
+    with evaluated(module):
         runs = [partial(run or _call, module, batch) for batch in data]
         with torch.no_grad():
             called = called_modules(module, runs[0])
@@ -108,9 +108,7 @@ def rounding_table(results: Sequence[RoundedUnit], unused: Sequence[RoundableWei
         [clean_name(each.name), str(each.weights[0].bits), f"{each.relative_error:.2f}", f"{each.found.undecided:.1%}"]
         for each in results
     ]
-    rows += [
-        [clean_name(weight.name), str(weight.bits), "nearest: not used in the forward pass", ""] for weight in unused
-    ]
+    rows += [[clean_name(weight.name), str(weight.bits), "nearest: its module is not called", ""] for weight in unused]
     return format_table(rows, ["layer", "bits", "error / nearest", "undecided"])
 
 
@@ -127,17 +125,6 @@ def _call(module: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         return module(**batch)
     return module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-
-
-@contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    modes = {each: each.training for each in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes.items():
-            each.training = training
 
 
 Owners = tuple[str, list[tuple[nn.Module, str]]]
@@ -216,20 +203,32 @@ def _gradients(
             "outlier_score='magnitude'."
         )
     parameters = [module.get_parameter(name) for name, _ in owners]
-    sums = [torch.zeros_like(parameter) for parameter in parameters]
-    needed = [parameter.requires_grad for parameter in parameters]
+    sums = absolute_gradients(parameters, [partial(loss, module, batch) for batch in data])
+    return {name: each for (name, _), each in zip(owners, sums, strict=True)}
+
+
+def absolute_gradients(parameters: Sequence[nn.Parameter], losses: Iterable[Callable[[], Tensor]]) -> list[Tensor]:
+    """Return the absolute gradients of parameters, frozen ones too, summed over losses.
+
+    Example:
+        >>> weight = nn.Parameter(torch.tensor([1.0, 2.0]), requires_grad=False)
+        >>> absolute_gradients([weight], [lambda: weight[0] * 3, lambda: -weight.sum()])
+        [tensor([4., 1.])]
+    """
+    sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     try:
-        for parameter in parameters:
+        for parameter in frozen:
             parameter.requires_grad_()
-        for batch in data:
+        for loss in losses:
             with torch.enable_grad():
-                value = loss(module, batch)
+                value = loss()
             gradients = torch.autograd.grad(value, parameters, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(sums, torch._foreach_abs(gradients))
     finally:
-        for parameter, was in zip(parameters, needed, strict=True):
-            parameter.requires_grad_(was)
-    return {name: each for (name, _), each in zip(owners, sums, strict=True)}
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    return sums
 
 
 @torch.no_grad()

@@ -101,6 +101,8 @@ def test_what_cannot_be_exported_is_refused_with_words(tmp_path: Path) -> None:
     refused("which the module does not have", {"foot.weight": report["head.weight"]})
     refused("no weight of the report", quantization_report(Network(), verbose=False), Network())
     refused("differs from the report", report, Network())
+    double = copy.deepcopy(net).double()
+    refused(r"head.weight is torch.float64.*module.float\(\)", {"head.weight": report["head.weight"]}, double)
     refused("not on the grid of the report", {"head.weight": {**form, "hadamard": False, "bits": 2}}, Network())
 
 
@@ -189,6 +191,33 @@ def test_a_file_can_round_activations_too(tmp_path: Path) -> None:
     undo()
     assert file.difference is not None
     assert file.difference < 1e-6
+
+
+class Outputs(nn.Module):
+    """Two layers with one weight, and outputs in a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        x = self.second(torch.relu(self.first(x)))
+        return {"logits": x, "more": (x.argmax(-1), x > 0)}
+
+
+def test_tied_weights_and_nested_outputs(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    net = Outputs()
+    net.first.weight.data = quantize_weight(net.first.weight, 8).dequantize()
+    rows = quantization_report(net, verbose=False)
+    assert [row.name for row in rows] == ["first.weight", "second.weight"]
+    for report in (rows, rows[1:]):
+        file = export_onnx_int8(net, report, tmp_path / "net.onnx", torch.randn(3, 16))
+        assert file.difference is not None
+        assert file.difference < 1e-6
+        assert file.float_size - file.size > 500, "int8 takes 768 bytes less"
 
 
 def test_onnx_needs_an_example_of_the_inputs(tmp_path: Path) -> None:

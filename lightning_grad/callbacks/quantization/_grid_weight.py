@@ -166,9 +166,13 @@ class HeldWeights:
         for weight in weights:
             confident = ~weight.near_boundary(self._width)
             self._held.append((weight, confident, weight.parameter.detach().clone()))
-            if weight.parameter.grad is not None:
+            gradient = weight.parameter.grad
+            if gradient is not None and gradient.is_sparse:
+                dense = gradient.to_dense().masked_fill_(confident, 0.0)
+                weight.parameter.grad = dense.to_sparse(gradient.sparse_dim())
+            elif gradient is not None:
                 # Not a product: an infinite gradient would become NaN.
-                weight.parameter.grad.masked_fill_(confident, 0.0)
+                gradient.masked_fill_(confident, 0.0)
 
     @torch.no_grad()
     def restore(self, weights: Sequence[GridWeight]) -> None:

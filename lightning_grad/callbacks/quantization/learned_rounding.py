@@ -4,7 +4,9 @@ The rounding is a function in ``functional/quantization/``, and ``utilities/reco
 a network. In this folder, ``_rounded_weight.py`` is one rounded weight.
 """
 
+import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -26,6 +28,7 @@ from lightning_grad.core import (
     manual,
     no,
 )
+from lightning_grad.core.averaging import techniques_that_average
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.sample_losses import trained_loss
@@ -42,7 +45,7 @@ from lightning_grad.utilities.checks import check_above, check_at_least, check_b
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reconstruction import Reconstruction, RoundedUnit
 from lightning_grad.utilities.reporting import counted, listed, log_many
-from lightning_grad.utilities.rounding import rounding_table
+from lightning_grad.utilities.rounding import absolute_gradients, rounding_table
 from lightning_grad.utilities.rounding_units import Run, called_modules, find_units
 
 _AFTERWARDS = "Round after the fit: lightning_grad.utilities.round_weights(module, batches)"
@@ -61,7 +64,8 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
 
     The weights train as they are. They are rounded after the last training batch, before the validation that follows it,
     so that validation and every file after it have the rounded weights. If the end of the run is not known in advance
-    (early stopping, ``max_time``), they are rounded when training ends, and a warning names the files from before.
+    (early stopping, ``max_time``), they are rounded when training ends. If the best or the last checkpoint is from before,
+    a warning names it.
 
     Args:
         bits: Bits of a weight, 2 to 8; None rounds no weight.
@@ -87,8 +91,8 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
 
     Raises:
         ValueError: In the constructor for impossible numbers or an unknown score. Before training if no weight is
-            selected, a name matches nothing, under manual optimization, weight averaging or sharded parameters, or if
-            another technique quantizes the same weight.
+            selected, a name matches nothing, under manual optimization or sharded parameters, if weights are averaged (by a
+            callback or by an optimizer), or if another technique quantizes the same weight.
         TypeError: Before training if the training data has no indices.
 
     **Hooks.** The last ``on_train_batch_end`` rounds, or ``on_train_end``. Meanwhile the module is quiet and in eval mode,
@@ -132,6 +136,7 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     column: ClassVar[str] = "grid"
 
     _samples = during_fit[ProbeSamples]()
+    _earlier = during_fit.of(dict[str, int])  # files that were saved before the weights were rounded
     _report = until_next_fit.of(dict[str, QuantizedTensor])
 
     def __init__(
@@ -222,7 +227,16 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
         )
         self._samples = ProbeSamples(trainer, self.samples, "train", self.loader_key, None, asked, at_most=True)
         if self.bits is not None:
+            self._refuse_averages(trainer)
             self._samples.check()
+
+    def _refuse_averages(self, trainer: pl.Trainer) -> None:
+        names = techniques_that_average(trainer)
+        if names:
+            raise ValueError(
+                f"{self.display_name} rounds the trained weights, and {names[0]} replaces them by averages afterwards. "
+                f"{_AFTERWARDS}, without {self.display_name}."
+            )
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
@@ -244,17 +258,18 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.bits is not None and not self.is_rounded and trainer.global_step > 0:
             self._round(trainer, pl_module)
-            files = _files(trainer)
-            if files:
-                rank_zero_warn(
-                    f"{self.display_name} could not know that the run would stop, so it rounded after the last files were "
-                    f"saved: {listed(files)} have the weights from before. Save the rounded ones with "
-                    "trainer.save_checkpoint(path) after the fit."
-                )
+        earlier = [path for path, time in _files(trainer).items() if self._earlier.get(path) == time]
+        if earlier:
+            were = "was" if len(earlier) == 1 else "were"
+            rank_zero_warn(
+                f"{self.display_name}: {listed(earlier)} {were} saved before it rounded, with the weights from before. Save "
+                "the rounded ones with trainer.save_checkpoint(path) after the fit."
+            )
 
     @torch.no_grad()
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.say(f"rounds {counted(len(self.weights), 'weight')} to {self.bits} bits")
+        self._earlier = _files(trainer)
         found: list[RoundedUnit] = []
         kept: dict[str, Tensor] = {}
         place = {"epoch": trainer.current_epoch, "step": trainer.global_step}
@@ -298,15 +313,10 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
         """Return where weights keep their values."""
         if not self.outliers or self.bits is None:
             return {}
-        parameters = [weight.parameter for weight in self.weights]
-        sums = [torch.zeros_like(parameter) for parameter in parameters]
-        if self.outlier_score != "magnitude":
-            advice = f"{self.display_name} needs it for outlier_score={self.outlier_score!r}. Use 'magnitude'."
-            for part in look.parts():
-                with torch.enable_grad():
-                    loss = trained_loss(part.run(), advice)
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-                torch._foreach_add_(sums, torch._foreach_abs(gradients))
+        advice = f"{self.display_name} needs it for outlier_score={self.outlier_score!r}. Use 'magnitude'."
+        losses = (partial(_loss_of, part.run, advice) for part in look.parts())
+        needed = losses if self.outlier_score != "magnitude" else ()
+        sums = absolute_gradients([weight.parameter for weight in self.weights], needed)
         return {
             weight.name: outlier_mask(weight.before, self.bits, self.outliers, each, self.outlier_score, weight.dim)
             for weight, each in zip(self.weights, sums, strict=True)
@@ -328,11 +338,19 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     @override
     def settle(self, trainer: pl.Trainer) -> Sequence[RoundedWeight]:
         self._report = self.report
+        if self.bits is not None and not self.is_rounded and trainer.global_step > 0:
+            rank_zero_warn(
+                f"{self.display_name} rounded nothing, because the run had no batch left to train. {_AFTERWARDS}."
+            )
         return self.weights if self.is_rounded else []
 
 
-def _files(trainer: pl.Trainer) -> list[str]:
-    """Return the paths of the checkpoints that callbacks still point to."""
+def _loss_of(run: Run, advice: str) -> Tensor:
+    return trained_loss(run(), advice)
+
+
+def _files(trainer: pl.Trainer) -> dict[str, int]:
+    """Return the checkpoints that callbacks still point to, with the times at which they were written."""
     callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
     paths = [getattr(each, name, "") for each in callbacks for name in ("best_model_path", "last_model_path")]
-    return list(dict.fromkeys(path for path in paths if isinstance(path, str) and path))
+    return {path: os.stat(path).st_mtime_ns for path in paths if isinstance(path, str) and os.path.exists(path)}

@@ -322,7 +322,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         if not self.fitting:
-            self._formats = self._formats or dict(state_dict.get("formats", {}))
+            self._formats = dict(state_dict.get("formats", {})) or self._formats
             self._activation_formats = dict(state_dict.get("activation_formats", {})) or self._activation_formats
 
     @override

@@ -138,9 +138,11 @@ def masked_gradient(gradient: Tensor, mask: Tensor, dim: int = 0, block: int = 1
         dim: Dimension of the output channels.
         block: Block of the transform; 1 is none.
     """
-    rows = hadamard_transform(weight_rows(gradient, dim), block)
+    dense = gradient.to_dense() if gradient.is_sparse else gradient
+    rows = hadamard_transform(weight_rows(dense, dim), block)
     passed = hadamard_transform(torch.where(mask, rows, 0.0), block)
-    return weight_of_rows(passed, gradient.shape, dim).to(gradient.dtype)
+    result = weight_of_rows(passed, gradient.shape, dim).to(gradient.dtype)
+    return result.to_sparse(gradient.sparse_dim()) if gradient.is_sparse else result
 
 
 def round_through(

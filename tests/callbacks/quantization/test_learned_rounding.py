@@ -9,13 +9,18 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_grad.callbacks import LearnedRounding, NMSparsity, QuantizationAwareTraining
+from lightning_grad.callbacks import LearnedRounding, Lookahead, NMSparsity, QuantizationAwareTraining
 from lightning_grad.functional import mse_scales, quantize_weight, read_quantized_weight
 from lightning_grad.utilities import round_weights, sparsity_report
 from tests.callbacks.sparsity.test_nm_sparsity import Regression, data, linear_net, trainer
@@ -120,11 +125,20 @@ def test_a_run_that_stops_early_is_rounded_and_the_files_from_before_are_named(t
     assert not on_grid(torch.load(last.last_model_path, weights_only=True)["state_dict"])
 
 
+def test_a_best_file_from_before_rounding_is_named(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_loss")
+    run = {"max_epochs": 3, "check_val_every_n_epoch": 2, "enable_checkpointing": True}
+    with pytest.warns(UserWarning, match=r"epoch=1-step=40.ckpt was saved before it rounded.*save_checkpoint"):
+        fit(rounding(steps=0), best, **run)
+    assert not on_grid(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+
+
 def test_a_longer_run_continues_from_the_weights_before_rounding(tmp_path: Path) -> None:
     first = ModelCheckpoint(tmp_path, save_last=True)
     shorter = fit(rounding(), first, max_epochs=1, enable_checkpointing=True)
     last = ModelCheckpoint(tmp_path)
-    continued = fit(rounding(), last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=2)
+    with pytest.warns(UserWarning, match=r"last.ckpt was saved before it rounded"):
+        continued = fit(rounding(), last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=2)
     whole = fit(rounding(), max_epochs=2)
     for name, value in whole.state_dict().items():
         assert torch.equal(continued.state_dict()[name], value)
@@ -134,6 +148,8 @@ def test_a_longer_run_continues_from_the_weights_before_rounding(tmp_path: Path)
     over = fit(again, last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=1)
     assert all(torch.equal(over.state_dict()[name], value) for name, value in shorter.state_dict().items())
     assert again.report.keys() == set(WEIGHTS)
+    with pytest.warns(UserWarning, match=r"rounded nothing, because the run had no batch left.*round_weights"):
+        fit(rounding(bits=3), last, enable_checkpointing=True, ckpt_path=first.last_model_path, max_epochs=1)
 
 
 def test_sparse_weights_stay_sparse(tmp_path: Path) -> None:
@@ -181,6 +197,14 @@ def test_outliers_keep_their_values(dense: Any) -> None:
         assert (value == before).sum() == int(0.05 * before.numel())
 
 
+def test_outliers_of_a_frozen_layer() -> None:
+    module = Regression(linear_net())
+    frozen = module.net[0].weight.requires_grad_(False).clone()
+    fit(rounding(outliers=0.05), module=module)
+    assert (module.net[0].weight == frozen).sum() == int(0.05 * frozen.numel())
+    assert not module.net[0].weight.requires_grad
+
+
 def test_blocks_are_rounded_together(capsys: pytest.CaptureFixture[str], caplog: Any) -> None:
     module = Regression(nn.Sequential(linear_net(), nn.Linear(8, 8)))
     with caplog.at_level("INFO"):
@@ -200,6 +224,11 @@ def test_what_it_refuses_before_training() -> None:
         trainer(rounding(), max_steps=1).fit(Regression(linear_net()), streamed)
     with pytest.raises(ValueError, match=r"replaces them afterwards.*round_weights"):
         fit(rounding(), EMAWeightAveraging())
+    for averaging in (Lookahead(), StochasticWeightAveraging(0.01)):
+        words = f"{type(averaging).__name__} replaces them by averages afterwards.*round_weights"
+        for callbacks in ([rounding(), averaging], [averaging, rounding()]):
+            with pytest.raises(ValueError, match=words):
+                fit(*callbacks)
     with pytest.raises(ValueError, match="both choose"):
         fit(rounding(), QuantizationAwareTraining(include=["*"]))
     with pytest.raises(ValueError, match=r"'net\.2' contains no weight"):

@@ -237,6 +237,11 @@ def test_weights_that_are_not_quantized_are_named_when_tested(tmp_path: Path) ->
     assert made.callback_metrics["quant/active"] == 1.0
     made.validate(module, data(), verbose=False)
     early = tmp_path / f"epoch=0-step={STEPS}.ckpt"
+    last, used = tmp_path / f"epoch=1-step={2 * STEPS}.ckpt", qat(8)
+    trainer(used).fit(Regression(linear_net()), data())
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1)
+    trainer(used, saver, enable_checkpointing=True).validate(module, data(), ckpt_path=last, verbose=False)
+    assert {form["bits"] for form in used.formats.values()} == {4}, "of the file, not of its own fit"
     other = trainer(qat(4, start=0.6), ModelCheckpoint(tmp_path, save_top_k=-1), enable_checkpointing=True)
     with pytest.warns(UserWarning, match=r"2 of its 2 weights are not quantized in the checkpoint .*net.0.weight"):
         other.validate(Regression(linear_net()), data(), ckpt_path=early, verbose=False)
@@ -342,6 +347,31 @@ def test_a_step_around_lightning_is_said_once() -> None:
         module = fit(qat(2, annealing_start=0.5), Around())
     assert len([r for r in record if "annealing held" in str(r.message)]) == 1
     assert read_quantized_weight(module.net[0].weight, 2).bits == 2
+
+
+class Embedded(nn.Module):
+    """An embedding whose rows are few enough to get gradients in each step."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.head = nn.Embedding(10, 16, sparse=sparse), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table((x[:, :2].abs() * 3).long().clamp(max=9)).sum(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"quantizer": "statsq", "annealing_start": 0.3, "annealing_width": 0.1}, {"quantizer": "quest"}]
+)
+def test_sparse_gradients_train_as_dense_ones(arguments: dict[str, Any]) -> None:
+    def trained(sparse: bool) -> Any:
+        module = Regression(Embedded(sparse), lambda p: torch.optim.SGD(p, lr=0.1))
+        return fit(qat(2, include=["net.table.weight"], **arguments), module).state_dict()
+
+    expected = trained(False)
+    for name, value in trained(True).items():
+        torch.testing.assert_close(value, expected[name])
 
 
 # Batch norms.

@@ -177,6 +177,18 @@ def test_layers_of_a_tied_weight_are_rounded_once_each(kind: Any, include: list[
     assert not any(layer._forward_pre_hooks for layer in module.modules())
 
 
+@GAP
+def test_layers_that_round_their_input_are_not_rounded_twice() -> None:
+    module, callback = Regression(linear_net()), qat(4, activation_bits=3, activation_quantizer="quest")
+    made = trainer(callback)
+    made.fit(module, data(), data())
+    once = made.validate(module, data(), verbose=False)
+    undo = apply_activation_quantization(module, callback.activation_formats)
+    assert made.validate(module, data(), verbose=False) == once
+    undo()
+    assert not any(layer._forward_pre_hooks for layer in module.modules())
+
+
 def test_the_layers_follow_the_first_batch() -> None:
     callback = QuantizationAwareTraining(4, activation_bits=8)
     trainer(callback, max_epochs=2).fit(Regression(Backwards()), data())
