@@ -74,7 +74,8 @@ def is_linear(with_callbacks: Callable[[], list[Callback]]) -> bool:
     return large - middle == pytest.approx(middle - small, rel=0.04)
 
 
-@pytest.mark.parametrize("name", callbacks.__all__)
+# LearnedRounding runs the network for each of its layers, once, at the end of the fit.
+@pytest.mark.parametrize("name", [name for name in callbacks.__all__ if name != "LearnedRounding"])
 def test_calls_grow_in_proportion_to_the_layers(name: str) -> None:
     assert is_linear(variants([name])[name])
 
