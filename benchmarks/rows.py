@@ -13,6 +13,7 @@ SCRIPTS = (
     "sparsity",
     "clipping",
     "optimizers",
+    "quantization",
     "sharpness",
     "diagnostics",
     "data_pruning",

@@ -1,4 +1,4 @@
-"""A demo of lightning-grad in three minutes: sparse, clipped, pruned, attacked and compressed (``make demo``)."""
+"""A demo of lightning-grad in a few minutes: sparse, clipped, pruned, attacked, compressed, exported (``make demo``)."""
 
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
@@ -31,6 +31,9 @@ Written to {folder}/
   communication/comparison.png      compressed gradients: accuracy, megabytes sent
   communication/results.csv         the numbers of the fifth table
   communication/dgc*_seed0/*.png    one training: bytes a step, by layer, unsent
+  quantization/comparison.png       exported networks: accuracy and size
+  quantization/results.csv          the numbers of the sixth table
+  quantization/*_seed0/model.onnx   the exported networks
 
 Show it in W&B:       wandb sync {folder}/wandb/offline-run-*
 Full studies:         .venv/bin/python -m studies --list
@@ -44,13 +47,14 @@ def main(
     seeds: int = 3,
     attacked_epochs: int = 20,
     compressed_epochs: int = 20,
+    exported_epochs: int = 12,
 ) -> None:
-    """Run the five parts, and print their results."""
+    """Run the six parts, and print their results."""
     print(TITLE, flush=True)
     # The imports take seconds, so the title comes first.
     import torch
 
-    from studies.claims import adversarial, clipping, communication, label_errors, sparsity
+    from studies.claims import adversarial, clipping, communication, label_errors, quantization, sparsity
 
     torch.set_num_threads(1)
     recipes = ("dense", "sr-ste", "mdgf-exponential")
@@ -67,6 +71,8 @@ def main(
         arms=ways, rates=(0.05,), epochs=compressed_epochs, output=output / "communication"
     )
     show(5, communication.IN_THE_DEMO, compressed, seeds)
+    exported = quantization.SmallerFiles(rates=(), epochs=exported_epochs, output=output / "quantization")
+    show(6, quantization.IN_THE_DEMO, exported, 1)
     print(PLACES.format(folder=output))
 
 

@@ -90,6 +90,8 @@ def pytest_collection_finish(session: Any) -> None:
             )
             _read_a_signature_once(importlib.import_module(f"{pytorch}.utilities.signature_utils"))
             _look_for_no_default_that_is_not_set(importlib.import_module(f"{pytorch}.utilities.argparse"))
+    if "torch" in sys.modules:
+        _keep_no_stack_of_a_seed(sys.modules["torch"])
     if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):
         _fit_before_ranks_are_forked()
     gc.collect()
@@ -142,3 +144,10 @@ def _look_for_no_default_that_is_not_set(argparse: Any) -> None:
         return parse(cls) if is_set else argparse.Namespace()
 
     argparse._parse_env_variables = parse_env_variables
+
+
+def _keep_no_stack_of_a_seed(torch: Any) -> None:
+    """Every seed is kept for devices that are not in use, together with all lines of the stack, formatted."""
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        if hasattr(device, "traceback"):
+            device.traceback = types.SimpleNamespace(format_stack=list)

@@ -10,6 +10,7 @@ from lightning_grad.callbacks import (
     data_pruning,
     diagnostics,
     optimizers,
+    quantization,
     schedules,
     sharpness,
     sparsity,
@@ -19,6 +20,7 @@ from lightning_grad.callbacks.clipping import *
 from lightning_grad.callbacks.data_pruning import *
 from lightning_grad.callbacks.diagnostics import *
 from lightning_grad.callbacks.optimizers import *
+from lightning_grad.callbacks.quantization import *
 from lightning_grad.callbacks.schedules import *
 from lightning_grad.callbacks.sharpness import *
 from lightning_grad.callbacks.sparsity import *
@@ -29,6 +31,7 @@ __all__ += clipping.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
 __all__ += optimizers.__all__
+__all__ += quantization.__all__
 __all__ += schedules.__all__
 __all__ += sharpness.__all__
 __all__ += sparsity.__all__

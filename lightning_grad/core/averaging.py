@@ -9,7 +9,13 @@ from typing_extensions import override
 
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.steps.averaged_weights import AveragedWeights, Averaging, has_batch_statistics, wrap_loading
+from lightning_grad.core.steps.averaged_weights import (
+    AveragedWeights,
+    Averaging,
+    averages,
+    has_batch_statistics,
+    wrap_loading,
+)
 
 _WEIGHTS = "training_weights"
 
@@ -99,3 +105,16 @@ class AveragingCallback(GradCallback):
     def _finish(self, averaged: AveragedWeights) -> None:
         averaged.finish()
         self._training_weights = averaged.training_weights
+
+
+def techniques_that_average(trainer: pl.Trainer) -> list[str]:
+    """Return the names of callbacks and optimizers that replace the trained weights by averages.
+
+    Callbacks know it from ``on_train_start`` on. Lightning's own weight averaging is in
+    :class:`~lightning_grad.core.compatibility.Compatibility`, except ``StochasticWeightAveraging``, which is here.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    names = [c.display_name for c in callbacks if isinstance(c, AveragingCallback) and c.averaging(trainer)]
+    names += [type(optimizer).__name__ for optimizer in trainer.optimizers if averages(optimizer)]
+    kinds = [kind.__name__ for callback in callbacks for kind in type(callback).__mro__]
+    return names + [kind for kind in kinds if kind == "StochasticWeightAveraging"]

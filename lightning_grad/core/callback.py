@@ -182,6 +182,11 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
             log_settings(trainer, self.display_name, self.settings)
             say_if_no_figures(trainer, self)
 
+    @property
+    def why_not_portable(self) -> str:
+        """Why the weights of a checkpoint alone do not compute what was validated, as a sentence; empty if they do."""
+        return ""
+
     def works_with(self) -> Compatibility:
         """Return what this instance works with; override it if this depends on settings."""
         return self.compatibility

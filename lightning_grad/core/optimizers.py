@@ -16,11 +16,12 @@ from lightning_grad.core.compatibility import NO_ENGINE, Compatibility, no
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.steps.held_rates import Factor, HeldRates
-from lightning_grad.core.steps.step_window import StepClosure, StepWindow
+from lightning_grad.core.steps.step_window import StepClosure, StepWindow, skips_backward
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import reset_moments_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.batches import map_tensors
+from lightning_grad.utilities.checks import refuse_dataloader_iter
 from lightning_grad.utilities.optimizers import optimizer_index
 
 
@@ -97,8 +98,8 @@ class OptimizerCallback(GradCallback):
         weights. Under fp16, gradients are still multiplied by the loss scale here, and a non-finite
         one makes the GradScaler skip the step.
 
-        Two callbacks that override this raise an error, as does ``optimizer.step()`` without a
-        closure.
+        These raise an error: two callbacks that override this, ``optimizer.step()`` without a closure
+        or on the raw torch optimizer, and a ``training_step`` that fetches its own batches.
         """
         return closure()
 
@@ -154,10 +155,11 @@ class OptimizerCallback(GradCallback):
         super().setup(trainer, pl_module, stage)
         if self.fitting and _overrides(self, "evaluate"):
             self._refuse_a_second(trainer)
+            if pl_module.automatic_optimization:
+                refuse_dataloader_iter(pl_module.training_step, self.display_name)
 
     def _refuse_a_second(self, trainer: pl.Trainer) -> None:
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c.display_name for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]
+        others = techniques_that_evaluate(trainer)
         if len(others) > 1:
             raise ValueError(f"{' and '.join(others)} would each evaluate every step several times. Keep one of them.")
         if getattr(trainer.strategy, "wants_to_compress", False):
@@ -256,7 +258,7 @@ class OptimizerCallback(GradCallback):
         if index is not None and index in self._ends:
             self._inside.add(index)
             self._depths.clear()
-            if _overrides(self, "evaluate"):
+            if _overrides(self, "evaluate") and not skips_backward(trainer):
                 whole = StepClosure(closure, optimizer, trainer, pl_module, self._window, self.display_name)
                 closure = partial(self.evaluate, index, optimizer, whole)
         try:
@@ -277,6 +279,12 @@ class OptimizerCallback(GradCallback):
             return
         if index not in self._inside:
             rates.give_back()  # left by an earlier step of the raw torch optimizer that raised
+            if _overrides(self, "evaluate"):
+                raise RuntimeError(
+                    f"{self.display_name} must evaluate each step itself, but step() was called on the raw torch "
+                    "optimizer. Call it on the optimizer that Lightning passes to optimizer_step, or that "
+                    "self.optimizers() returns."
+                )
         self.before_step(index, self._seen[index])
 
     @override
@@ -307,3 +315,9 @@ class OptimizerCallback(GradCallback):
 
 def _overrides(callback: OptimizerCallback, name: str) -> bool:
     return getattr(type(callback), name) is not getattr(OptimizerCallback, name)
+
+
+def techniques_that_evaluate(trainer: pl.Trainer) -> list[str]:
+    """Return the names of the trainer's callbacks that compute the gradients of a step at other weights."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c.display_name for c in callbacks if isinstance(c, OptimizerCallback) and _overrides(c, "evaluate")]

@@ -74,8 +74,12 @@ def check_samples(samples: int | Sequence[int]) -> None:
         raise ValueError(f"samples must be an integer >= 1 or a list of different indices >= 0; got {list(samples)}.")
 
 
-def chosen_samples(samples: int | Sequence[int], total: int, split: Split, display_name: str) -> list[int]:
+def chosen_samples(
+    samples: int | Sequence[int], total: int, split: Split, display_name: str, at_most: bool = False
+) -> list[int]:
     """Return the indices of the samples; a count is spread over the whole set.
+
+    With ``at_most``, a count above the size of the set means the whole set.
 
     Raises:
         ValueError: If the set has too few samples.
@@ -94,6 +98,8 @@ def chosen_samples(samples: int | Sequence[int], total: int, split: Split, displ
                 f"{display_name} would inspect sample {max(samples)}, but {has}. Use indices below {total}."
             )
         return [int(index) for index in samples]
+    if at_most:
+        samples = min(samples, total)
     if samples > total:
         raise ValueError(
             f"{display_name} would inspect {counted(samples, 'sample')}, but {has}. Set samples to at most {total}."
@@ -112,6 +118,8 @@ class ProbeSamples:
         loader_key: Loader to use if there are several.
         dataset: Callable (trainer) -> data set to read from instead; called once.
         asked: Name of the technique and advice, for errors about losses that cannot be captured.
+        at_most: Whether a smaller set is used as a whole. The samples are then read only in the parts of the look, not
+            as one batch, because they may be many.
 
     Attributes:
         indices: Indices that were read; empty before the first look.
@@ -123,6 +131,7 @@ class ProbeSamples:
     loader_key: str | int | None
     dataset: Callable[[pl.Trainer], Any] | None
     asked: LossRequest
+    at_most: bool = False
     indices: list[int] = field(default_factory=list, init=False)
     _own: Any = field(default=None, init=False)
     _early: Any = field(default=None, init=False)
@@ -132,9 +141,9 @@ class ProbeSamples:
         loader, dataset = self._loader, self._source
         self._refuse_without_indices(loader, dataset)
         total = len(dataset)
-        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.display_name)
+        indices = self.indices = chosen_samples(self.samples, total, self.split, self.asked.display_name, self.at_most)
         read = partial(self._read, loader, dataset)
-        batch = read(indices)
+        batch = None if self.at_most else read(indices)
         is_part = self.split == "train" and self.loader_key is not None
         run = _runner(self.trainer, pl_module, batch, self.asked, is_part)
         random_streams.seed_streams(_SEED)
@@ -143,6 +152,10 @@ class ProbeSamples:
         look = (pl_module, batch, indices, total, run, self.asked)
         size = _batch_size(loader)
         return ProbeLook(*look, trainer=self.trainer, epoch=epoch, step=step, undo=undo, read=read, batch_size=size)
+
+    def check(self) -> None:
+        """Raise if the data has no indices, or the loader is not known."""
+        self._refuse_without_indices(self._loader, self._loader.dataset)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

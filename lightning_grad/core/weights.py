@@ -115,6 +115,8 @@ class WeightCallback(GradCallback, Generic[W]):
                     f"{self.display_name} and another technique both choose {clean_name(weight.name)} "
                     f"({weight.found.class_name()}). Separate them: set include= or exclude=."
                 )
+            if reason := self._chains.why_not(self.stage, weight):
+                raise ValueError(reason)
         for optimizer in trainer.optimizers:
             if not owned_ids(optimizer).isdisjoint(id(weight.parameter) for weight in choice.chosen):
                 self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
@@ -137,7 +139,7 @@ class WeightCallback(GradCallback, Generic[W]):
 
     def settle(self, trainer: pl.Trainer) -> Sequence[W]:
         """Return the weights whose stored values become the module's own when the fit ends without an exception."""
-        return self.weights if trainer.global_step > 0 else []
+        return self.weights if trainer.global_step > 0 or self.has_stepped else []
 
     # The chosen weights.
 
@@ -261,6 +263,9 @@ class WeightCallback(GradCallback, Generic[W]):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         self._chains.close_window()
 
+    def after_update(self, optimizer: Optimizer) -> None:
+        """Correct dense weights that an optimizer has just stepped, before any technique updates its views."""
+
     @torch.no_grad()
     def after_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Update the views after an optimizer step; techniques are called in the order of their stages."""
@@ -278,7 +283,7 @@ class WeightCallback(GradCallback, Generic[W]):
         """Choose weights again, after the first batch showed that other layers are the first and the last."""
         before = {weight.name: weight for weight in self.weights}
         found = [before.get(weight.name, weight) for weight in choose_weights(pl_module, self, ends).chosen]
-        chosen = [w for w in found if w.name in before or not self._chains.is_taken(w.found, self.stage)]
+        chosen = [w for w in found if w.name in before or self._is_free(w)]
         added, kept = [weight for weight in chosen if weight.name not in before], set(map(id, chosen))
         dense = [weight for weight in self.weights if id(weight) not in kept]
         if not chosen or not (added or dense):
@@ -291,6 +296,9 @@ class WeightCallback(GradCallback, Generic[W]):
         self.renew(added)
         self.signatures = {weight.name: weight.signature for weight in self.weights}
         self.say(ends.explain([w.name for w in dense], [w.name for w in added], self.effect))
+
+    def _is_free(self, weight: W) -> bool:
+        return not (self._chains.is_taken(weight.found, self.stage) or self._chains.why_not(self.stage, weight))
 
     # Validation and checkpoints.
 

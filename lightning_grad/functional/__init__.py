@@ -12,6 +12,7 @@ from lightning_grad.functional import (
     data_pruning,
     diagnostics,
     optimizers,
+    quantization,
     schedules,
     sharpness,
     sparsity,
@@ -28,6 +29,7 @@ from lightning_grad.functional.gradients.per_sample_gradients import PerSampleGr
 from lightning_grad.functional.gradients.terms import Terms
 from lightning_grad.functional.gradients.trace import LossTrace
 from lightning_grad.functional.optimizers import *
+from lightning_grad.functional.quantization import *
 from lightning_grad.functional.schedules import *
 from lightning_grad.functional.sharpness import *
 from lightning_grad.functional.sparsity import *
@@ -47,6 +49,7 @@ __all__ += communication.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
 __all__ += optimizers.__all__
+__all__ += quantization.__all__
 __all__ += schedules.__all__
 __all__ += sharpness.__all__
 __all__ += sparsity.__all__

@@ -1,5 +1,6 @@
 """Ranks on one machine: forked processes in a gloo group, which return results and errors."""
 
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -52,6 +53,7 @@ def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any, limit: float
 
 def _be_rank(rank: int, ranks: int, folder: str, limit: float, work: Callable[..., Any], arguments: Any) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # looking for garbage among the objects of the parent process would copy their pages
     # Without OMP_NUM_THREADS Lightning gives a single rank all cores, and small operations then wait for threads.
     os.environ |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

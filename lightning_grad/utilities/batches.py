@@ -161,6 +161,16 @@ def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return batch
 
 
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return all tensors of a batch, in order.
+
+    Example:
+        >>> tensors_in({"x": (torch.zeros(1), 3), "y": torch.ones(1)})
+        [tensor([0.]), tensor([1.])]
+    """
+    return [value for _, value in _tensors_of(batch)]
+
+
 def same_tensors(batch: Any, other: Any) -> bool:
     """Return True if two batches contain the same tensor objects, even in different containers.
 
@@ -169,7 +179,7 @@ def same_tensors(batch: Any, other: Any) -> bool:
         >>> same_tensors((x, 3), (x, 3)), same_tensors((x, 3), (x.clone(), 3))
         (True, False)
     """
-    ours, theirs = ([value for _, value in _tensors_of(each)] for each in (batch, other))
+    ours, theirs = tensors_in(batch), tensors_in(other)
     return len(ours) == len(theirs) and all(one is another for one, another in zip(ours, theirs, strict=True))
 
 

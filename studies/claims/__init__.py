@@ -11,6 +11,7 @@ from studies.claims import (
     data_pruning,
     label_errors,
     optimizers,
+    quantization,
     sharpness,
     sparsity,
     tract,
@@ -25,6 +26,7 @@ FAMILIES = (
     adversarial,
     communication,
     optimizers,
+    quantization,
     sharpness,
     tract,
 )

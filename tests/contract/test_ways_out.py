@@ -111,6 +111,10 @@ def evaluation(**changes: Any) -> Any:
     return lg.AdversarialEvaluation(**{"epsilon": 0.1, "steps": 1, **changes})
 
 
+def qat(bits: Any = 4, **changes: Any) -> Any:
+    return lg.QuantizationAwareTraining(bits, **{"include": ["hidden"], **changes})
+
+
 def pruning(prune: Any = 0.3, **changes: Any) -> Any:
     return lg.DataPruning(prune, **{"epoch": 1, **changes})
 
@@ -216,6 +220,38 @@ def _pruned(sparsity: Any) -> Fit:
     return fit(sparsity, other, module=module)
 
 
+QUANTIZATION = [
+    Row(
+        "a symmetric bit",
+        lambda _: fit(qat(1)),
+        r"Use 2 bits \(-1, 0, 1\), or",
+        lambda _: fit(qat(1, quantizer="statsq")),
+    ),
+    Row(
+        "zeros on a grid without 0",
+        lambda _: fit(nm(), qat(quantizer="quest")),
+        r"cannot quantize hidden.weight with quantizer='quest'.*sparse \(2:4\).*Use quantizer='ste'",
+        lambda _: fit(nm(), qat(quantizer="ste")),
+    ),
+    Row(
+        "a step that moves weights",
+        lambda _: fit(qat(), lg.SAM()),
+        r"SAM moves them within a step.*without SAM",
+        lambda _: fit(qat()),
+    ),
+    Row(
+        "single weights of a basis",
+        lambda _: fit(qat(quantizer="quest", annealing_start=0.5)),
+        r"Set hadamard=False, or remove annealing_start",
+        lambda _: fit(qat(quantizer="quest", annealing_start=0.5, hadamard=False)),
+    ),
+    Row(
+        "one weight on two grids",
+        lambda _: fit(qat(), qat(8, name="b")),
+        r"both choose hidden.weight .*Separate them: set include=",
+        lambda _: fit(qat(), qat(8, name="b", include=["head"])),
+    ),
+]
 CLIPPING = [
     Row(
         "a Trainer that clips",
@@ -758,7 +794,7 @@ SCORES = [
     ),
 ]
 
-ROWS = [*SPARSITY, *CLIPPING, *METRICS, *ATTACKS, *LOADERS, *LOSSES, *SCORES]
+ROWS = [*SPARSITY, *QUANTIZATION, *CLIPPING, *METRICS, *ATTACKS, *LOADERS, *LOSSES, *SCORES]
 
 
 def follow(row: Row, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import pytest
 import pytorch_lightning
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -239,7 +241,7 @@ def test_nothing_is_left() -> None:
 class SkipsHalf(Module):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        return None if batch_idx % 2 else {"loss": loss}
+        return None if batch_idx % 2 else MappingProxyType({"loss": loss})  # any mapping, as in Lightning
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
@@ -247,6 +249,24 @@ def test_batches_without_a_loss_are_left_out_again() -> None:
     trainer, module = run(Sharp(rho=0.0), module=SkipsHalf(), accumulate_grad_batches=2)
     other, plain = run(module=SkipsHalf(), accumulate_grad_batches=2)
     assert_identical(state_of(trainer, module), state_of(other, plain))
+
+
+def test_batches_of_a_step_that_an_epoch_ended_too_early_are_dropped() -> None:
+    class Stops(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return -1 if batch_idx == 4 and self.current_epoch == 0 else None
+
+    runs = [run(*others, module=Stops(), accumulate_grad_batches=3) for others in ([Sharp(rho=0.0)], [])]
+    assert_identical(*[state_of(*each) for each in runs])
+
+
+def test_an_epoch_that_only_collects_statistics_is_evaluated_once() -> None:
+    """Otherwise the gradients of all its batches would move the averaged weights."""
+
+    def averaged(*callbacks: Any) -> Any:
+        return run(*callbacks, StochasticWeightAveraging(1e-3, swa_epoch_start=1, annealing_epochs=1), epochs=2)
+
+    assert_identical(state_of(*averaged(Sharp(rho=0.0))), state_of(*averaged()))
 
 
 def test_batches_of_steps_without_a_second_evaluation_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +350,17 @@ def test_a_module_that_evaluates_the_closure_itself_is_refused() -> None:
         run(Sharp(), module=CallsItself())
 
 
+class StepsPastLightning(Module):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any) -> None:
+        optimizer.optimizer.step(optimizer_closure)
+
+
+def test_a_step_of_the_raw_torch_optimizer_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"Sharp must evaluate each step itself.*on the raw torch optimizer"):
+        run(Sharp(), module=StepsPastLightning())
+    run(module=StepsPastLightning(), epochs=1)
+
+
 def test_two_that_evaluate_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"Sharp and Sharp\[b\] would each evaluate every step several times. Keep one"
@@ -407,6 +438,19 @@ class Plain(Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+class FetchesItself(Plain):
+    def training_step(self, dataloader_iter: Any) -> Tensor:
+        return self.loss(next(dataloader_iter)[0][0])
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_fetches_its_own_batches_is_refused() -> None:
+    """It would get other batches in the second evaluation."""
+    with pytest.raises(ValueError, match=r"Sharp needs the batch, but training_step\(dataloader_iter\) fetches it"):
+        run(Sharp(), module=FetchesItself())
+    make_trainer(max_epochs=1).fit(FetchesItself(), DataLoader(TensorDataset(DATA), 8))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])

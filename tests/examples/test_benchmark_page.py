@@ -14,6 +14,7 @@ from benchmarks import (
     diagnostics,
     memory,
     optimizers,
+    quantization,
     rows,
     sharpness,
     small_layers,
@@ -27,6 +28,7 @@ TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
+    "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
     "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
     "diagnostics": tuple(diagnostics.MODELS),
     "data_pruning": (

@@ -11,6 +11,7 @@ import diagnostics
 import optimizers
 import plain_project
 import pytest
+import quantization
 import schedules
 import sharpness
 
@@ -21,6 +22,7 @@ from lightning_grad.callbacks import (
     GradientMonitor,
     NMSparsity,
     OptimizerSwap,
+    QuantizationAwareTraining,
     SkipNonFinite,
     ZClip,
 )
@@ -67,6 +69,19 @@ def test_another_optimizer_moves_the_weights(tmp_path: Path, capsys: pytest.Capt
     usual, _, swapped, _ = lines
     assert float(usual[-1].split()[0]) == pytest.approx(2 * float(swapped[-1].split()[0]), rel=0.02)
     assert str(tmp_path) in printed
+
+
+def test_quantized_weights_lie_on_grids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantization.main(["--epochs", "1", "--bits", "2", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "net.encoder.layers.1.linear1.weight             128x64  2     3  " in printed
+    assert "net.head" not in printed
+    check_files(tmp_path)
+
+
+def test_weights_are_rounded_after_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantization.main(["--epochs", "1", "--bits", "3", "--after", "--output", str(tmp_path)])
+    assert "net.encoder.layers.1.linear1.weight             128x64  3     7  " in capsys.readouterr().out
 
 
 def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,6 +137,7 @@ def test_two_processes_send_less(
         ("schedules", AccuracyGradientLR, "accuracy_gradient_lr.png"),
         ("diagnostics", GradientMonitor, "gradient_monitor.png"),
         ("optimizers", OptimizerSwap, None),
+        ("quantization", QuantizationAwareTraining, None),
         ("sharpness", SAM, None),
     ],
 )

@@ -80,7 +80,7 @@ def test_table_and_places_are_printed(run: Run) -> None:
     assert any(line.startswith("recipe") and "exactly 1:8" in line for line in lines)
     assert max(map(len, lines)) <= 80 + len(str(run.study.output))
     named = [line.split()[0] for line in demo.PLACES.splitlines() if line.startswith("  ") and line[2] != " "]
-    assert len(named) == 19
+    assert len(named) == 22
     for name in named[:6]:
         assert list(run.study.output.glob(name.replace("<recipe>", "mdgf-exponential"))), name
 

@@ -35,9 +35,7 @@ from lightning_grad.utilities.parameters import all_names, as_names, check_patte
 from lightning_grad.utilities.reporting import counted, listed
 
 _NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")  # classes of libraries
-_ONE_STEP = 2**20  # seeds of the runs that use neighboring values of seed do not meet
-
-
+_STEPS_OF_A_SEED = 2**20  # so that runs with neighboring values of seed do not share directions
 _NO_SCALER = no("has no backward pass whose gradients {} could scale", "Use precision='bf16-mixed' or 32")
 
 
@@ -66,9 +64,10 @@ class ZerothOrder(OptimizerCallback):
     Raises:
         ValueError: In the constructor if epsilon or max_derivative is not above 0. Before the first
             batch with gradient accumulation, fp16, manual optimization, FSDP, DeepSpeed, a
-            compressing strategy, LBFGS, another technique that evaluates steps, or a name pattern
-            that matches nothing.
-        RuntimeError: In the first step if the module runs the closure itself.
+            compressing strategy, LBFGS, a ``training_step`` that fetches its own batches, another
+            technique that evaluates steps, or a name pattern that matches nothing.
+        RuntimeError: In the first step if the module's ``optimizer_step`` runs the closure itself, or
+            calls ``step()`` on the raw torch optimizer.
 
     **Hooks.** The closure that Lightning passes to the strategy's ``optimizer_step``. ``backward`` and
     the hooks around it are not called. The reported loss is that at ``w + epsilon z``.
@@ -197,16 +196,19 @@ class ZerothOrder(OptimizerCallback):
     @override
     def evaluate(self, index: int, optimizer: Optimizer, closure: StepClosure) -> Any:
         weights, groups = self._weights(optimizer)
-        seed = self.seed * _ONE_STEP + self._steps[index]
+        seed = self.seed * _STEPS_OF_A_SEED + self._steps[index]
         self._steps[index] += 1
-        self._move(weights, [self.epsilon] * len(weights), seed)
-        result = closure()
-        self._move(weights, [-2 * self.epsilon] * len(weights), seed)
-        minus = closure.again()
+        moved = self.epsilon
+        self._move(weights, [moved] * len(weights), seed)
+        try:
+            result = closure()
+            self._move(weights, [-2 * self.epsilon] * len(weights), seed)
+            moved = -self.epsilon
+            minus = closure.again()
+        finally:
+            self._move(weights, [-moved] * len(weights), seed)
         if closure.loss is None or minus is None:  # the module skips this batch
-            self._move(weights, [self.epsilon] * len(weights), seed)
             return result
-        self._move(weights, [self.epsilon] * len(weights), seed)
         derivative = self._derivative(index, closure.loss, minus)
         if not self._readers(optimizer):
             self._step_in_place(weights, groups, derivative, seed)

@@ -64,9 +64,11 @@ class SAM(OptimizerCallback):
         ValueError: In the constructor if rho is negative or not finite, eta is not above 0, or
             every_n_steps is below 1. Before the first batch with LBFGS, an optimizer that is SAM or
             differentiates gradients, manual optimization, FSDP1, DeepSpeed, a fused optimizer in fp16,
-            sparse gradients, a compressing strategy, another technique that evaluates steps, or a name pattern that
-            matches nothing.
-        RuntimeError: In the first step if the module's ``optimizer_step`` runs the closure itself.
+            sparse gradients, a compressing strategy, a static graph of DDP without sync_ascent, a
+            ``training_step`` that fetches its own batches, another technique that evaluates steps, or a
+            name pattern that matches nothing.
+        RuntimeError: In the first step if the module's ``optimizer_step`` runs the closure itself, or
+            calls ``step()`` on the raw torch optimizer.
 
     **Hooks.** The closure that Lightning passes to the strategy's ``optimizer_step``. With gradient
     accumulation, all batches of the step are run again. Clipping and other techniques act on the
@@ -150,6 +152,7 @@ class SAM(OptimizerCallback):
         named = {"rho": self.rho} if isinstance(self.rho, Mapping) else {}
         check_patterns(pl_module, self.display_name, include=self.include, exclude=self.exclude, **named)
         self._module = pl_module
+        self._refuse_static_graph(trainer)
         super().on_fit_start(trainer, pl_module)
         moved = {id(p) for index, optimizer in self.watched.items() for p in self._choose(index, optimizer)}
         self.works_with().refuse_parameters(self.display_name, pl_module, moved)
@@ -162,6 +165,13 @@ class SAM(OptimizerCallback):
         often = "each step" if self.every_n_steps == 1 else f"one step in {self.every_n_steps}"
         words = f"evaluates {often} a second time, after moving {counted(len(names), 'parameter')} up the gradient"
         self.announce(words if names else "moves nothing, because rho is 0", "parameters", names)
+
+    def _refuse_static_graph(self, trainer: pl.Trainer) -> None:
+        if not self.sync_ascent and getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph"):
+            raise ValueError(
+                f"{self.display_name} needs a first pass without synchronization, which DDPStrategy(static_graph=True) "
+                "cannot run. Set sync_ascent=True, or static_graph=False."
+            )
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:

@@ -41,6 +41,11 @@ class SparseWeight(ViewedWeight):
         self._mask_age = 0
 
     @property
+    @override
+    def makes_zeros(self) -> bool:
+        return self.pattern.n < self.pattern.m
+
+    @property
     def is_pruned(self) -> bool:
         """Whether the current pattern has entries outside the mask."""
         pattern = self.phase.pattern

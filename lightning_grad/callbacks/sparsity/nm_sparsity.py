@@ -5,7 +5,6 @@ and substitutes the sparse weights in the module. In this folder:
 
 - ``_nm_arguments.py`` reads and checks the arguments;
 - ``_nm_weight.py`` is one sparse weight;
-- ``_nm_monitors.py`` resets checkpoint callbacks and early stopping;
 - ``_nm_meter.py`` measures;
 - ``_nm_record.py`` records and draws, and handles the end of the run.
 """
@@ -23,7 +22,6 @@ from typing_extensions import override
 from lightning_grad.callbacks.sparsity import _nm_arguments as arguments
 from lightning_grad.callbacks.sparsity import _nm_record
 from lightning_grad.callbacks.sparsity._nm_meter import SparsityMeter, current_patterns, phase_name, sparsity_totals
-from lightning_grad.callbacks.sparsity._nm_monitors import MonitorRestart
 from lightning_grad.callbacks.sparsity._nm_weight import (
     SparseWeight,
     add_sr_ste,
@@ -35,6 +33,7 @@ from lightning_grad.core import FoundWeight, FrozenMoments, Stage, WeightCallbac
 from lightning_grad.core.callback import GradCallback
 from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.monitor_restart import MonitorRestart
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.functional import NMPattern, NMPhase
 from lightning_grad.functional.sparsity.nm_schedule import Recipe

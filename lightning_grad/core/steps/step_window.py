@@ -1,6 +1,6 @@
 """Repeat the evaluation of an optimizer step: all batches that its gradients come from, at other weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +24,11 @@ _NO_CLOSURE = "do_nothing_closure"  # its name, because both of Lightning's name
 def is_repeated(pl_module: nn.Module) -> bool:
     """Return True while a step is repeated. Hooks that count or record batches check it."""
     return pl_module in _REPEATED
+
+
+def skips_backward(trainer: pl.Trainer) -> bool:
+    """Return True in the epoch in which StochasticWeightAveraging only collects statistics of BatchNorm."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
 
 
 @dataclass
@@ -63,13 +68,15 @@ class StepWindow:
         def step(inner: Callable[..., Any], *args: Any) -> Any:
             if self._is_again:
                 return inner(*args)
-            if not self._is_needed():
-                self._lacks_batches = True
-                return inner(*args)
             # Batches are distinguished by their number: an optimizer may call its closure several
             # times for one batch, and a loader may return the same tensor for several batches.
             number = self._trainer.fit_loop.batch_idx
             is_new = not self._evaluations or self._evaluations[-1].batch_idx != number
+            if is_new and number % self._trainer.accumulate_grad_batches == 0:
+                self.end_step()  # a batch that ended its epoch early left a step unfinished
+            if skips_backward(self._trainer) or not self._is_needed():
+                self._lacks_batches = True
+                return inner(*args)
             if is_new:
                 inputs = copy_of(args)  # because a step may write into them
                 self._evaluations.append(_Evaluation(number, inputs, random_states()))
@@ -143,7 +150,7 @@ class StepWindow:
 
 
 def _loss_of(output: Any) -> Tensor | None:
-    loss: Tensor | None = output["loss"] if isinstance(output, dict) else output
+    loss: Tensor | None = output["loss"] if isinstance(output, Mapping) else output
     return loss
 
 

@@ -185,6 +185,15 @@ class ViewedWeight:
         self.refresh()
 
     @property
+    def makes_zeros(self) -> bool:
+        """Whether this view sets entries to zero that later stages have to keep."""
+        return False
+
+    def why_not_after(self, earlier: ViewedWeight) -> str:
+        """Return why this view cannot act on the output of an earlier stage, and what to do; empty if it can."""
+        return ""
+
+    @property
     def signature(self) -> list[str | int]:
         """Values that must be unchanged for a resumed run to use the saved state of this weight."""
         return []
@@ -294,6 +303,15 @@ class ModuleChains:
         chain = self._chains.get(id(found.parameter))
         return has_view(found.module, found.attribute) if chain is None else stage in chain.stages
 
+    def why_not(self, stage: Stage, weight: ViewedWeight) -> str:
+        """Return why a view cannot join the stages that its weight already has, and what to do; empty if it can."""
+        chain = self._chains.get(id(weight.parameter))
+        for other_stage, other in chain.stages.items() if chain else ():
+            later, earlier = (weight, other) if other_stage < stage else (other, weight)
+            if reason := later.why_not_after(earlier):
+                return reason
+        return ""
+
     def join(self, stage: Stage, weight: ViewedWeight) -> None:
         """Add a stage to the chain of a weight."""
         chain = self._chains.setdefault(id(weight.parameter), Chain(weight.found))
@@ -322,6 +340,8 @@ class ModuleChains:
             self.close_window()
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        for technique in self._techniques:
+            technique.after_update(optimizer)
         for technique in self._techniques:
             technique.after_step(self.trainer, optimizer)
         if self._window is not None:

@@ -19,7 +19,7 @@ def normalize_gradients_(
     .. math::
         g \leftarrow \frac{g}{\lVert g \rVert} \quad\text{or}\quad g_h \leftarrow \frac{g_h}{\lVert g_h \rVert}
 
-    A gradient whose norm is zero or not finite is not changed.
+    A gradient whose norm is zero (or below 1e-38) or not finite is not changed.
 
     Args:
         gradients: Tensors of any shape; changed in place.
@@ -42,7 +42,8 @@ def normalize_gradients_(
         1507.02030, algorithm 1.
     """
     norms = total_norm(gradients, accurate=True) if layers is None else layer_norms(gradients, layers, count)
-    factors = torch.where((norms > 0) & norms.isfinite(), 1.0 / norms, 1.0)
+    factors = 1.0 / norms  # infinite for a norm of zero, and for one that is too small to be inverted
+    factors = torch.where((factors > 0) & factors.isfinite(), factors, 1.0)
     if layers is None:
         multiply_(gradients, factors)
     else:

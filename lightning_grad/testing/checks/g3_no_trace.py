@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
-from lightning_grad.testing.checks.trained import state_varies
+from lightning_grad.testing.checks.trained import state_varies, why_not_portable
 from lightning_grad.testing.lines import line_of_class, line_of_function
 from lightning_grad.testing.runs import Run
 from lightning_grad.testing.states import assert_identical
@@ -174,6 +174,8 @@ def g3_copy_in_a_fit_holds_no_run(subject: Subject) -> None:
 @check("full")
 def g3_module_copied_in_a_fit_is_plain(subject: Subject) -> None:
     """A copy of a child of the module, taken in validation, has its plain class and computes the same."""
+    if reason := why_not_portable(subject):
+        raise NotApplicableError(reason)
     plain, watch = subject.plain.watched().watch, subject.watched().watch
     if not (plain.copies and watch.copies) or plain.copying_errors:
         raise NotApplicableError("The children of the module do not pickle, or return no tensor.")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.testing.checks.registry import GuaranteeError, check
-from lightning_grad.testing.checks.trained import assert_trained, replaces_optimizers
+from lightning_grad.testing.checks.trained import assert_trained, replaces_optimizers, why_not_portable
 from lightning_grad.testing.lines import line_of_class
 from lightning_grad.testing.rows import REFUSES
 from lightning_grad.testing.states import assert_identical
@@ -159,6 +159,8 @@ def assert_as_validated(subject: Subject, paths: dict[int, Path], validated: dic
         NotApplicableError: If nothing was validated.
         GuaranteeError: If there is no checkpoint.
     """
+    if reason := why_not_portable(subject):
+        raise NotApplicableError(reason)
     if not any(validated.values()):
         raise NotApplicableError("The module has no validation, or its children return no tensors there.")
     if not paths:

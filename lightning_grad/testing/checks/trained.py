@@ -108,3 +108,8 @@ def premise(subject: Subject, arguments: Arguments = dict, change: Change = unch
             raise
         words = str(error.__cause__ or error).strip().split("\n")[0]
         raise NotApplicableError(f"The module itself does not train so: {words}") from error
+
+
+def why_not_portable(subject: Subject) -> str:
+    """Return why the weights of a checkpoint alone do not compute what was validated; empty if they do."""
+    return next(filter(None, (getattr(callback, "why_not_portable", "") for callback in subject.built())), "")

@@ -45,3 +45,10 @@ def test_a_gradient_without_a_norm_is_not_changed(bad: float) -> None:
     together = [torch.full((3,), bad)]
     normalize_gradients_(together)
     assert together[0].equal(torch.full((3,), bad)) or together[0].isnan().all()
+
+
+def test_a_norm_too_small_to_be_inverted_counts_as_zero() -> None:
+    """1 / 1e-40 is infinite in float32."""
+    gradient = torch.tensor([1e-40])
+    normalize_gradients_([gradient])
+    assert gradient.equal(torch.tensor([1e-40]))

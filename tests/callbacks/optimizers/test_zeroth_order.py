@@ -152,6 +152,23 @@ def test_a_batch_without_a_loss_moves_nothing() -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("call", [1, 2])
+def test_an_exception_in_either_pass_moves_the_weights_back(call: int) -> None:
+    calls: list[int] = []
+
+    class Fails(Double):
+        def loss(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            if len(calls) == call:
+                raise ArithmeticError("at the moved weights")
+            return super().loss(x)
+
+    module = Fails()
+    with pytest.raises(ArithmeticError):
+        run(ZerothOrder(epsilon=1.0), module=module)
+    assert close(module, Double())
+
+
 @pytest.mark.parametrize(
     ("others", "arguments", "words"),
     [

@@ -3,6 +3,7 @@
 That a second evaluation leaves no trace is tested in ``tests/core/test_step_window.py``.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytorch_optimizer
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import SAM, NMSparsity, OptimizerSwap
-from lightning_grad.testing import assert_identical, fit, make_classifier, state_of
+from lightning_grad.testing import assert_identical, fit, make_classifier, make_trainer, state_of
 from tests.core.test_step_window import DATA, Module, Plain, Saves, ascend, by_hand, run, same
 
 
@@ -248,6 +250,18 @@ def test_what_moves_nothing_is_refused() -> None:
         run(SAM(0.1, exclude=["net"]))
     with pytest.raises(ValueError, match=r"rho=...\): no parameter or module is named 'nett'"):
         run(SAM({"nett": 0.1}))
+
+
+def test_a_static_graph_needs_a_synchronized_ascent() -> None:
+    """DDP cannot run its first iteration under no_sync then."""
+    for sync_ascent, raises in (
+        (False, pytest.raises(ValueError, match="Set sync_ascent=True")),
+        (True, nullcontext()),
+    ):
+        trainer = make_trainer(max_epochs=1, callbacks=[SAM(sync_ascent=sync_ascent)])
+        trainer.strategy._ddp_kwargs = {"static_graph": True}
+        with raises:
+            trainer.fit(Module(), DataLoader(TensorDataset(DATA), 8))
 
 
 def test_sparse_gradients_are_refused_unless_excluded() -> None:

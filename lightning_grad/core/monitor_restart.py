@@ -1,7 +1,7 @@
-"""Resets monitors when the final pattern begins, because scores of dense and sparse weights are not comparable.
+"""Resets monitors when the weights get their final form, because scores of dense weights are not comparable with later ones.
 
-Used only by :class:`lightning_grad.callbacks.NMSparsity`. Callbacks are recognized by their attributes, which covers
-both namespaces of Lightning and third-party callbacks that use the same names.
+Callbacks are recognized by their attributes, which covers both namespaces of Lightning and third-party callbacks that use
+the same names.
 """
 
 import os
@@ -18,26 +18,34 @@ _HELD = -2  # a wait count that stays below any patience after one more check
 class MonitorRestart:
     """Resets monitors once, and keeps early stopping from ending the run until then.
 
-    In a run that validates, the reset happens when the first validation of the final pattern begins: a checkpoint
+    In a run that validates, the reset happens when the first validation of the final form begins: a checkpoint
     saved between two validations would otherwise still use a score of dense weights. In other runs it happens when
-    the pattern begins.
+    the final form begins.
 
     Args:
-        is_wanted: Whether to reset monitors, which makes sense if the pattern changes during the run.
+        is_wanted: Whether to reset monitors, which makes sense if the form of the weights changes during the run.
         is_done: Whether the reset happened before the run was resumed.
         at_validation: Whether the run validates.
+        event: What it waits for, as the end of a sentence that begins with because.
     """
 
-    def __init__(self, is_wanted: bool = False, is_done: bool = False, at_validation: bool = False) -> None:
+    def __init__(
+        self,
+        is_wanted: bool = False,
+        is_done: bool = False,
+        at_validation: bool = False,
+        event: str = "the final pattern has begun",
+    ) -> None:
         self.is_done = is_done
         self.at_validation = at_validation
+        self._event = event
         self.is_due = is_wanted and not is_done
 
     def announce(self, trainer: pl.Trainer, say: Callable[[str], None]) -> None:
         """Report which callbacks are held, if any."""
         held = ", ".join(type(callback).__name__ for callback in _stoppers(trainer)) if self.is_due else ""
         if held:
-            say(f"holds {held} until the final pattern has begun; with restart_monitors=False it may end the run first")
+            say(f"holds {held} until {self._event}; with restart_monitors=False it may end the run first")
 
     def hold(self, trainer: pl.Trainer) -> None:
         """Keep early stopping from ending the run at its next check."""
@@ -57,7 +65,7 @@ class MonitorRestart:
         done = [_forget_best(callback) for callback in _checkpoints(trainer) if callback.best_k_models]
         done += [_start_waiting(callback) for callback in _stoppers(trainer)]
         if done:
-            say(f"resets {' and '.join(done)}, because the final pattern has begun")
+            say(f"resets {' and '.join(done)}, because {self._event}")
 
 
 def _checkpoints(trainer: pl.Trainer) -> list[Any]:
