@@ -104,7 +104,7 @@ class OptimizerCallback(GradCallback):
         return closure()
 
     def evaluates_again(self) -> bool:
-        """Return False if the current step does not call ``closure.again()``, so that its batches need not be kept.
+        """Return False if the current step does not call ``closure.again()``, so its batches need not be kept.
 
         Called before each batch of the step, under automatic optimization.
         """

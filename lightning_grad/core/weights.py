@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -27,7 +27,7 @@ from lightning_grad.core.views.weight_chain import Chain, ModuleChains, Stage, c
 from lightning_grad.core.views.weight_choice import FoundWeight, W, WeightChoice, choose_weights, refuse_pruners
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
-from lightning_grad.utilities.reporting import counted
+from lightning_grad.utilities.reporting import counted, listed
 
 
 class ChosenWeights(list[W]):
@@ -211,6 +211,26 @@ class WeightCallback(GradCallback, Generic[W]):
         ends.stop()
         for weight in self.weights:
             weight.chain.hide(self.stage)
+
+    def warn_of_others(
+        self, trainer: pl.Trainer, names: Sequence[str], count: int, began: str, consequence: str = ""
+    ) -> None:
+        """Warn outside of a fit if the module has other weights than the technique ends with.
+
+        Args:
+            trainer: The trainer.
+            names: Names of these weights; without any, there is no warning.
+            count: Number of all weights of the technique.
+            began: What must have begun, so a checkpoint has the right weights.
+            consequence: A clause that begins with a comma.
+        """
+        if names:
+            whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
+            rank_zero_warn(
+                f"{self.display_name}: {len(names)} of its {count} weights are not {self.effect} in {whose} "
+                f"({listed(names, 3)}){consequence}. Use a checkpoint from after {began} began, or the module as it was "
+                "after the fit."
+            )
 
     @override
     def chosen(self) -> Chosen:

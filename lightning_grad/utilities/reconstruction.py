@@ -1,4 +1,4 @@
-"""Round the weights of a network one layer after another, so that each layer keeps its output.
+"""Round the weights of a network one layer after another, so each layer keeps its output.
 
 The layers are visited in the order of the forward pass. Each one is given the inputs that it gets after the layers before
 it were rounded, and the outputs that it had before, and learns its roundings from them.

@@ -41,7 +41,7 @@ def round_weights(
 ) -> dict[str, QuantizedTensor]:
     """Round the weights of a trained module to a few bits, in place, without training it again.
 
-    Each layer learns which of its weights round up (:func:`~lightning_grad.functional.learn_rounding`), so that it keeps
+    Each layer learns which of its weights round up (:func:`~lightning_grad.functional.learn_rounding`), so it keeps
     its output on the given batches. No layer ends with a larger error there than with nearest rounding. The module is in
     eval mode meanwhile.
 

@@ -94,7 +94,7 @@ def refuse_scheduler(display_name: str, schedulers: Iterable[Any], old: Optimize
         if getattr(scheduler, "optimizer", None) is old and _differ(scheduler, old):
             raise ValueError(
                 f"{display_name} would multiply the base rates of {type(scheduler).__name__} again, which an earlier fit "
-                "changed. Create the optimizer and its schedulers in configure_optimizers, so that each fit has new ones."
+                "changed. Create the optimizer and its schedulers in configure_optimizers, so each fit has new ones."
             )
         if not isinstance(scheduler, LRScheduler) and any(value is old for value in vars(scheduler).values()):
             raise ValueError(

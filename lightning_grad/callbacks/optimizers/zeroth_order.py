@@ -35,7 +35,7 @@ from lightning_grad.utilities.parameters import all_names, as_names, check_patte
 from lightning_grad.utilities.reporting import counted, listed
 
 _NEED_GRADIENTS = ("LBFGS", "AdaHessian", "SophiaH")  # classes of libraries
-_STEPS_OF_A_SEED = 2**20  # so that runs with neighboring values of seed do not share directions
+_STEPS_OF_A_SEED = 2**20  # so runs with neighboring values of seed do not share directions
 _NO_SCALER = no("has no backward pass whose gradients {} could scale", "Use precision='bf16-mixed' or 32")
 
 
@@ -49,7 +49,7 @@ class ZerothOrder(OptimizerCallback):
     Both passes see the same batch and the same random numbers (dropout). Ranks draw the same
     direction, and d is the mean over the ranks. The direction z is drawn again from a seed whenever it
     is needed. With SGD without momentum, the step ``w - lr (d z + weight_decay w)`` is made in place,
-    so that nothing of the size of the weights is stored. For other optimizers, clipping and techniques
+    so nothing of the size of the weights is stored. For other optimizers, clipping and techniques
     that read gradients or act on optimizer steps, the gradient d z is stored.
 
     Args:

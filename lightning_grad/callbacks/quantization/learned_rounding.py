@@ -63,7 +63,7 @@ class LearnedRounding(WeightCallback[RoundedWeight]):
     (:func:`~lightning_grad.functional.flip_roundings`). On these samples no layer is worse than with nearest rounding.
 
     The weights train as they are. They are rounded after the last training batch, before the validation that follows it,
-    so that validation and every file after it have the rounded weights. If the end of the run is not known in advance
+    so validation and every file after it have the rounded weights. If the end of the run is not known in advance
     (early stopping, ``max_time``), they are rounded when training ends. If the best or the last checkpoint is from before,
     a warning names it.
 

@@ -39,7 +39,7 @@ from lightning_grad.functional.quantization.grids import Quantizer, check_grid
 from lightning_grad.utilities.activation_quantization import apply_activation_quantization
 from lightning_grad.utilities.checks import check_finite_above, check_share
 from lightning_grad.utilities.parameters import clean_name
-from lightning_grad.utilities.reporting import counted, listed
+from lightning_grad.utilities.reporting import counted
 
 _REPEATING = ("LBFGS", "SAM", "ASAM", "GSAM", "WSAM", "LookSAM", "BSAM")
 
@@ -453,13 +453,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         if self.activation_bits is not None and self.activation_formats:
             self.undo.push(apply_activation_quantization(pl_module, self.activation_formats))
         names = off_the_grid(pl_module, self.formats)
-        if names:
-            whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
-            rank_zero_warn(
-                f"{self.display_name}: {len(names)} of its {len(self.formats)} weights are not quantized in {whose} "
-                f"({listed(names, 3)}). Use a checkpoint from after quantization began, or the module as it was after "
-                "the fit."
-            )
+        self.warn_of_others(trainer, names, len(self.formats), began="quantization")
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -52,7 +52,7 @@ class SAM(OptimizerCallback):
             may set its own "rho", which is read in every step. 0 turns the callback off. Default:
             0.05, with ``adaptive`` 0.5, as in the papers.
         adaptive: Measure the length relative to the size of each weight (ASAM).
-        eta: Added to the sizes of ASAM, so that a weight of zero can move.
+        eta: Added to the sizes of ASAM, so a weight of zero can move.
         every_n_steps: Take one sharp step in this many; the others are plain steps.
         sync_ascent: With several ranks, move along the mean gradient of all ranks instead of each
             rank along its own, as the paper does. Costs one more reduction.

@@ -42,7 +42,7 @@ from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_at_least, check_finite_at_least, warn_of_missing_momentum
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
 from lightning_grad.utilities.precision import gradients_are_scaled
-from lightning_grad.utilities.reporting import counted, limit_layers, listed, log_histograms, stepped_batches
+from lightning_grad.utilities.reporting import counted, limit_layers, log_histograms, stepped_batches
 
 _NO_VARIANCE = no(
     "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
@@ -478,14 +478,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         self._warn_if_not_sparse(trainer, pl_module)
 
     def _warn_if_not_sparse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        names = lacking(pl_module, self.signatures)
-        if names:
-            whose = f"the checkpoint {trainer.ckpt_path}" if trainer.ckpt_path else "the module"
-            rank_zero_warn(
-                f"{self.display_name}: {len(names)} of its {len(self.signatures)} weights are not sparse in {whose} "
-                f"({listed(names, 3)}), so this is not the result of the final pattern. Use a checkpoint from after the "
-                "final pattern began, or the module as it was after the fit."
-            )
+        names, began = lacking(pl_module, self.signatures), "the final pattern"
+        self.warn_of_others(trainer, names, len(self.signatures), began, f", so this is not the result of {began}")
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

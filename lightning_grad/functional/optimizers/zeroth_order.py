@@ -44,6 +44,6 @@ def move_along_(weights: Sequence[Tensor], lengths: Sequence[float | Tensor], se
 
 
 def _add_direction_(weight: Tensor, length: float | Tensor, generator: torch.Generator) -> None:
-    # A function, so that the direction of one weight is gone before that of the next is drawn.
+    # A function, so the direction of one weight is gone before that of the next is drawn.
     direction = torch.randn(weight.shape, dtype=weight.dtype, device=weight.device, generator=generator)
     weight.add_(direction.mul_(length))

@@ -32,7 +32,7 @@ def ascend_(
         gradients: Gradient of the loss with respect to each weight, of the same shapes. They are overwritten with what
             was added to the weights, to save memory.
         rho: :math:`\rho`, one length for all weights or one for each.
-        adaptive: Measure the length relative to the size of the weights, so that it does not depend on their scale.
+        adaptive: Measure the length relative to the size of the weights, so it does not depend on their scale.
         eta: :math:`\eta`, keeps T above zero where a weight is zero.
 
     Returns:
