@@ -157,7 +157,7 @@ class ProbeCallback(GradCallback):
             )
         asked = self.loss_request()
         choice = (self.samples, self.split, self.loader_key, self.dataset)
-        self._samples = ProbeSamples(trainer, *choice, asked, self.credits_samples)
+        self._samples = ProbeSamples(trainer, *choice, asked, in_order=self.credits_samples)
 
     # The times of looks.
 
