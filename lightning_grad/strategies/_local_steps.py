@@ -240,7 +240,10 @@ class LocalStepsDDP(RankSavingDDP):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if not self.is_neutral and (self._choose() or not self.memory) and not self._is_dense:
+        if self.is_neutral or self._is_dense:
+            return
+        self._outer.learn_constants()
+        if self._choose() or not self.memory:
             self._adopt()
 
     def _choose(self) -> bool:

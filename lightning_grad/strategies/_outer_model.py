@@ -114,6 +114,12 @@ class OuterModel:
         elif START not in kept:
             kept[START] = _exact(weight).clone()
 
+    def learn_constants(self) -> None:
+        """Note after the first round which buffers did not change, and are not sent again. Once, it waits for the device."""
+        if self._moving is None and self._changed is not None:
+            changed = self._changed.tolist()
+            self._moving = [name for name, share in zip(self.buffers, changed, strict=True) if share > 0]
+
     # The exchange.
 
     @torch.no_grad()
@@ -193,9 +199,6 @@ class OuterModel:
 
     def _buffers_to_send(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return float buffers and others, without those that did not change in the first round."""
-        if self._moving is None and self._changed is not None:  # the only time that it waits for the device
-            changed = self._changed.tolist()
-            self._moving = [name for name, share in zip(self.buffers, changed, strict=True) if share > 0]
         sent = {n: b for n, b in self.buffers.items() if self._moving is None or n in self._moving}
         floats = {name: buffer for name, buffer in sent.items() if buffer.is_floating_point()}
         return floats, {name: buffer for name, buffer in sent.items() if name not in floats}
