@@ -100,13 +100,14 @@ ENTRIES = [
     Scheme(
         "LocalSGDStrategy",
         wrong=_LOCAL_WRONG,
+        broad=False,  # DiLoCo with another outer step
     ),
     Scheme(
         "LocalSGDStrategy",
         "dense-then-int8",
         arguments={"sync_every_n_steps": 2, "dense_fraction": 0.3, "compression": "int8", "min_numel": 100},
         optimizer="adamw",
-        neutral={"dense_fraction": 1.0},
+        neutral="that of the first entry turns off the same",
     ),
     Scheme(
         "DiLoCoStrategy",
@@ -128,6 +129,6 @@ ENTRIES = [
             "overlap": True,
         },
         optimizer="adamw",
-        neutral={"dense_fraction": 1.0},
+        neutral="that of the first entry turns off the same",
     ),
 ]

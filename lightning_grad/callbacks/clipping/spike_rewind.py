@@ -108,6 +108,10 @@ class SpikeRewind(GradCallback):
         late_gradients=no(
             "would go back in the weights, but not in what {} has accumulated", "Train with strategy='ddp'"
         ),
+        local_steps=no(
+            "would go back on all ranks, and under {} past exchanges that it cannot take back",
+            "Use SkipNonFinite or SpikeClipping, which act on each rank alone, or strategy='ddp'",
+        ),
         **manual(
             no("takes back whole steps, and under {} the module steps its optimizers itself", "Use SkipNonFinite")
         ),

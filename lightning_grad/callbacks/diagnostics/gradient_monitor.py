@@ -130,6 +130,9 @@ class GradientMonitor(GradCallback):
     compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
         compiled=yes("It measures no logits if a module is compiled."),
         late_gradients=yes("It measures no noise scale, because the gradient after the exchange is not a mean."),
+        local_steps=yes(
+            "It shows the gradients of rank 0. The noise scale is that of one rank, and needs accumulation."
+        ),
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"slow_stats_every": 2}
