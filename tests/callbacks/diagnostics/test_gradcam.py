@@ -202,7 +202,7 @@ class Hides(Classifies):
 REFUSED: list[Any] = [
     (lambda: (nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), None), {}, "no layer has one for images of 8 x 8"),
     (lambda: (convolutional(), None), {"layer": "net.9"}, "has no layer 'net.9'. Choose a name"),
-    (lambda: (convolutional(), None), {"layer": "net.3"}, "the layer 'net.3' has none"),
+    (lambda: (convolutional(), None), {"layer": "net.3"}, r"the layer 'net.3' returns \(3, 4\) for images of 8 x 8"),
     (lambda: (convolutional(), Regresses), {}, r"mse_loss with input \(3,\).*Set outputs_fn="),
     (lambda: (convolutional(), Hides), {}, "GradCAMLogger must capture the loss of each sample"),
     (lambda: (convolutional(), None), {"samples": 99}, "would inspect 99 samples, but the validation set has 24"),
