@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _TOP = 0.1  # share of the entries whose part of the whole is logged
 _LISTED = 5  # positions in the table
+_MOST_ROWS = 64  # samples in the figure of a look
 
 
 class InputGradientLogger(ExplainingProbe):
@@ -134,21 +136,23 @@ class InputGradientLogger(ExplainingProbe):
         return self._rows_reading(look, per_token.flatten(1), found, scalars, title)
 
     def _of_embedding(self, look: ProbeLook) -> tuple[Tensor, Tensor, ClassAnswers]:
-        """Return the output of the first embedding that the step calls, its gradient and the answers."""
-        called: list[OutputCapture] = []
-        embeddings = [module for module in look.pl_module.modules() if isinstance(module, nn.Embedding)]
+        """Return the output of the first embedding of the samples that the step calls, its gradient and the answers."""
+
+        def is_first(output: Tensor) -> bool:  # an embedding of positions may have no samples
+            return len(output) == len(look.indices) and not any(capture.outputs for capture in captures)
+
+        captures = [OutputCapture(each, is_first) for each in look.pl_module.modules() if isinstance(each, nn.Embedding)]
         with torch.enable_grad(), ExitStack() as stack:
-            for module in embeddings:
-                capture = OutputCapture(module)
-                capture.only = partial(_note, called, capture)
+            for capture in captures:
                 stack.enter_context(capture)
             found = self.answers_of(look)
-        if not called or called[0].output is None:
+        output = next((capture.output for capture in captures if capture.output is not None), None)
+        if output is None:
             raise TypeError(
                 f"{self.display_name} needs an input with a gradient, but the batch has no floating-point tensor with two "
-                "or more dimensions, and the step calls no nn.Embedding. Set input_key to a floating-point tensor."
+                "or more dimensions, and the step calls no nn.Embedding. Set input_key to a floating-point tensor, and "
+                "convert images to floating point in the data set."
             )
-        output = called[0].output
         return output, self._gradient(look, found, output), found
 
     def _gradient(self, look: ProbeLook, found: ClassAnswers, inputs: Tensor) -> Tensor:
@@ -193,14 +197,6 @@ class InputGradientLogger(ExplainingProbe):
         return _heat_map(means, names, f"{self.title()}: mean over the samples")
 
 
-def _note(called: list[OutputCapture], capture: OutputCapture, output: Tensor) -> bool:
-    """Keep only the output of the first call of any embedding."""
-    is_first = not called
-    if is_first:
-        called.append(capture)
-    return is_first
-
-
 def _scalars(norms: Tensor, saliency: Tensor) -> dict[str, Tensor]:
     count = max(1, round(_TOP * saliency.shape[1]))
     top = saliency.topk(count, 1).values.sum(1) / saliency.sum(1).clamp(min=1e-30)
@@ -209,7 +205,8 @@ def _scalars(norms: Tensor, saliency: Tensor) -> dict[str, Tensor]:
 
 def _draw_rows(saliency: Tensor, rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw the scaled input gradient of each sample as one row. Needs matplotlib."""
-    signs = ["" if row["right"] else "\N{BALLOT X} " for row in rows]
+    saliency, rows = saliency[:_MOST_ROWS], rows[:_MOST_ROWS]
+    signs = ["\N{BALLOT X} " if row["right"] is False else "" for row in rows]
     names = [
         f"{sign}#{row['index']}: {row['answer']} ({row['confidence']:.0%})"
         for sign, row in zip(signs, rows, strict=True)
@@ -221,7 +218,7 @@ def _heat_map(values: Tensor, names: Sequence[str], title: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.3 * len(values)), layout="constrained")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle("\n".join(textwrap.wrap(title, 88)), fontsize=11, parse_math=False)
     axis = figure.subplots()
     image = axis.imshow(values.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="input gradient,\nshare of the largest")
