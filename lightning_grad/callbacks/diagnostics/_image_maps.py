@@ -25,6 +25,7 @@ _NARROWEST = 16  # pixels of the shorter side: a picture of one row would not be
 _MOST_KEPT, _KEPT = 12, 112  # samples in the figure of the run, and pixels of their longer side
 _COLUMNS = 8
 _MOST_SHOWN = 64  # samples in the figure of a look
+_LONGEST = 21  # characters above an image
 _WRONG = "#b3261e"
 # From black over red and yellow to white, as red, green and blue at five places.
 _HEAT = np.array([[0, 0, 0], [120, 20, 90], [220, 60, 40], [250, 170, 30], [255, 255, 190]], np.float32)
@@ -120,15 +121,20 @@ def draw_samples(samples: Sequence[MappedImage], title: str) -> Figure:
         row, column = divmod(place, columns)
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
         label = "no label" if sample.label is None else f"label {sample.label}"
-        above.set_title(f"#{sample.index}, {label}", fontsize=8, parse_math=False)
+        above.set_title(_shortened(f"#{sample.index}, {label}", _LONGEST), fontsize=7, parse_math=False)
         sign = "\N{BALLOT X} " if sample.is_wrong else ""
         color = _WRONG if sample.is_wrong else "black"
-        below.set_title(f"{sign}{sample.answer} ({sample.confidence:.0%})", fontsize=8, color=color, parse_math=False)
+        answer = f"{sign}{_shortened(sample.answer, _LONGEST - 8)} ({sample.confidence:.0%})"
+        below.set_title(answer, fontsize=7, color=color, parse_math=False)
         _show(above, sample.pixels)
         _show(below, sample.overlay, sample.is_wrong)
         if sample.is_empty:
             below.text(0.5, 0.5, "empty map", transform=below.transAxes, ha="center", va="center", color="white")
     return figure
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw_run(
@@ -165,7 +171,7 @@ def _grid(
 
     tall, width = side * like.shape[0] / like.shape[1], columns * (side + 0.12) + 0.5
     lines = textwrap.wrap(title, int(11 * width))  # characters of an inch
-    figure = Figure(figsize=(width, rows * (tall + between) + 0.6 + 0.2 * len(lines)), layout="constrained")
+    figure = Figure(figsize=(width, rows * (tall + between) + 0.75 + 0.2 * len(lines)), layout="constrained")
     figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
     figure.supxlabel("each map is scaled to its largest value", fontsize=8)
     axes: Any = figure.subplots(rows, columns, squeeze=False)

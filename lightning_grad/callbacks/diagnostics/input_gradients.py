@@ -141,7 +141,9 @@ class InputGradientLogger(ExplainingProbe):
         def is_first(output: Tensor) -> bool:  # an embedding of positions may have no samples
             return len(output) == len(look.indices) and not any(capture.outputs for capture in captures)
 
-        captures = [OutputCapture(each, is_first) for each in look.pl_module.modules() if isinstance(each, nn.Embedding)]
+        captures = [
+            OutputCapture(each, is_first) for each in look.pl_module.modules() if isinstance(each, nn.Embedding)
+        ]
         with torch.enable_grad(), ExitStack() as stack:
             for capture in captures:
                 stack.enter_context(capture)
