@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _TOP = 0.1  # share of the entries whose part of the whole is logged
 _LISTED = 5  # positions in the table
 _MOST_ROWS = 64  # samples in the figure of a look
+_LONG = 8  # times as long as wide
 
 
 class InputGradientLogger(ExplainingProbe):
@@ -35,8 +36,9 @@ class InputGradientLogger(ExplainingProbe):
         S = \Bigl| \frac{\partial s_c}{\partial x} \Bigr|
 
     where :math:`s_c` is the logit of class c. Of several channels, the largest value counts. If the batch has no
-    floating-point input, x is the output of the first ``nn.Embedding`` of the step, and S the norm of the gradient for
-    each token.
+    floating-point input, x is the output of the first ``nn.Embedding`` that the step calls on the samples, and S the
+    norm of the gradient for each token. Inputs (B, C, T) or (B, T, C) with T at least eight times C are series, with
+    one value for each time.
 
     Args:
         samples: Number of samples to show, spread evenly over the set, or their indices.
@@ -124,16 +126,14 @@ class InputGradientLogger(ExplainingProbe):
                 found = self.answers_of(look.on(with_input(look.batch, path, dressed(inputs, given))))
             gradient = self._gradient(look, found, inputs)
         saliency = gradient.abs().float()
-        images = None if path is None else channels_first(inputs.detach())
-        maps = channels_first(saliency) if images is not None else None
-        per_token = gradient.float().norm(dim=-1) if path is None and gradient.dim() > 2 else saliency
-        scalars = _scalars(
-            gradient.float().flatten(1).norm(dim=1), (per_token if maps is None else saliency).flatten(1)
-        )
         title = f"{self.display_name}, epoch {look.epoch}: bright parts change the score of the {self.target}"
+        rows = _by_position(gradient.float(), is_embedding=path is None)
+        scalars = _scalars(gradient.float().flatten(1).norm(dim=1), rows if path is None else saliency.flatten(1))
+        is_image = path is not None and not _is_series(inputs)
+        images, maps = (channels_first(each) if is_image else None for each in (inputs.detach(), saliency))
         if images is not None and maps is not None:
             return self.image_reading(look, images, maps.amax(1), found, scalars, title)
-        return self._rows_reading(look, per_token.flatten(1), found, scalars, title)
+        return self._rows_reading(look, rows, found, scalars, title)
 
     def _of_embedding(self, look: ProbeLook) -> tuple[Tensor, Tensor, ClassAnswers]:
         """Return the output of the first embedding of the samples that the step calls, its gradient and the answers."""
@@ -199,6 +199,21 @@ class InputGradientLogger(ExplainingProbe):
         return _heat_map(means, names, f"{self.title()}: mean over the samples")
 
 
+def _is_series(inputs: Tensor) -> bool:
+    """Return True for inputs (B, C, T) or (B, T, C) that are too long to be images without channels."""
+    return inputs.dim() == 3 and max(inputs.shape[1:]) >= _LONG * min(inputs.shape[1:])
+
+
+def _by_position(gradient: Tensor, is_embedding: bool) -> Tensor:
+    """Return one value for each token, time or feature, (B, T)."""
+    values = gradient.abs()
+    if is_embedding and gradient.dim() > 2:
+        values = gradient.norm(dim=-1)
+    elif _is_series(gradient):
+        values = values.amax(1 if gradient.shape[1] < gradient.shape[2] else 2)
+    return values.flatten(1)
+
+
 def _scalars(norms: Tensor, saliency: Tensor) -> dict[str, Tensor]:
     count = max(1, round(_TOP * saliency.shape[1]))
     top = saliency.topk(count, 1).values.sum(1) / saliency.sum(1).clamp(min=1e-30)
@@ -210,7 +225,8 @@ def _draw_rows(saliency: Tensor, rows: Sequence[Mapping[str, Any]], title: str) 
     saliency, rows = saliency[:_MOST_ROWS], rows[:_MOST_ROWS]
     signs = ["\N{BALLOT X} " if row["right"] is False else "" for row in rows]
     names = [
-        f"{sign}#{row['index']}: {row['answer']} ({row['confidence']:.0%})"
+        f"{sign}#{row['index']}, {'no label' if row['label'] is None else 'label ' + row['label']}: "
+        f"{row['answer']} ({row['confidence']:.0%})"
         for sign, row in zip(signs, rows, strict=True)
     ]
     return _heat_map(saliency, names, title)
@@ -225,5 +241,5 @@ def _heat_map(values: Tensor, names: Sequence[str], title: str) -> Figure:
     image = axis.imshow(values.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="input gradient,\nshare of the largest")
     axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-    axis.set_xlabel("position of the token or feature")
+    axis.set_xlabel("position of the token, time or feature")
     return figure

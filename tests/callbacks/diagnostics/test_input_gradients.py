@@ -116,6 +116,18 @@ def test_features_have_one_row_each() -> None:
     torch.testing.assert_close(probe.kept_looks.kept[-1]["mean"], (rows / rows.amax(1, keepdim=True)).mean(0))
 
 
+def test_a_series_has_one_value_for_each_time() -> None:
+    series = TensorDataset(
+        torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % CLASSES
+    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES))
+    probe = InputGradientLogger(12)
+    module = run(net, probe, series)
+    weights = module.net[1].weight.detach().abs()[module.net(series.tensors[0]).argmax(1)]
+    rows = weights.view(12, 2, 16).amax(1)
+    torch.testing.assert_close(probe.kept_looks.kept[-1]["mean"], (rows / rows.amax(1, keepdim=True)).mean(0))
+
+
 class Detaches(Classifies):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0].detach()), batch[1])
