@@ -24,6 +24,7 @@ _LEAST, _MOST = 64, 224  # pixels of the longer side: smaller pictures are enlar
 _NARROWEST = 16  # pixels of the shorter side: a picture of one row would not be visible
 _MOST_KEPT, _KEPT = 12, 112  # samples in the figure of the run, and pixels of their longer side
 _COLUMNS = 8
+_LONG = 8  # times as long as wide
 _MOST_SHOWN = 64  # samples in the figure of a look
 _LONGEST = 21  # characters above an image
 _WRONG = "#b3261e"
@@ -73,6 +74,11 @@ def channels_first(images: Tensor) -> Tensor | None:
     if images.dim() != 4:
         return None
     return images.movedim(3, 1) if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3) else images
+
+
+def is_series(inputs: Tensor) -> bool:
+    """Return True for inputs (B, C, T) or (B, T, C) that are too long to be images without channels."""
+    return inputs.dim() == 3 and max(inputs.shape[1:]) >= _LONG * min(inputs.shape[1:])
 
 
 def image_pixels(image: Tensor) -> Pixels:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._explaining import ExplainingProbe, Target
-from lightning_grad.callbacks.diagnostics._image_maps import channels_first
+from lightning_grad.callbacks.diagnostics._image_maps import channels_first, is_series
 from lightning_grad.callbacks.diagnostics._layer_maps import LayerMaps, gradients_of, innermost, parts_of_attention
 from lightning_grad.core import (
     Look,
@@ -61,7 +61,7 @@ class GradCAMLogger(ExplainingProbe):
         layer: Name of the layer, as in ``named_modules()``. Default: the last one whose output is a map.
             A map is (B, C, H, W) or (B, H, W, C) with more than one position, or the tokens (B, T, C) of a vision
             transformer, with or without a class token. Layers whose map has no effect on the class are skipped, such
-            as the last blocks of a transformer that reads only its class token.
+            as the last blocks of a transformer that reads only its class token. Layers inside an attention come last.
         samples: Number of images to show, spread evenly over the set, or their indices.
         every_n_epochs: Look at the end of every n-th epoch. Default: 1.
         every_n_steps: Look after every n-th optimizer step instead.
@@ -75,7 +75,7 @@ class GradCAMLogger(ExplainingProbe):
         dataset: Callable (trainer) -> data set to read from, for example one without augmentation.
         loader_key: Key or list position of the loader to use, if there are several.
         input_key: Key or position of the images in the batch; join nested keys with dots.
-            Default: the first floating-point tensor with at least two dimensions.
+            Default: the first tensor with at least two dimensions, floating-point or uint8.
         outputs_fn: Callable (module, batch) -> (logits, labels). Use it if the loss cannot be captured.
         loss_index: Index, from 0, of the loss call to use. Default: the only classification loss.
         figure: Draw figures (needs matplotlib and a logger with a folder).
@@ -96,7 +96,7 @@ class GradCAMLogger(ExplainingProbe):
     overlay, label, answer and confidence. At the end: the figure of the run, which shows how the maps changed, and a
     table of the scalars.
 
-    **State.** The scalars of all looks, the overlays of up to eight looks, and whether a look is due.
+    **State.** The scalars of all looks, 12 small overlays of up to eight looks, and whether a look is due.
 
     **Cost.** One forward and one backward pass of the shown images in each look; with "smooth_gradcam++" one more for each
     noisy copy. See docs/benchmarks.md.
@@ -176,7 +176,7 @@ class GradCAMLogger(ExplainingProbe):
         if self.input_key is not None and not is_image:
             find_input(look.batch, self.input_key, self.display_name)  # which raises
         images = channels_first(plain_tensor(found)) if is_image and found is not None else None
-        if path is None or found is None or images is None or len(images) != len(look.indices):
+        if path is None or found is None or images is None or is_series(found) or len(images) != len(look.indices):
             kind = "no tensor" if found is None else f"{tuple(found.shape)} of {found.dtype}"
             raise TypeError(
                 f"{self.display_name} needs images (B, C, H, W) in the batch; got {kind}. Set input_key to the images, "

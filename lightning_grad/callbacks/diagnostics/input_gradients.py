@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._explaining import ExplainingProbe, Target
-from lightning_grad.callbacks.diagnostics._image_maps import channels_first
+from lightning_grad.callbacks.diagnostics._image_maps import channels_first, is_series
 from lightning_grad.core import ProbeLook, Reading, RunRecord, Table, find_input, input_at, with_input
 from lightning_grad.core.probe_samples import Split
 from lightning_grad.functional import ClassAnswers, OutputCapture
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _TOP = 0.1  # share of the entries whose part of the whole is logged
 _LISTED = 5  # positions in the table
 _MOST_ROWS = 64  # samples in the figure of a look
-_LONG = 8  # times as long as wide
 
 
 class InputGradientLogger(ExplainingProbe):
@@ -70,7 +69,8 @@ class InputGradientLogger(ExplainingProbe):
     the largest S, 0.1 if it is even; the image ``maps`` and the table ``samples``. At the end: the figure of the run and
     a table of the scalars.
 
-    **State.** The scalars of all looks, the overlays or mean gradients of up to eight looks, and whether a look is due.
+    **State.** The scalars of all looks, 12 small overlays or mean gradients of up to eight looks, and whether a look is
+    due.
 
     **Cost.** One forward and one backward pass of the shown samples in each look. See docs/benchmarks.md.
 
@@ -129,7 +129,7 @@ class InputGradientLogger(ExplainingProbe):
         title = f"{self.display_name}, epoch {look.epoch}: bright parts change the score of the {self.target}"
         rows = _by_position(gradient.float(), is_embedding=path is None)
         scalars = _scalars(gradient.float().flatten(1).norm(dim=1), rows if path is None else saliency.flatten(1))
-        is_image = path is not None and not _is_series(inputs)
+        is_image = path is not None and not is_series(inputs)
         images, maps = (channels_first(each) if is_image else None for each in (inputs.detach(), saliency))
         if images is not None and maps is not None:
             return self.image_reading(look, images, maps.amax(1), found, scalars, title)
@@ -199,17 +199,12 @@ class InputGradientLogger(ExplainingProbe):
         return _heat_map(means, names, f"{self.title()}: mean over the samples")
 
 
-def _is_series(inputs: Tensor) -> bool:
-    """Return True for inputs (B, C, T) or (B, T, C) that are too long to be images without channels."""
-    return inputs.dim() == 3 and max(inputs.shape[1:]) >= _LONG * min(inputs.shape[1:])
-
-
 def _by_position(gradient: Tensor, is_embedding: bool) -> Tensor:
     """Return one value for each token, time or feature, (B, T)."""
     values = gradient.abs()
     if is_embedding and gradient.dim() > 2:
         values = gradient.norm(dim=-1)
-    elif _is_series(gradient):
+    elif is_series(gradient):
         values = values.amax(1 if gradient.shape[1] < gradient.shape[2] else 2)
     return values.flatten(1)
 

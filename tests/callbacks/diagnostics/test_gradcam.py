@@ -366,6 +366,10 @@ def test_what_is_no_image_is_refused() -> None:
     flat = TensorDataset(torch.randn(24, 5), torch.arange(24) % CLASSES)
     with pytest.raises(TypeError, match=r"needs images \(B, C, H, W\) in the batch; got \(3, 5\)"):
         run(nn.Linear(5, CLASSES), GradCAMLogger(samples=3), of=flat)
+    series = TensorDataset(torch.randn(24, 4, 40), torch.arange(24) % CLASSES)
+    net = nn.Sequential(nn.Conv1d(4, 4, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    with pytest.raises(TypeError, match=r"needs images \(B, C, H, W\) in the batch; got \(3, 4, 40\)"):
+        run(net, GradCAMLogger(samples=3), of=series)
 
 
 def outputs(module: Any, batch: Any) -> Any:
