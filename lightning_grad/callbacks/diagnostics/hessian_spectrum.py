@@ -56,7 +56,7 @@ class HessianSpectrum(ProbeCallback):
     descent, training is unstable where the largest eigenvalue exceeds :math:`2 / \eta`, the edge of stability.
 
     Args:
-        num_eigenvalues: Number of the largest eigenvalues to log.
+        num_eigenvalues: Number of the largest eigenvalues to log, each as often as it occurs.
         probes: Random vectors z of the trace; 0 for no trace.
         density: Draw the density of all eigenvalues, from the same Lanczos iteration.
         samples: Number of samples n, spread evenly over the set, or their indices.
@@ -74,7 +74,8 @@ class HessianSpectrum(ProbeCallback):
     Raises:
         ValueError: In the constructor for wrong arguments. In ``setup`` for sharded strategies and manual optimization. After
             the first batch, if there are fewer samples, or the step returns no loss that requires a gradient.
-        RuntimeError: After the first batch, if a part of the module has no second derivative.
+        RuntimeError: After the first batch, if a part of the module has no second derivative, or uses a reentrant activation
+            checkpoint.
 
     **Hooks.** Those of :class:`~lightning_grad.core.ProbeCallback`.
 
@@ -85,11 +86,12 @@ class HessianSpectrum(ProbeCallback):
     **State.** The scalars of all looks, the density of up to eight looks, and whether a look is due.
 
     **Cost.** One gradient of n samples with a graph that is kept, and one backward pass through that graph for each product:
-    up to ``lanczos_steps + probes`` of them. Memory: that graph, and up to ``lanczos_steps`` vectors of the size of the
-    weights. See docs/benchmarks.md.
+    up to ``lanczos_steps + probes`` of them, and with several eigenvalues ten or more to find those that occur repeatedly.
+    Memory: that graph, and one vector of the size of the weights for each product of the Lanczos iteration. See
+    docs/benchmarks.md.
 
-    **Deviations.** The density comes from one random vector instead of an average over several (section 2 of arXiv
-    1901.10159 recommends ten): the error of one falls with the number of weights.
+    **Deviations.** The density comes from one random vector instead of an average over several, as in arXiv 1901.10159: the
+    error of one falls with the number of weights.
 
     Example:
         .. code-block:: yaml

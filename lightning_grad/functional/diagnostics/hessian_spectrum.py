@@ -242,7 +242,7 @@ def spectral_density(found: Sequence[Ritz], points: int = 256, width: float = 0.
 
     References:
         Ghorbani, Krishnan and Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density", 2019,
-        arXiv 1901.10159, section 2.
+        arXiv 1901.10159.
     """
     low = min(float(each.values[0]) for each in found)
     high = max(float(each.values[-1]) for each in found)
@@ -274,7 +274,7 @@ def stability_edge(optimizer: Optimizer) -> float | None:
 
     References:
         Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021, arXiv
-        2103.00065, section 2 and appendix B.
+        2103.00065.
     """
     if type(optimizer).__name__ != "SGD":
         return None
