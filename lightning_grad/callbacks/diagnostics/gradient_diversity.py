@@ -94,6 +94,7 @@ class GradientDiversity(ProbeCallback):
 
     namespace: ClassVar[str] = "diversity"
     way_out: ClassVar[str] = LOSS_FN
+    looks_on_all_ranks: ClassVar[bool] = True  # the step may gather tensors from all ranks
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
         compiled=yes("Compiled modules run eagerly in a look."),
         complex_parameters=no("projects real gradients, and {} is complex", "Store it as real and imaginary part"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -112,6 +112,7 @@ class HessianSpectrum(ProbeCallback):
 
     namespace: ClassVar[str] = "curvature"
     way_out: ClassVar[str] = "return the loss from training_step"
+    looks_on_all_ranks: ClassVar[bool] = True  # the step may gather tensors from all ranks
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
         compiled=yes("Compiled modules run eagerly in a look."),
         sparse_gradients=no("differentiates gradients, and {} has sparse ones", "Set sparse=False for it"),
@@ -170,8 +171,9 @@ class HessianSpectrum(ProbeCallback):
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         try:
             with sdpa_kernel(SDPBackend.MATH):  # other kernels have no second derivative; checkpoints run again later
-                product = HessianProduct(self._loss(look), parameters)
-                vectors = self._vectors(product.size, like)
+                hessian = HessianProduct(self._loss(look), parameters)
+                product = self._shared(hessian, look)
+                vectors = self._vectors(hessian.size, like)
                 found = lanczos(product, next(vectors), self.lanczos_steps, self.num_eigenvalues)
                 scalars = self._eigenvalues(product, found)
                 if self.probes:
@@ -185,7 +187,7 @@ class HessianSpectrum(ProbeCallback):
                 "SDPBackend.MATH in eval mode; otherwise drop the callback."
             ) from None
         scalars |= self._edge(look)
-        return self._with_density(found, product.size, scalars, look) if self.density else Reading(scalars)
+        return self._with_density(found, hessian.size, scalars, look) if self.density else Reading(scalars)
 
     def _with_density(self, found: Ritz, size: int, scalars: Mapping[str, float], look: ProbeLook) -> Reading:
         at, values = spectral_density([found])
@@ -209,11 +211,15 @@ class HessianSpectrum(ProbeCallback):
             raise ValueError(f"{self.display_name} found no curvature, because the loss is {float(total.detach())}.")
         return total
 
+    def _shared(self, product: HessianProduct, look: ProbeLook) -> Callable[[Tensor], Tensor]:
+        """Average products over ranks, so that all take the same number of them: each may run collectives of the step."""
+        return lambda vector: cast(Tensor, look.trainer.strategy.reduce(product(vector), reduce_op="mean"))
+
     def _vectors(self, size: int, like: Tensor) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
         return (random_signs(size, generator, like) for _ in range(1 + self.probes))
 
-    def _eigenvalues(self, product: HessianProduct, found: Ritz) -> dict[str, float]:
+    def _eigenvalues(self, product: Callable[[Tensor], Tensor], found: Ritz) -> dict[str, float]:
         generator = torch.Generator().manual_seed(self.seed + 1)  # the vectors of the trace stay the same in each look
         largest, errors = largest_eigenvalues(product, found, self.num_eigenvalues, generator, self.lanczos_steps)
         numbered = {f"eigenvalue_{number}": value for number, value in enumerate(largest, 1)}

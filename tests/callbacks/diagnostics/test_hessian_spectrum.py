@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import HessianSpectrum
 from lightning_grad.functional import HessianProduct
-from lightning_grad.testing import make_trainer
+from lightning_grad.testing import make_trainer, on_ranks
 
 CLASSES = 3
 
@@ -159,6 +159,29 @@ def test_files_and_what_is_kept(tmp_path: Path) -> None:
     assert float(first["density"].sum() * width) == pytest.approx(1, abs=1e-2)
     assert not torch.equal(first["density"], second["density"])
     assert int(first["size"]) == sum(p.numel() for p in Classifies().parameters())
+
+
+class Gathers(Classifies):
+    """A loss over the samples of all ranks, so each pass of any rank needs the others."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.all_gather(self.net(batch[0]), sync_grads=True)
+        return F.cross_entropy(logits.flatten(0, 1), self.all_gather(batch[1]).flatten())  # type: ignore[union-attr]
+
+
+def on_both(kinds: list[type]) -> list[dict[str, Any]]:
+    probes = [HessianSpectrum(samples=8) for _ in kinds]
+    for probe, kind in zip(probes, kinds, strict=True):
+        run(probe, kind, strategy="ddp", devices=2)
+    return [probe.record.last for probe in probes]
+
+
+def test_a_step_that_gathers_samples_from_all_ranks() -> None:
+    one, other = on_ranks(2, on_both, [Classifies, Gathers], limit=60.0)
+    assert one == other
+    plain, gathered = one
+    assert gathered == pytest.approx(plain, rel=1e-3), "all ranks read the same samples"
+    assert gathered["eigenvalue_1"] > 0
 
 
 def test_the_legend_of_the_looks_is_read_row_by_row() -> None:
