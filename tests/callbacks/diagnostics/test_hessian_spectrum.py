@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,9 @@ class Gathers(Classifies):
     """A loss over the samples of all ranks, so each pass of any rank needs the others."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        logits = self.all_gather(self.net(batch[0]), sync_grads=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Lightning uses a function that newer torch deprecates
+            logits = self.all_gather(self.net(batch[0]), sync_grads=True)
         return F.cross_entropy(logits.flatten(0, 1), self.all_gather(batch[1]).flatten())  # type: ignore[union-attr]
 
 
