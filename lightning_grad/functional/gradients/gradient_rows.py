@@ -117,7 +117,7 @@ class RademacherProjection:
             raise ValueError(f"dim must be a positive multiple of {_WORD}; got {dim}.")
         self._dim = dim
         self._seed = seed
-        self.values = torch.zeros(samples, dim)
+        self.values = torch.zeros(samples, dim, dtype=torch.float32)  # bf16-true changes the default type
 
     def add(self, name: str, start: int, rows: Tensor) -> None:
         """Add the part of one block: the argument ``receive`` of :meth:`PerSampleGradients.stream`."""
@@ -181,4 +181,4 @@ def project_gradients(
         projections[0].add(name, start, rows)
 
     gradients.stream(compute_losses, receive)
-    return projections[0].values if projections else torch.zeros(gradients.samples, dim)
+    return projections[0].values if projections else torch.zeros(gradients.samples, dim, dtype=torch.float32)

@@ -168,8 +168,9 @@ class Gathers(Classifies):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # Lightning uses a function that newer torch deprecates
-            logits = self.all_gather(self.net(batch[0]), sync_grads=True)
-        return F.cross_entropy(logits.flatten(0, 1), self.all_gather(batch[1]).flatten())  # type: ignore[union-attr]
+            logits: Any = self.all_gather(self.net(batch[0]), sync_grads=True)
+            labels: Any = self.all_gather(batch[1])
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 def on_both(kinds: list[type]) -> list[dict[str, Any]]:

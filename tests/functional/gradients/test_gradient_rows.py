@@ -177,3 +177,16 @@ def test_inner_products_are_kept_up_to_the_stated_error() -> None:
         assert errors[-1] < 1.2 * (2 / dim) ** 0.5
         assert abs(float(error.mean())) < errors[-1]
     assert errors[1] < 0.4 * errors[0]
+
+
+def test_projections_are_added_up_in_float32_whatever_the_default_type() -> None:
+    rows = torch.randn(2, 3000)
+    expected = RademacherProjection(2, 64)
+    expected.add("w", 0, rows)
+    torch.set_default_dtype(torch.bfloat16)  # as in a run with precision="bf16-true"
+    try:
+        projection = RademacherProjection(2, 64)
+        projection.add("w", 0, rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(projection.values, expected.values)
