@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, default_collate
 
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.core import GradCallback, during_fit
@@ -63,6 +64,16 @@ class Notes(GradCallback):
         self.seen.append((self._indices.of_batch(batch_idx), batch[0].flatten().long().tolist()))
 
 
+class Permuted(Sampler[Any]):
+    """Yields numpy integers, like many a sampler of one's own."""
+
+    def __iter__(self) -> Any:
+        return iter(np.random.default_rng(0).permutation(SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+
 def drop_some(samples: list[Any]) -> Any:
     return (
         None if any(index == 2 and x > 4 for x, index in samples) and samples[0][0] < 12 else default_collate(samples)
@@ -77,6 +88,7 @@ LOADERS: dict[str, Any] = {
     "whole batches": lambda: DataLoader(
         Numbered(), batch_size=None, sampler=BatchSampler(RandomSampler(range(SAMPLES)), 4, False)
     ),
+    "numpy integers": lambda: DataLoader(Numbered(), 4, sampler=Permuted()),
     "some batches are None": lambda: DataLoader(Numbered(), 4, shuffle=True, collate_fn=drop_some),
 }
 

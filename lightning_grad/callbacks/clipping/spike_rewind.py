@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,13 +28,15 @@ from lightning_grad.core import (
     until_next_fit,
     yes,
 )
+from lightning_grad.core.ranks import lists_of_ranks
 from lightning_grad.core.record import panels, style_axis
 from lightning_grad.core.roles import refuse_order
 from lightning_grad.core.samples.batch_indices import BatchIndices
-from lightning_grad.core.steps.run_copy import go_back, take_copy
+from lightning_grad.core.steps.run_copy import epoch_begins, epoch_ends, go_back, take_copy
 from lightning_grad.functional import is_spike
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted, listed, log_summary, stepped_batches
 
@@ -61,7 +64,7 @@ class SpikeRewind(GradCallback):
         copies: Copies to hold. A new one is taken every window // copies steps.
         factor: Multiple of the usual norm above which a step is a spike, above 1.
             The default is a choice of this library.
-        max_in_row: Raise an error at the next spike after going back this often without a new copy; None never raises.
+        max_in_row: Raise an error at the next spike after going back this often to one copy; None never raises.
         save_copies: Put the copies into checkpoints, so a resumed run goes back like an uninterrupted one.
             Each takes as much space as weights and optimizer state together.
         figure: Draw the rewinds at the end of the run (needs matplotlib and a logger with a folder).
@@ -70,7 +73,7 @@ class SpikeRewind(GradCallback):
     Raises:
         ValueError: In the constructor for numbers out of range. In ``setup`` for sharded strategies, manual optimization, or
             if a callback that changes gradients precedes it.
-        RuntimeError: At a spike after max_in_row rewinds without a new copy.
+        RuntimeError: At a spike after max_in_row rewinds to the same copy.
 
     **Hooks.** ``on_before_optimizer_step``, to measure the gradient. At a spike, gradients are set to ``None``, so the
     optimizer does nothing. ``on_train_batch_end``, after the schedulers, to take a copy or go back.
@@ -121,7 +124,9 @@ class SpikeRewind(GradCallback):
     _age = until_next_fit.of(int).saved()  # steps since the latest copy
     _in_row = until_next_fit.of(int).saved()
     _copies = until_next_fit.of(list[dict[str, Any]])
+    _shapes = during_fit.of(list[Shape])
     _norm = during_fit[float | None](lambda _: None)
+    _has_stepped = during_fit.of(bool)
     _has_spiked = during_fit.of(bool)
     _indices = during_fit[BatchIndices]()
     _drawn = during_fit.of(list[int])
@@ -156,6 +161,7 @@ class SpikeRewind(GradCallback):
         if self.fitting:
             refuse_order(trainer)
             self._indices = BatchIndices(trainer, self.undo)
+            self.undo_after_saving.push(self._drop_copies)
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -179,6 +185,7 @@ class SpikeRewind(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._shapes = [optimizer_shape(optimizer) for optimizer in trainer.optimizers]
         if not self._copies:
             self._take_copy(trainer, pl_module, stepped_batches(trainer) - 1)
 
@@ -189,11 +196,18 @@ class SpikeRewind(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._drawn += self._indices.of_batch(batch_idx)
+        shapes = [optimizer_shape(optimizer) for optimizer in trainer.optimizers]
+        if shapes != self._shapes:  # the copies do not fit optimizers that were given other parameters
+            self._shapes, self._copies = shapes, []
+            self._take_copy(trainer, pl_module, stepped_batches(trainer) - 1)
+        if batch_idx == 0:
+            self._copies = [epoch_begins(each) for each in self._copies]
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        self._has_stepped = True
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [plain_tensor(p.grad) for p in parameters if p.grad is not None]
         if not gradients:  # another callback skips the step
@@ -208,47 +222,53 @@ class SpikeRewind(GradCallback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        norm, self._norm = self._norm, None
-        if norm is None:
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # the schedulers of the epoch have stepped
+            self._copies = [epoch_ends(trainer, each) for each in self._copies]
+        if not self._has_stepped:
             return
-        self.norms.add({"step": stepped_batches(trainer), "norm": norm})
-        if self._has_spiked:
-            self._rewind(trainer, pl_module, norm)
+        norm, spikes, drawn = self._norm, self._has_spiked, self._drawn
+        self._norm, self._has_stepped, self._has_spiked, self._drawn = None, False, False, []
+        if norm is not None:
+            self.norms.add({"step": stepped_batches(trainer), "norm": norm})
+        if spikes:
+            self._rewind(trainer, pl_module, self.norms.last["norm"], lists_of_ranks(trainer, drawn))
         else:
-            self._recent = [*self._recent, *([norm] if math.isfinite(norm) else [])][-_RECENT:]
-            self._age += 1
-            if self._age >= self._every:
-                self._take_copy(trainer, pl_module, stepped_batches(trainer))
-        self._has_spiked, self._drawn = False, []
+            self._advance(trainer, pl_module, norm)
         if is_log_step(trainer):
             self.log_scalars(pl_module, {"rewinds": float(self.rewinds.count)})
 
-    @property
-    def _every(self) -> int:
-        """Steps between two copies."""
-        return self.window // self.copies
+    def _advance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, norm: float | None) -> None:
+        if norm is not None and math.isfinite(norm):
+            self._recent = [*self._recent, norm][-_RECENT:]
+        self._age += 1
+        if self._age >= self.window // self.copies:
+            self._take_copy(trainer, pl_module, stepped_batches(trainer))
 
     def _take_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        if len(self._copies) == self.copies:
+            del self._copies[0]  # first, so memory never holds one more
+            self._in_row = 0
         taken = {**take_copy(trainer, pl_module), "step": step, "recent": list(self._recent)}
-        self._copies = [*self._copies, taken][-self.copies :]
-        self._age = self._in_row = 0
+        self._copies.append(taken)
+        self._age = 0
 
-    def _rewind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, norm: float) -> None:
+    def _rewind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, norm: float, drawn: list[int]) -> None:
         """Go back to the oldest copy, which stays the only one."""
         oldest, step = self._copies[0], stepped_batches(trainer)
-        usual = sorted(self._recent)[len(self._recent) // 2] if self._recent else None
-        samples = listed(self._drawn, _MOST_SAMPLES) or "unknown"
+        usual = statistics.median(self._recent) if self._recent else None
+        samples = listed(drawn, _MOST_SAMPLES) or "unknown"
         where = f"step {step}, with a gradient norm of {norm:.3g}; the batch has the samples {samples}"
+        back_to = "first weights" if oldest["step"] < 0 else f"weights after step {oldest['step']}"
         if self.max_in_row is not None and self._in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.display_name} went back {counted(self._in_row, 'time')} without {self._every} good "
-                f"steps in between; the last spike is at {where}. The likely cause is not a batch. Lower the learning rate, "
-                "or increase window or factor. To continue anyway, set max_in_row=None."
+                f"{self.display_name} went back to the {back_to} {counted(self._in_row, 'time')}, and each time another "
+                f"spike followed within {counted(self.window, 'step')}; the last one is at {where}. The likely cause is "
+                "not a batch. Lower the learning rate, or increase window or factor. To continue anyway, set "
+                "max_in_row=None."
             )
         go_back(trainer, pl_module, oldest)
         self._copies, self._recent, self._age = [oldest], list(oldest["recent"]), 0
         self._in_row += 1
-        back_to = "first weights" if oldest["step"] < 0 else f"weights after step {oldest['step']}"
         rank_zero_warn(f"{self.display_name} goes back to the {back_to}: a spike at {where}.")
         row = {
             "step": step,
@@ -257,7 +277,7 @@ class SpikeRewind(GradCallback):
             "norm": norm,
             "usual_norm": usual,
         }
-        self.rewinds.add({**row, "samples": " ".join(map(str, self._drawn))})
+        self.rewinds.add({**row, "samples": " ".join(map(str, drawn))})
         self.rewinds.save(trainer, self)
 
     @override
@@ -266,11 +286,8 @@ class SpikeRewind(GradCallback):
             self.rewinds.report(trainer, self, self._draw)
         log_summary(trainer, {self.log_key("rewinds"): float(self.rewinds.count)})
 
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.fitting:  # after an exception, which has no teardown, a checkpoint still needs them
-            self._copies = []
-        super().teardown(trainer, pl_module, stage)
+    def _drop_copies(self) -> None:
+        self._copies = []
 
     def _draw(self) -> Figure:
         """Draw the norm of each step, with the steps that were taken back."""

@@ -1,5 +1,6 @@
 """Which samples of the data set each training batch holds, without choosing them."""
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -132,5 +133,7 @@ class BatchIndices:
 
 def _as_indices(batch: Any) -> list[int]:
     found = batch.tolist() if hasattr(batch, "tolist") else batch
-    found = list(found) if isinstance(found, (list, tuple)) else [found]
-    return found if all(isinstance(index, int) for index in found) else []
+    try:
+        return [operator.index(index) for index in (found if isinstance(found, (list, tuple)) else [found])]
+    except TypeError:  # keys of another kind
+        return []
