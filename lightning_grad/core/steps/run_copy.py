@@ -100,7 +100,14 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 def _copy_of(optimizer: Optimizer) -> dict[str, Any]:
     states = [optimizer.state.get(parameter) for parameter in _parameters(optimizer)]
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    return {"states": [None if state is None else _copied(state) for state in states], "groups": _copied(groups)}
+    states = [None if state is None else _copied(state) for state in states]
+    return {"states": states, "groups": _copied(groups), "shared": _copied(_shared(optimizer))}
+
+
+def _shared(optimizer: Optimizer) -> dict[str, Any]:
+    """Return the entries of an optimizer's state that belong to no parameter, such as a count of all steps."""
+    state: Mapping[Any, Any] = optimizer.state
+    return {key: value for key, value in state.items() if isinstance(key, str)}
 
 
 def _copied(value: Any) -> Any:
@@ -119,6 +126,9 @@ def _restore(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
             optimizer.state.pop(parameter, None)
         else:
             _put_back(optimizer.state[parameter], state)
+    for key in _shared(optimizer).keys() - saved["shared"].keys():
+        del optimizer.state[key]
+    optimizer.state.update(_copied(saved["shared"]))
     for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
         _put_back(group, values, keep=("params",))
 

@@ -26,7 +26,20 @@ from lightning_grad.testing import ResumableLoader, assert_identical, make_train
 
 BATCH, BATCHES, BAD = 4, 32, 21  # the bad batch
 WARNING = "ignore:SpikeRewind.* goes back to the weights"
+
+
+class CountingSGD(torch.optim.SGD):
+    """Counts steps for all parameters at once, like SPAM, and decays by the count."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.state["steps"] = self.state.get("steps", 0) + 1  # type: ignore
+        self.param_groups[0]["weight_decay"] = 0.1 / self.state["steps"]  # type: ignore
+        return loss
+
+
 OPTIMIZERS: dict[str, Any] = {
+    "counting": lambda parameters: CountingSGD(parameters, lr=0.05),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01),
 }
