@@ -297,9 +297,14 @@ class SpikeRewind(GradCallback):
         for row in rows:
             label = "steps taken back" if row is rows[0] else None
             axis.axvspan(row["back_to"] + 0.5, row["step"] + 0.5, color="#f7d4c0", zorder=0, label=label)
-        spikes = [row for row in rows if math.isfinite(row["norm"])]
-        points = [row["step"] for row in spikes], [row["norm"] for row in spikes]
-        axis.plot(*points, "x", color="#b3261e", label="spike")
+        spikes = {row["step"]: row["norm"] for row in rows if math.isfinite(row["norm"])}
+        infinite = [row["step"] for row in rows if row["step"] not in spikes]
+        if spikes:
+            axis.plot(*zip(*spikes.items(), strict=True), "x", color="#b3261e", label="spike")
+        if infinite:  # at the upper edge
+            edge = axis.get_xaxis_transform()
+            heights = [1.0] * len(infinite)
+            axis.plot(infinite, heights, "v", color="#b3261e", label="not finite", transform=edge, clip_on=False)
         axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
         axis.set_xlabel("step")
