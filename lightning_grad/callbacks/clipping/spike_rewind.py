@@ -57,6 +57,7 @@ class SpikeRewind(GradCallback):
     Clipping limits the step of a bad batch. This takes back that step and those before it, whose damage may have caused
     the spike: weights, buffers, optimizers, schedulers, the GradScaler and random states are those of the oldest copy. The
     batches since then are not trained on again, so the run continues bit for bit like one whose data never had them.
+    Steps and epochs keep counting.
 
     Args:
         window: Largest number of steps that the run goes back.
@@ -85,8 +86,8 @@ class SpikeRewind(GradCallback):
     **State.** The norms of the last 64 steps, the record, counters, and, with save_copies, the copies.
 
     **Cost.** One norm per step. The host must know whether to go back, so it waits for the device once per step, like a
-    GradScaler; under DDP the ranks agree by one reduction. Memory: ``copies`` times the weights, buffers and optimizer
-    state; with AdamW six times the weights for two copies.
+    GradScaler; under DDP, the ranks agree by a reduction, for which it waits again. Memory: ``copies`` times the weights,
+    buffers and optimizer state; with AdamW six times the weights for two copies.
 
     Example:
         .. code-block:: yaml
@@ -105,7 +106,7 @@ class SpikeRewind(GradCallback):
 
     namespace: ClassVar[str] = "grad/spike_rewind"
     role: ClassVar[Role] = "guard"
-    syncs_per_step: ClassVar[str] = "the host must know whether to go back: one wait per step"
+    syncs_per_step: ClassVar[str] = "the host must know whether to go back: one wait per step, two under DDP"
     compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
         weight_averaging=yes("The average keeps what steps added that were taken back."),
         late_gradients=no(
@@ -308,7 +309,7 @@ class SpikeRewind(GradCallback):
         axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
         axis.set_xlabel("step")
-        axis.legend(frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        axis.legend(frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
         style_axis(axis)
         return figure
 
