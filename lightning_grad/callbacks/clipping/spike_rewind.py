@@ -199,7 +199,7 @@ class SpikeRewind(GradCallback):
         self._drawn += self._indices.of_batch(batch_idx)
         shapes = [optimizer_shape(optimizer) for optimizer in trainer.optimizers]
         if shapes != self._shapes:  # the copies do not fit optimizers that were given other parameters
-            self._shapes, self._copies = shapes, []
+            self._shapes, self._copies, self._in_row = shapes, [], 0
             self._take_copy(trainer, pl_module, stepped_batches(trainer) - 1)
         if batch_idx == 0:
             self._copies = [epoch_begins(each) for each in self._copies]
@@ -271,14 +271,8 @@ class SpikeRewind(GradCallback):
         self._copies, self._recent, self._age = [oldest], list(oldest["recent"]), 0
         self._in_row += 1
         rank_zero_warn(f"{self.display_name} goes back to the {back_to}: a spike at {where}.")
-        row = {
-            "step": step,
-            "epoch": trainer.current_epoch,
-            "back_to": oldest["step"],
-            "norm": norm,
-            "usual_norm": usual,
-        }
-        self.rewinds.add({**row, "samples": " ".join(map(str, drawn))})
+        row = {"step": step, "epoch": trainer.current_epoch, "back_to": oldest["step"]}
+        self.rewinds.add({**row, "norm": norm, "usual_norm": usual, "samples": " ".join(map(str, drawn))})
         self.rewinds.save(trainer, self)
 
     @override
