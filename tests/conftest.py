@@ -11,7 +11,7 @@ import sys
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,13 @@ def _keep_interrupts():
     handler = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def drawn_again() -> Iterator[None]:
+    """Render the figures of this test, also if figures of their kind were rendered before; see ``drawn_once.py``."""
+    with importlib.import_module("tests.drawn_once").drawn_again():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,16 @@ def pytest_configure(config: Any) -> None:
         importlib.import_module("torch").set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: Any) -> Iterator[Any]:
+    """Collect no garbage while tests are collected: all that is made then is kept, and is looked at again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish(session: Any) -> None:
     """Make fits cheap, and leave what is imported by now to no garbage collection: forked ranks would copy its pages."""
     for fabric, pytorch in (("lightning.fabric", "lightning.pytorch"), ("lightning_fabric", "pytorch_lightning")):
@@ -90,6 +107,8 @@ def pytest_collection_finish(session: Any) -> None:
             )
             _read_a_signature_once(importlib.import_module(f"{pytorch}.utilities.signature_utils"))
             _look_for_no_default_that_is_not_set(importlib.import_module(f"{pytorch}.utilities.argparse"))
+    if "matplotlib.figure" in sys.modules:
+        importlib.import_module("tests.drawn_once").draw_each_kind_once()
     if "torch" in sys.modules:
         _keep_no_stack_of_a_seed(sys.modules["torch"])
     if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_grad.testing.states import state_of
 from lightning_grad.testing.traces import traces, trainer_traces
-from lightning_grad.testing.watching import Saver, Watch
+from lightning_grad.testing.watching import Saver
 
 
 class Run:
@@ -63,7 +63,8 @@ class Run:
 class Watched(Run):
     """What a fit left behind that was looked at at every step, and saved."""
 
-    watch: Watch
+    watch: Any
+    """What looked at the fit: a ``Watch``, or ``Outputs`` where only the validations are of interest."""
     folder: Path
     savers: list[Saver]
 
