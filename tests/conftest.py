@@ -29,13 +29,6 @@ def _keep_interrupts():
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.fixture
-def drawn_again() -> Iterator[None]:
-    """Render the figures of this test, also if figures of their kind were rendered before; see ``drawn_once.py``."""
-    with importlib.import_module("tests.drawn_once").drawn_again():
-        yield
-
-
 @pytest.fixture(scope="module")
 def together(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -107,8 +100,6 @@ def pytest_collection_finish(session: Any) -> None:
             )
             _read_a_signature_once(importlib.import_module(f"{pytorch}.utilities.signature_utils"))
             _look_for_no_default_that_is_not_set(importlib.import_module(f"{pytorch}.utilities.argparse"))
-    if "matplotlib.figure" in sys.modules:
-        importlib.import_module("tests.drawn_once").draw_each_kind_once()
     if "torch" in sys.modules:
         _keep_no_stack_of_a_seed(sys.modules["torch"])
     if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):

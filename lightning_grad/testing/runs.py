@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_grad.testing.states import state_of
 from lightning_grad.testing.traces import traces, trainer_traces
-from lightning_grad.testing.watching import Saver
+from lightning_grad.testing.watching import Saver, Watch
 
 
 class Run:
@@ -63,8 +63,7 @@ class Run:
 class Watched(Run):
     """What a fit left behind that was looked at at every step, and saved."""
 
-    watch: Any
-    """What looked at the fit: a ``Watch``, or ``Outputs`` where only the validations are of interest."""
+    watch: Watch
     folder: Path
     savers: list[Saver]
 

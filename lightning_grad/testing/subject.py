@@ -24,7 +24,7 @@ from lightning_grad.testing.project import Built, Project
 from lightning_grad.testing.projects import REFERENCE
 from lightning_grad.testing.runs import Broken, Run, Watched
 from lightning_grad.testing.stopping import StopAfter, StopAt, StopIn
-from lightning_grad.testing.watching import Begun, Outputs, Saver, Watch, saver_on_exception, savers_on_exception
+from lightning_grad.testing.watching import Begun, Saver, Watch, saver_on_exception, savers_on_exception
 
 Arguments = Callable[[], dict[str, Any]]
 """A function that returns arguments of the Trainer."""
@@ -177,15 +177,12 @@ class Subject:
         run.callbacks.remove(begun)
         return run
 
-    def run_and_save(
-        self, callbacks: Sequence[Any], kinds: Sequence[str] = _KINDS, watch: Outputs | None = None, **arguments: Any
-    ) -> Watched:
-        """Fit, look at each validation, and save.
+    def run_and_save(self, callbacks: Sequence[Any], kinds: Sequence[str] = _KINDS, **arguments: Any) -> Watched:
+        """Fit, look at module and callback at every step, and save.
 
         Args:
             callbacks: The callbacks.
             kinds: When to save; see :meth:`Watched.saved`.
-            watch: What looks at the fit. Default: it keeps what the module computed in each validation.
             **arguments: As :meth:`Project.fit` takes them.
 
         Raises:
@@ -197,7 +194,7 @@ class Subject:
             "epochs": {"monitor": monitor, "save_last": True},
             "weights": {"monitor": monitor, "save_weights_only": True},
         }
-        watch = Outputs() if watch is None else watch
+        watch = Watch(callbacks[0] if callbacks else None)
         savers = [Saver(folder / kind, save_top_k=-1, **ways[kind]) for kind in kinds]
         try:
             run: Watched = self.run_or_refuse(callbacks, [watch, *savers], kind=Watched, **arguments)
@@ -255,14 +252,8 @@ class Subject:
 
     @_once
     def watched(self, accumulate: int = 1) -> Watched:
-        """Fit and save at every second step; without accumulation, also look at each step, and save wherever Lightning saves.
-
-        Accumulation changes which batches belong to a step. What saving and copying do does not depend on that.
-        """
-        callbacks = self.built()
-        if accumulate > 1:
-            return self.run_and_save(callbacks, ["steps"], accumulate_grad_batches=accumulate)
-        return self.run_and_save(callbacks, watch=Watch(callbacks[0] if callbacks else None))
+        """Fit, look at module and callback at every step, and save wherever Lightning saves."""
+        return self.run_and_save(self.built(), accumulate_grad_batches=accumulate)
 
     @_once
     def situated(self, arguments: Arguments = dict, change: Change = unchanged) -> Run:

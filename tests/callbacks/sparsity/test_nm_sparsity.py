@@ -747,7 +747,7 @@ def test_a_fit_of_no_epochs_changes_nothing():
 KEYS = {"n", "m", "decay", "density", "exact", "flips", "gradient_variance_pruned", "gradient_variance_kept"}
 
 
-def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path, drawn_again):
+def test_scalars_table_and_figure_with_the_csv_logger_alone(tmp_path):
     logger = CSVLogger(tmp_path)
     callback = NMSparsity("1:4", gradient="ste", include=["*"], save_masks=True, figure_metric="val_f1")
     run = trainer(callback, logger=logger, max_epochs=2, log_every_n_steps=2)
