@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import InputGradientLogger
 from lightning_grad.functional import input_saliency
-from lightning_grad.testing import make_trainer
+from lightning_grad.testing import make_trainer, on_ranks
 
 CLASSES = 3
 
@@ -37,17 +38,18 @@ class Classifies(pl.LightningModule):
 
 
 class Reads(nn.Module):
-    """Reads tokens; a second embedding is called later."""
+    """Reads tokens; the embedding of positions is called first, and that of the tokens twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.late, self.embedding = nn.Embedding(6, 4), nn.Embedding(10, 4)
+        self.places, self.embedding = nn.Embedding(6, 4), nn.Embedding(10, 4)
         self.head = nn.Linear(4, CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        places = self.places(torch.arange(tokens.shape[1]))
         weights = torch.arange(1.0, tokens.shape[1] + 1)[None, :, None]
-        x = (weights * self.embedding(tokens)).sum(1).tanh()
-        return self.head(x + 0.1 * self.late(torch.zeros(len(tokens), dtype=torch.long)))
+        x = (weights * (self.embedding(tokens) + places)).sum(1).tanh()
+        return self.head(x + 0.1 * self.embedding(tokens).mean(1).detach())
 
 
 def images() -> TensorDataset:
@@ -115,6 +117,18 @@ def test_features_have_one_row_each() -> None:
     torch.testing.assert_close(probe.kept_looks.kept[-1]["mean"], (rows / rows.amax(1, keepdim=True)).mean(0))
 
 
+def test_a_series_has_one_value_for_each_time() -> None:
+    series = TensorDataset(
+        torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % CLASSES
+    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES))
+    probe = InputGradientLogger(12)
+    module = run(net, probe, series)
+    weights = module.net[1].weight.detach().abs()[module.net(series.tensors[0]).argmax(1)]
+    rows = weights.view(12, 2, 16).amax(1)
+    torch.testing.assert_close(probe.kept_looks.kept[-1]["mean"], (rows / rows.amax(1, keepdim=True)).mean(0))
+
+
 class Detaches(Classifies):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self.net(batch[0].detach()), batch[1])
@@ -132,3 +146,26 @@ def test_refusals() -> None:
 
     with pytest.raises(TypeError, match=r"InputGradientLogger needs an input with a gradient.*Set input_key"):
         run(Casts(4, CLASSES), InputGradientLogger(3), bytes_only)
+
+
+class Gathers(Classifies):
+    """A step that all ranks must run, because it collects their losses."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Lightning uses a function that newer torch deprecates
+            self.losses: Any = self.all_gather(loss.detach())
+        return loss
+
+
+def record_of_a_rank() -> dict[str, Any]:
+    probe = InputGradientLogger(samples=4, split="train", figure=False)
+    trainer = make_trainer(strategy="ddp", devices=2, callbacks=[probe], max_epochs=1, log_every_n_steps=1)
+    trainer.fit(Gathers(convnet()), DataLoader(images(), 6))
+    return probe.record.last
+
+
+def test_a_step_that_all_ranks_must_run() -> None:
+    one, other = on_ranks(2, record_of_a_rank, limit=60.0)
+    assert one == other
