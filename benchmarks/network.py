@@ -180,12 +180,16 @@ def _delete_namespace(name: str) -> None:
     """Kill all processes in a namespace, and delete it with its interfaces, if it exists."""
     if not (_FOLDER / name).exists():
         return
-    while pids := _call("ip", "netns", "pids", name).split():
+    while pids := _processes(name):
         for pid in pids:
             with suppress(ProcessLookupError):  # it has ended
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     _call("ip", "netns", "delete", name)
+
+
+def _processes(name: str) -> list[int]:
+    return [int(pid) for pid in _call("ip", "netns", "pids", name).split()]
 
 
 def _delete_left_behind() -> None:
@@ -209,6 +213,11 @@ class Link:
     def lost_packets(self) -> int:
         """Number of packets that the wire has lost."""
         return self._lost.value
+
+    @property
+    def processes(self) -> list[int]:
+        """Numbers of the processes in the namespaces."""
+        return [pid for name in self.names for pid in _processes(name)]
 
     def variables(self, rank: int) -> dict[str, str]:
         """Return the environment of one rank a namespace, for torch, gloo and Lightning's cluster environment."""

@@ -1,39 +1,48 @@
 """Names the ranks that were lost when a collective fails.
 
-A backend reports at most which connection broke. So each rank that sees a failure reports to the store in which the
-ranks met, and then reads who else has. A rank that does not report was killed, hangs, or cannot be reached.
+A backend reports at most which connection broke. So each rank that sees a failure closes its connections, which lets the
+others see it too, reports to the store in which the ranks met, and reads who else has. A rank that does not report was
+killed, hangs, or cannot be reached.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from threading import Thread
 
+import torch
 import torch.distributed as dist
 
 _GRACE_SECONDS = 5.0  # time for the other ranks to see the failure, too
-_KEY = "lightning_grad/failed"
+_KEY, _TAG = "lightning_grad/failed", 0x6C67
 
 
 def explain_loss() -> str:
-    """Return what was lost, as a clause and an imperative. Takes a few seconds, and never raises."""
+    """Return what was lost, as a clause. Takes a few seconds, and never raises."""
     unknown = "another rank has stopped or cannot be reached; see its log"
     if not dist.is_initialized():
         return unknown
     ranks = dist.get_world_size()
     lost = _within(2 * _GRACE_SECONDS, lambda: _lost(dist.get_rank(), ranks))
     if lost is None:
-        return f"{unknown}. The store of the ranks does not answer either, so the machine at MASTER_ADDR may be lost"
+        return f"{unknown}. The ranks' store does not answer either, so rank 0 or the machine at MASTER_ADDR may be lost"
     if not lost:
         return (
-            f"the connection broke although all {ranks} ranks still run. If a step may take longer, pass a longer timeout "
-            "to the strategy; otherwise check the network"
+            f"a connection broke although all {ranks} ranks still run. If a step may take longer, pass a longer timeout to "
+            "the strategy; otherwise check the network"
         )
-    who = f"rank {lost[0]} has" if len(lost) == 1 else f"ranks {', '.join(map(str, lost))} have"
-    return f"{who} stopped or cannot be reached; see {'its log' if len(lost) == 1 else 'their logs'}"
+    if len(lost) == 1:
+        return f"rank {lost[0]} has stopped or cannot be reached; see its log"
+    return (
+        f"ranks {', '.join(map(str, lost))} do not answer: at least one has stopped or cannot be reached, and the others "
+        "may be busy; see their logs"
+    )
 
 
 def _lost(rank: int, ranks: int) -> list[int]:
     """Report this rank, and return the ranks that do not report in time."""
+    _close_connections()
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{_KEY}/{rank}", "1")
     end = time.monotonic() + _GRACE_SECONDS
@@ -44,15 +53,20 @@ def _lost(rank: int, ranks: int) -> list[int]:
     return lost
 
 
+def _close_connections() -> None:
+    """Let ranks that wait for this one fail now, not when this process ends: gloo closes its connections on a timeout."""
+    with suppress(Exception):  # of the timeout, or because another backend cannot do this
+        group = dist.distributed_c10d._get_default_group()
+        group.recv_anysource([torch.empty(1)], _TAG).wait(timedelta(milliseconds=1))
+
+
 def _within(seconds: float, work: Callable[[], list[int]]) -> list[int] | None:
     """Call a function in a thread, because a store whose machine is lost may not answer. Return None if it fails."""
     found: list[list[int]] = []
 
     def run() -> None:
-        try:
+        with suppress(Exception):  # errors of the store differ between versions, and the rank ends with its own anyway
             found.append(work())
-        except Exception:  # the store's errors differ between versions, and the rank ends with another error anyway
-            return
 
     thread = Thread(target=run, daemon=True)
     thread.start()

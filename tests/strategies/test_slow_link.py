@@ -115,13 +115,9 @@ def _never_ends() -> None:
     time.sleep(60)
 
 
-def _runs(pid: str) -> bool:
-    stat = Path("/proc", pid, "stat")
+def _runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and ") Z" not in stat.read_text()
-
-
-def _inside(link: network.Link) -> list[str]:
-    return [pid for name in link.names for pid in network._call("ip", "netns", "pids", name).split()]
 
 
 @pytest.mark.needs_root
@@ -130,7 +126,7 @@ def test_what_still_runs_ends_with_the_link():
     with slow_link(FAST) as link:
         with pytest.raises(TimeoutError, match="more than 0"):
             link.call(_never_ends, timeout_s=0.5)
-        orphans = _inside(link)
+        orphans = link.processes
         assert orphans
     assert namespaces() == []
     assert not [pid for pid in orphans if _runs(pid)]
