@@ -210,7 +210,7 @@ class ProbeCallback(GradCallback):
         folder = output_file(trainer, self.display_name, "")
         stem = None if folder is None else folder / f"step_{due['step']:08d}"
         with logged_at(trainer, due["step"]):
-            send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem)
+            send_reading(trainer, outcome.numbers, outcome.reading, self.log_key, stem, self.display_name)
 
     def _take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, due: Mapping[str, int]) -> Outcome:
         """Take a look on the ranks that do so, and return its outcome; errors of the first look are raised."""

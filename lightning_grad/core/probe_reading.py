@@ -18,7 +18,14 @@ from lightning_grad.core.probe_samples import ProbeLook, ProbeSamples
 from lightning_grad.core.quiet import quiet
 from lightning_grad.core.undo import UndoList
 from lightning_grad.functional.plain_tensors import plain_tensor
-from lightning_grad.utilities.reporting import log_figure, log_histograms, log_many, log_picture, log_table
+from lightning_grad.utilities.reporting import (
+    log_figure,
+    log_histograms,
+    log_many,
+    log_picture,
+    log_table,
+    tolerated,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,8 +155,11 @@ def send_reading(
     reading: Reading | None,
     key: Callable[[str], str],
     stem: Path | None,
+    display_name: str,
 ) -> None:
     """Log the numbers on every rank, and on rank zero the rest, as media and files.
+
+    A figure, table or file that fails becomes a warning.
 
     Args:
         trainer: The trainer, at the step of the look.
@@ -157,10 +167,15 @@ def send_reading(
         reading: The whole reading; ``None`` on a rank that did not run the probe.
         key: Creates a log key from a name.
         stem: Path prefix of the files; ``None`` without a log folder.
+        display_name: Name of the technique, for warnings.
     """
     log_many(trainer, {key(name): number for name, number in numbers.items()})
-    if reading is None or not trainer.is_global_zero:
-        return
+    if reading is not None and trainer.is_global_zero:
+        with tolerated(display_name, "the figures and tables of this look"):
+            _send_media(trainer, reading, key, stem)
+
+
+def _send_media(trainer: pl.Trainer, reading: Reading, key: Callable[[str], str], stem: Path | None) -> None:
     if reading.arrays:
         arrays = {name: _as_array(array) for name, array in reading.arrays.items()}
         log_histograms(trainer, {key(name): torch.as_tensor(array) for name, array in arrays.items()})

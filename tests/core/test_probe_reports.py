@@ -1,6 +1,7 @@
 """What a probe finds reaches every logger and the disk, and its record is kept, thinned and drawn."""
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,12 @@ def test_a_figure_that_is_not_wanted_is_not_drawn_and_an_author_may_draw_another
 
 def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
     class Broken(Answers):
+        def probe(self, look: ProbeLook) -> Reading:
+            return dataclasses.replace(super().probe(look), pictures={"late": self.fail})
+
+        def fail(self) -> Any:
+            raise ZeroDivisionError("no figure")
+
         def draw(self, record: RunRecord) -> Any:
             raise KeyError("no axes")
 
@@ -170,8 +177,12 @@ def test_a_figure_that_fails_does_not_end_the_fit(tmp_path: Path) -> None:
             self.ended = True
 
     after = After()
-    with pytest.warns(UserWarning, match=r"Broken: the figure of the run could not be created: KeyError: 'no axes'"):
+    with pytest.warns(UserWarning, match="could not be created") as caught:
         run(Broken(4), after, logger=CSVLogger(tmp_path, name="", version=""), max_epochs=1)
+    assert [str(each.message) for each in caught if "could not be" in str(each.message)] == [
+        "Broken: the figures and tables of this look could not be created: ZeroDivisionError: no figure",
+        "Broken: the figure of the run could not be created: KeyError: 'no axes'",
+    ]
     assert after.ended
     assert (tmp_path / "broken.csv").is_file()
 

@@ -13,10 +13,10 @@ from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._image_maps import (
     MappedImage,
-    as_tensor,
     draw_run,
     draw_samples,
     image_pixels,
+    kept_pictures,
     overlaid,
 )
 from lightning_grad.core import (
@@ -120,9 +120,9 @@ class ExplainingProbe(ProbeCallback):
     # What a look found.
 
     def answer_scalars(self, found: ClassAnswers) -> dict[str, float | Tensor]:
-        """Return accuracy and confidence of the shown samples."""
+        """Return confidence of the shown samples, and accuracy of those with a label."""
         confidence = found.probabilities.gather(1, found.answers[:, None])
-        return {"accuracy": found.are_right.float().mean(), "confidence": confidence.mean()}
+        return {"accuracy": found.are_right[found.labels >= 0].float().mean(), "confidence": confidence.mean()}
 
     def answer_rows(self, look: Look, found: ClassAnswers) -> list[dict[str, Any]]:
         """Return a row for each sample, with index, label, answer and confidence."""
@@ -133,7 +133,7 @@ class ExplainingProbe(ProbeCallback):
                 "label": None if labels[place] < 0 else self._named(labels[place]),
                 "answer": self._named(answers[place]),
                 "confidence": round(found.probabilities[place, answers[place]].item(), 4),
-                "right": labels[place] in (-1, answers[place]),
+                "right": None if labels[place] < 0 else labels[place] == answers[place],
             }
             for place, index in enumerate(look.indices)
         ]
@@ -149,8 +149,8 @@ class ExplainingProbe(ProbeCallback):
             pictures={"maps": partial(draw_samples, samples, title)} if self.figure else {},
             tables={"samples": Table(rows, [sample.side_by_side for sample in samples])},
             kept={
-                "images": as_tensor([sample.pixels for sample in samples]),
-                "overlays": as_tensor([sample.overlay for sample in samples]),
+                "images": kept_pictures([sample.pixels for sample in samples]),
+                "overlays": kept_pictures([sample.overlay for sample in samples]),
                 "wrong": torch.tensor([sample.is_wrong for sample in samples]),
                 "indices": torch.tensor(look.indices),
             },
@@ -168,7 +168,9 @@ class ExplainingProbe(ProbeCallback):
     def draw(self, record: RunRecord) -> Figure:
         kept = self.kept_looks.kept
         overlays = [(f"epoch {row['epoch']}\nstep {row['step']}", row["overlays"], row["wrong"]) for row in kept]
-        title = f"{self.title()} over the run; wrong answers are framed"
+        shown, count = len(kept[-1]["images"]), len(kept[-1]["indices"])
+        some = "" if shown == count else f" (first {shown} of {count} samples)"
+        title = f"{self.title()} over the run{some}; wrong answers are framed"
         return draw_run(kept[-1]["images"], overlays, kept[-1]["indices"].tolist(), title)
 
 
@@ -176,4 +178,4 @@ def _mapped(images: Tensor, maps: Tensor, rows: Sequence[Mapping[str, Any]]) -> 
     for image, values, row in zip(images, maps, rows, strict=True):
         pixels = image_pixels(image)
         place = (row["index"], row["answer"], row["label"], row["confidence"])
-        yield MappedImage(pixels, overlaid(pixels, values), *place)
+        yield MappedImage(pixels, overlaid(pixels, values), *place, row["right"] is False, not bool(values.any()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
 Pixels = NDArray[np.uint8]
 
 _LEAST, _MOST = 64, 224  # pixels of the longer side: smaller pictures are enlarged, larger ones reduced
+_NARROWEST = 16  # pixels of the shorter side: a picture of one row would not be visible
+_MOST_KEPT, _KEPT = 12, 112  # samples in the figure of the run, and pixels of their longer side
 _COLUMNS = 8
-_MOST_ROWS = 12  # samples in the figure of the run
+_LONG = 8  # times as long as wide
+_MOST_SHOWN = 64  # samples in the figure of a look
+_LONGEST = 21  # characters above an image
 _WRONG = "#b3261e"
 # From black over red and yellow to white, as red, green and blue at five places.
 _HEAT = np.array([[0, 0, 0], [120, 20, 90], [220, 60, 40], [250, 170, 30], [255, 255, 190]], np.float32)
@@ -38,6 +43,8 @@ class MappedImage:
         answer: What the network answers.
         label: Its label; ``None`` if it has none.
         confidence: Probability of the answer.
+        is_wrong: Whether the answer is not the label; names do not tell, because two classes may have the same.
+        is_empty: Whether the map is zero everywhere.
     """
 
     pixels: Pixels
@@ -46,11 +53,8 @@ class MappedImage:
     answer: str
     label: str | None
     confidence: float
-
-    @property
-    def is_wrong(self) -> bool:
-        """Whether the answer is not the label."""
-        return self.label is not None and self.label != self.answer
+    is_wrong: bool
+    is_empty: bool
 
     @property
     def side_by_side(self) -> Pixels:
@@ -70,6 +74,11 @@ def channels_first(images: Tensor) -> Tensor | None:
     if images.dim() != 4:
         return None
     return images.movedim(3, 1) if images.shape[3] in (1, 3) and images.shape[1] not in (1, 3) else images
+
+
+def is_series(inputs: Tensor) -> bool:
+    """Return True for inputs (B, C, T) or (B, T, C) that are too long to be images without channels."""
+    return inputs.dim() == 3 and max(inputs.shape[1:]) >= _LONG * min(inputs.shape[1:])
 
 
 def image_pixels(image: Tensor) -> Pixels:
@@ -97,17 +106,20 @@ def overlaid(pixels: Pixels, values: Tensor, strength: float = 0.6) -> Pixels:
 
 
 def _resized(image: Tensor) -> Tensor:
-    longer = max(image.shape[1:])
-    if longer < _LEAST:
-        return F.interpolate(image[None], scale_factor=math.ceil(_LEAST / longer), mode="nearest")[0]
-    if longer > _MOST:
-        size = [max(1, round(side * _MOST / longer)) for side in image.shape[1:]]
+    """Return an image (C, H, W) of a size that can be seen."""
+    height, width = image.shape[1:]
+    longer = max(height, width)
+    scale = math.ceil(_LEAST / longer) if longer < _LEAST else min(1.0, _MOST / longer)
+    size = [max(_NARROWEST, round(side * scale)) for side in (height, width)]
+    if scale < 1:
         return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
-    return image
+    return F.interpolate(image[None], size, mode="nearest")[0]
 
 
 def draw_samples(samples: Sequence[MappedImage], title: str) -> Figure:
     """Draw each image above its overlay; wrong answers have a red frame. Needs matplotlib."""
+    if len(samples) > _MOST_SHOWN:
+        samples, title = samples[:_MOST_SHOWN], f"{title} (first {_MOST_SHOWN} of {len(samples)})"
     columns = min(len(samples), _COLUMNS)
     rows = math.ceil(len(samples) / columns)
     figure, axes = _grid(2 * rows, max(columns, 4), samples[0].pixels, title, 0.25)
@@ -115,13 +127,20 @@ def draw_samples(samples: Sequence[MappedImage], title: str) -> Figure:
         row, column = divmod(place, columns)
         above, below = axes[2 * row][column], axes[2 * row + 1][column]
         label = "no label" if sample.label is None else f"label {sample.label}"
-        above.set_title(f"#{sample.index}, {label}", fontsize=8, parse_math=False)
+        above.set_title(_shortened(f"#{sample.index}, {label}", _LONGEST), fontsize=7, parse_math=False)
         sign = "\N{BALLOT X} " if sample.is_wrong else ""
         color = _WRONG if sample.is_wrong else "black"
-        below.set_title(f"{sign}{sample.answer} ({sample.confidence:.0%})", fontsize=8, color=color, parse_math=False)
+        answer = f"{sign}{_shortened(sample.answer, _LONGEST - 8)} ({sample.confidence:.0%})"
+        below.set_title(answer, fontsize=7, color=color, parse_math=False)
         _show(above, sample.pixels)
         _show(below, sample.overlay, sample.is_wrong)
+        if sample.is_empty:
+            below.text(0.5, 0.5, "empty map", transform=below.transAxes, ha="center", va="center", color="white")
     return figure
+
+
+def _shortened(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
 def draw_run(
@@ -135,7 +154,7 @@ def draw_run(
         indices: Index of each sample in the data set.
         title: Title in plain text.
     """
-    count = min(len(images), _MOST_ROWS)
+    count = len(images)
     figure, axes = _grid(count, 1 + max(len(overlays), 4), images[0].numpy(), title, 0.1, 0.85)
     for row in range(count):
         axes[row][0].text(
@@ -156,9 +175,11 @@ def _grid(
     """Return a figure of equal panels, none of which has anything in it yet."""
     from matplotlib.figure import Figure
 
-    tall = side * like.shape[0] / like.shape[1]
-    figure = Figure(figsize=(columns * (side + 0.12) + 0.5, rows * (tall + between) + 0.9), layout="constrained")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    tall, width = side * like.shape[0] / like.shape[1], columns * (side + 0.12) + 0.5
+    lines = textwrap.wrap(title, int(11 * width))  # characters of an inch
+    figure = Figure(figsize=(width, rows * (tall + between) + 0.75 + 0.2 * len(lines)), layout="constrained")
+    figure.suptitle("\n".join(lines), fontsize=11, parse_math=False)
+    figure.supxlabel("each map is scaled to its largest value", fontsize=8)
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -174,6 +195,12 @@ def _show(axis: Axes, pixels: Pixels, is_wrong: bool = False) -> None:
         spine.set(visible=is_wrong, color=_WRONG, linewidth=2.5)
 
 
-def as_tensor(pictures: Sequence[Pixels]) -> Tensor:
-    """Return pictures of equal size as one tensor, for checkpoints."""
-    return torch.from_numpy(np.stack(pictures))
+def kept_pictures(pictures: Sequence[Pixels]) -> Tensor:
+    """Return the first pictures, of equal size, as one small tensor (B, H, W, 3), for checkpoints."""
+    kept = torch.from_numpy(np.stack(pictures[:_MOST_KEPT]))
+    longer = max(kept.shape[1:3])
+    if longer <= _KEPT:
+        return kept
+    size = [max(1, round(side * _KEPT / longer)) for side in kept.shape[1:3]]
+    smaller = F.interpolate(kept.movedim(3, 1).float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return smaller.round().clamp(0, 255).byte().movedim(1, 3)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -16,7 +14,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._explaining import ExplainingProbe, Target
-from lightning_grad.callbacks.diagnostics._image_maps import channels_first
+from lightning_grad.callbacks.diagnostics._image_maps import channels_first, is_series
+from lightning_grad.callbacks.diagnostics._layer_maps import LayerMaps, gradients_of, innermost, parts_of_attention
 from lightning_grad.core import (
     Look,
     ProbeLook,
@@ -29,10 +28,11 @@ from lightning_grad.core import (
     with_input,
 )
 from lightning_grad.core.probe_samples import Split
-from lightning_grad.functional import ClassAnswers, OutputCapture, activation_maps, feature_map
+from lightning_grad.functional import ClassAnswers, activation_maps, feature_map
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.diagnostics.gradcam import CAM_METHODS, CAMMethod
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor
+from lightning_grad.utilities.batches import Path, first_numbers, follow
 from lightning_grad.utilities.parameters import clean_name
 
 _NAMES = {"gradcam": "Grad-CAM", "gradcam++": "Grad-CAM++", "smooth_gradcam++": "Smooth Grad-CAM++"}
@@ -61,7 +61,7 @@ class GradCAMLogger(ExplainingProbe):
         layer: Name of the layer, as in ``named_modules()``. Default: the last one whose output is a map.
             A map is (B, C, H, W) or (B, H, W, C) with more than one position, or the tokens (B, T, C) of a vision
             transformer, with or without a class token. Layers whose map has no effect on the class are skipped, such
-            as the last blocks of a transformer that reads only its class token.
+            as the last blocks of a transformer that reads only its class token. Layers inside an attention come last.
         samples: Number of images to show, spread evenly over the set, or their indices.
         every_n_epochs: Look at the end of every n-th epoch. Default: 1.
         every_n_steps: Look after every n-th optimizer step instead.
@@ -75,7 +75,7 @@ class GradCAMLogger(ExplainingProbe):
         dataset: Callable (trainer) -> data set to read from, for example one without augmentation.
         loader_key: Key or list position of the loader to use, if there are several.
         input_key: Key or position of the images in the batch; join nested keys with dots.
-            Default: the first floating-point tensor with at least two dimensions.
+            Default: the first tensor with at least two dimensions, floating-point or uint8.
         outputs_fn: Callable (module, batch) -> (logits, labels). Use it if the loss cannot be captured.
         loss_index: Index, from 0, of the loss call to use. Default: the only classification loss.
         figure: Draw figures (needs matplotlib and a logger with a folder).
@@ -96,7 +96,7 @@ class GradCAMLogger(ExplainingProbe):
     overlay, label, answer and confidence. At the end: the figure of the run, which shows how the maps changed, and a
     table of the scalars.
 
-    **State.** The scalars of all looks, the overlays of up to eight looks, and whether a look is due.
+    **State.** The scalars of all looks, 12 small overlays of up to eight looks, and whether a look is due.
 
     **Cost.** One forward and one backward pass of the shown images in each look; with "smooth_gradcam++" one more for each
     noisy copy. See docs/benchmarks.md.
@@ -156,30 +156,49 @@ class GradCAMLogger(ExplainingProbe):
 
     @override
     def probe(self, look: ProbeLook) -> Reading:
-        path = find_input(look.batch, self.input_key, self.display_name)
-        images = None if path is None else channels_first(plain_tensor(input_at(look.batch, path)))
-        if path is None or images is None or len(images) != len(look.indices):
-            raise TypeError(
-                f"{self.display_name} needs images (B, C, H, W) in the batch; got "
-                f"{'no floating-point tensor' if path is None else tuple(input_at(look.batch, path).shape)}. Set "
-                "input_key to the images."
-            )
+        path, images = self._images(look)
         self.refuse_moved_rows(look)
         size = (images.shape[2], images.shape[3])
         explained = self._explain(look, size)
+        gradients = explained.gradients
         if self.method == "smooth_gradcam++":
-            inputs = input_at(look.batch, path)
-            plain = plain_tensor(inputs)
-            noisy = [plain + self.noise_std * torch.randn_like(plain) for _ in range(self.noisy_copies)]
-            looks = [look.on(with_input(look.batch, path, dressed(each, inputs))) for each in noisy]
-            classes = self.classes_of(explained.found)
-            classes = torch.where(classes < 0, explained.found.answers, classes)
-            copies = [self._explain(copy, size, classes) for copy in looks]
-            maps = activation_maps(explained.activations, torch.stack([c.gradients for c in copies]), self.method)
-        else:
-            maps = activation_maps(explained.activations, explained.gradients, self.method)
-        maps = F.interpolate(maps.unsqueeze(1).float(), size, mode="bilinear", align_corners=False).squeeze(1)
+            gradients = torch.stack(list(self._noisy_gradients(look, path, size, explained.found)))
+        maps = activation_maps(explained.activations, gradients, self.method)
+        maps = F.interpolate(maps.unsqueeze(1), size, mode="bilinear", align_corners=False).squeeze(1)
         return self._reading(look, images, maps, explained.found)
+
+    def _images(self, look: ProbeLook) -> tuple[Path, Tensor]:
+        """Return the path of the images in the batch, and the images as (B, C, H, W)."""
+        path, found = first_numbers(look.batch)
+        if self.input_key is not None:
+            path, found = follow(look.batch, self.input_key, self.display_name)
+        is_image = isinstance(found, Tensor) and (found.is_floating_point() or found.dtype == torch.uint8)
+        if self.input_key is not None and not is_image:
+            find_input(look.batch, self.input_key, self.display_name)  # which raises
+        images = channels_first(plain_tensor(found)) if is_image and found is not None else None
+        if path is None or found is None or images is None or is_series(found) or len(images) != len(look.indices):
+            kind = "no tensor" if found is None else f"{tuple(found.shape)} of {found.dtype}"
+            raise TypeError(
+                f"{self.display_name} needs images (B, C, H, W) in the batch; got {kind}. Set input_key to the images, "
+                "floating-point or uint8, and stack them to one tensor in collate_fn."
+            )
+        if self.method == "smooth_gradcam++" and not found.is_floating_point():
+            raise TypeError(
+                f"{self.display_name} cannot add noise to images of {found.dtype}. Convert them to floating point in the "
+                "data set, or set method='gradcam++'."
+            )
+        return path, images
+
+    def _noisy_gradients(
+        self, look: ProbeLook, path: Path, size: tuple[int, int], found: ClassAnswers
+    ) -> Iterator[Tensor]:
+        """Yield the gradient of the same class scores for noisy copies of the images."""
+        inputs, classes = input_at(look.batch, path), self.classes_of(found)
+        classes = torch.where(classes < 0, found.answers, classes)
+        plain = plain_tensor(inputs)
+        for _ in range(self.noisy_copies):
+            noisy = dressed(plain + self.noise_std * torch.randn_like(plain), inputs)
+            yield self._explain(look.on(with_input(look.batch, path, noisy)), size, classes).gradients
 
     def _explain(self, look: Look, size: tuple[int, int], classes: Tensor | None = None) -> _Explained:
         """Run the step, and return the layer's map and the gradient of the class score with respect to it."""
@@ -190,51 +209,40 @@ class GradCAMLogger(ExplainingProbe):
                 f"{self.display_name}: {type(look.pl_module).__name__} has no layer {wanted!r}. Choose a name of "
                 f"named_modules(), such as {list(modules)[-1]!r}, or leave layer at None."
             )
-        names = list(modules) if wanted is None else [clean_name(wanted)]
-        order: list[str] = []  # of the calls; named_modules() has a block before its layers
-
-        def is_map(name: str, output: Tensor) -> bool:
-            order.append(name)
-            return feature_map(output, len(look.indices), size) is not None
-
-        captures = {name: OutputCapture(modules[name], partial(is_map, name)) for name in names}
-        with torch.enable_grad(), ExitStack() as stack:
-            for capture in captures.values():
-                stack.enter_context(capture)
+        layers = modules if wanted is None else {clean_name(wanted): modules[clean_name(wanted)]}
+        with torch.enable_grad(), LayerMaps(layers, len(look.indices), size) as seen:
             found = self.answers_of(look)
-            classes = self.classes_of(found) if classes is None else classes
-            score = found.of(classes).sum()
-        last_first = {name: captures[name] for name in reversed(order)}
-        maps = {name: each for name, each in last_first.items() if each.output is not None}
-        return self._of_layer(look, maps, found, score, size, names)
-
-    def _of_layer(
-        self,
-        look: Look,
-        maps: Mapping[str, OutputCapture],
-        found: ClassAnswers,
-        score: Tensor,
-        size: tuple[int, int],
-        names: Sequence[str],
-    ) -> _Explained:
-        """Choose the first of these layers whose map has an effect on the score."""
-        outputs = [each.output for each in maps.values() if each.output is not None]
-        gradients = torch.autograd.grad(score, outputs, allow_unused=True) if outputs else ()
-        samples = len(look.indices)
-        for name, gradient in zip(maps, gradients, strict=True):
-            output = maps[name].output
-            if gradient is None or output is None:
+            score = found.of(self.classes_of(found) if classes is None else classes).sum()
+        maps = seen.last_first()
+        if wanted is None:  # what an attention computes inside is less of a map than its input
+            inside = parts_of_attention(look.pl_module)
+            maps.sort(key=lambda each: each.name in inside)
+        for each, gradient in zip(maps, gradients_of(score, maps), strict=True):
+            activations = feature_map(each.output.detach(), len(look.indices), size)
+            slopes = None if gradient is None else feature_map(gradient, len(look.indices), size)
+            if activations is None or slopes is None or (wanted is None and not bool(slopes.any())):
                 continue
-            activations, slopes = (feature_map(each.detach(), samples, size) for each in (output, gradient))
-            if activations is None or slopes is None or (len(names) > 1 and not bool(slopes.any())):
-                continue
-            self._remember(_innermost(name, maps))
+            self._remember(innermost(each, maps))
             return _Explained(activations, slopes, found)
-        which = f"the layer {names[0]!r} has none" if len(names) == 1 else "no layer has one"
-        raise ValueError(
+        raise self._no_map(seen, bool(maps), wanted, size)
+
+    def _no_map(self, seen: LayerMaps, has_maps: bool, wanted: str | None, size: tuple[int, int]) -> ValueError:
+        """Return the error about a layer, or a network, that has no map with an effect on the class."""
+        which = "the layers" if wanted is None else f"the layer {wanted!r}"
+        if has_maps:
+            return ValueError(
+                f"{self.display_name} found maps of {which}, but no gradient of the class with respect to them. Freeze "
+                "layers by requires_grad_(False), not by torch.no_grad() or detach(), and set use_reentrant=False in "
+                "checkpoint()."
+            )
+        why = "no layer has one"
+        if wanted is not None:
+            shape = seen.shapes.get(clean_name(wanted))
+            why = f"the step calls no layer {wanted!r}" if shape is None else f"{which} returns {shape}"
+        return ValueError(
             f"{self.display_name} needs a layer whose output is a map of the image, (B, C, H, W) with more than one "
-            f"position or tokens (B, T, C) of a grid, and has an effect on the class; {which} for images of {size[0]} x "
-            f"{size[1]} pixels. Set layer= to a convolution or to a block of a vision transformer."
+            f"position, or tokens (B, T, C) of a grid; {why} for images of {size[0]} x {size[1]} pixels. Set layer= to a "
+            "convolution or to a block of a vision transformer."
         )
 
     def _remember(self, name: str) -> None:
@@ -255,12 +263,3 @@ class GradCAMLogger(ExplainingProbe):
     @override
     def title(self) -> str:
         return f"{self.display_name}, {_NAMES[self.method]}"
-
-
-def _innermost(name: str, maps: Mapping[str, OutputCapture]) -> str:
-    """Return the innermost layer whose output a layer returns: the last child of a container, not the container."""
-    for other, each in maps.items():
-        # An in-place layer returns its input, the copy of the layer before it, so only children count.
-        if other.startswith(f"{name}.") and each.copy is not None and each.copy is maps[name].output:
-            return _innermost(other, maps)
-    return name

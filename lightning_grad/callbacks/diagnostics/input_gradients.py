@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_grad.callbacks.diagnostics._explaining import ExplainingProbe, Target
-from lightning_grad.callbacks.diagnostics._image_maps import channels_first
+from lightning_grad.callbacks.diagnostics._image_maps import channels_first, is_series
 from lightning_grad.core import ProbeLook, Reading, RunRecord, Table, find_input, input_at, with_input
 from lightning_grad.core.probe_samples import Split
 from lightning_grad.functional import ClassAnswers, OutputCapture
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 _TOP = 0.1  # share of the entries whose part of the whole is logged
 _LISTED = 5  # positions in the table
+_MOST_ROWS = 64  # samples in the figure of a look
 
 
 class InputGradientLogger(ExplainingProbe):
@@ -33,8 +35,9 @@ class InputGradientLogger(ExplainingProbe):
         S = \Bigl| \frac{\partial s_c}{\partial x} \Bigr|
 
     where :math:`s_c` is the logit of class c. Of several channels, the largest value counts. If the batch has no
-    floating-point input, x is the output of the first ``nn.Embedding`` of the step, and S the norm of the gradient for
-    each token.
+    floating-point input, x is the output of the first ``nn.Embedding`` that the step calls on the samples, and S the
+    norm of the gradient for each token. Inputs (B, C, T) or (B, T, C) with T at least eight times C are series, with
+    one value for each time.
 
     Args:
         samples: Number of samples to show, spread evenly over the set, or their indices.
@@ -66,7 +69,8 @@ class InputGradientLogger(ExplainingProbe):
     the largest S, 0.1 if it is even; the image ``maps`` and the table ``samples``. At the end: the figure of the run and
     a table of the scalars.
 
-    **State.** The scalars of all looks, the overlays or mean gradients of up to eight looks, and whether a look is due.
+    **State.** The scalars of all looks, 12 small overlays or mean gradients of up to eight looks, and whether a look is
+    due.
 
     **Cost.** One forward and one backward pass of the shown samples in each look. See docs/benchmarks.md.
 
@@ -122,33 +126,35 @@ class InputGradientLogger(ExplainingProbe):
                 found = self.answers_of(look.on(with_input(look.batch, path, dressed(inputs, given))))
             gradient = self._gradient(look, found, inputs)
         saliency = gradient.abs().float()
-        images = None if path is None else channels_first(inputs.detach())
-        maps = channels_first(saliency) if images is not None else None
-        per_token = gradient.float().norm(dim=-1) if path is None and gradient.dim() > 2 else saliency
-        scalars = _scalars(
-            gradient.float().flatten(1).norm(dim=1), (per_token if maps is None else saliency).flatten(1)
-        )
         title = f"{self.display_name}, epoch {look.epoch}: bright parts change the score of the {self.target}"
+        rows = _by_position(gradient.float(), is_embedding=path is None)
+        scalars = _scalars(gradient.float().flatten(1).norm(dim=1), rows if path is None else saliency.flatten(1))
+        is_image = path is not None and not is_series(inputs)
+        images, maps = (channels_first(each) if is_image else None for each in (inputs.detach(), saliency))
         if images is not None and maps is not None:
             return self.image_reading(look, images, maps.amax(1), found, scalars, title)
-        return self._rows_reading(look, per_token.flatten(1), found, scalars, title)
+        return self._rows_reading(look, rows, found, scalars, title)
 
     def _of_embedding(self, look: ProbeLook) -> tuple[Tensor, Tensor, ClassAnswers]:
-        """Return the output of the first embedding that the step calls, its gradient and the answers."""
-        called: list[OutputCapture] = []
-        embeddings = [module for module in look.pl_module.modules() if isinstance(module, nn.Embedding)]
+        """Return the output of the first embedding of the samples that the step calls, its gradient and the answers."""
+
+        def is_first(output: Tensor) -> bool:  # an embedding of positions may have no samples
+            return len(output) == len(look.indices) and not any(capture.outputs for capture in captures)
+
+        captures = [
+            OutputCapture(each, is_first) for each in look.pl_module.modules() if isinstance(each, nn.Embedding)
+        ]
         with torch.enable_grad(), ExitStack() as stack:
-            for module in embeddings:
-                capture = OutputCapture(module)
-                capture.only = partial(_note, called, capture)
+            for capture in captures:
                 stack.enter_context(capture)
             found = self.answers_of(look)
-        if not called or called[0].output is None:
+        output = next((capture.output for capture in captures if capture.output is not None), None)
+        if output is None:
             raise TypeError(
                 f"{self.display_name} needs an input with a gradient, but the batch has no floating-point tensor with two "
-                "or more dimensions, and the step calls no nn.Embedding. Set input_key to a floating-point tensor."
+                "or more dimensions, and the step calls no nn.Embedding. Set input_key to a floating-point tensor, and "
+                "convert images to floating point in the data set."
             )
-        output = called[0].output
         return output, self._gradient(look, found, output), found
 
     def _gradient(self, look: ProbeLook, found: ClassAnswers, inputs: Tensor) -> Tensor:
@@ -193,12 +199,14 @@ class InputGradientLogger(ExplainingProbe):
         return _heat_map(means, names, f"{self.title()}: mean over the samples")
 
 
-def _note(called: list[OutputCapture], capture: OutputCapture, output: Tensor) -> bool:
-    """Keep only the output of the first call of any embedding."""
-    is_first = not called
-    if is_first:
-        called.append(capture)
-    return is_first
+def _by_position(gradient: Tensor, is_embedding: bool) -> Tensor:
+    """Return one value for each token, time or feature, (B, T)."""
+    values = gradient.abs()
+    if is_embedding and gradient.dim() > 2:
+        values = gradient.norm(dim=-1)
+    elif is_series(gradient):
+        values = values.amax(1 if gradient.shape[1] < gradient.shape[2] else 2)
+    return values.flatten(1)
 
 
 def _scalars(norms: Tensor, saliency: Tensor) -> dict[str, Tensor]:
@@ -209,9 +217,11 @@ def _scalars(norms: Tensor, saliency: Tensor) -> dict[str, Tensor]:
 
 def _draw_rows(saliency: Tensor, rows: Sequence[Mapping[str, Any]], title: str) -> Figure:
     """Draw the scaled input gradient of each sample as one row. Needs matplotlib."""
-    signs = ["" if row["right"] else "\N{BALLOT X} " for row in rows]
+    saliency, rows = saliency[:_MOST_ROWS], rows[:_MOST_ROWS]
+    signs = ["\N{BALLOT X} " if row["right"] is False else "" for row in rows]
     names = [
-        f"{sign}#{row['index']}: {row['answer']} ({row['confidence']:.0%})"
+        f"{sign}#{row['index']}, {'no label' if row['label'] is None else 'label ' + row['label']}: "
+        f"{row['answer']} ({row['confidence']:.0%})"
         for sign, row in zip(signs, rows, strict=True)
     ]
     return _heat_map(saliency, names, title)
@@ -221,10 +231,10 @@ def _heat_map(values: Tensor, names: Sequence[str], title: str) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.3 * len(values)), layout="constrained")
-    figure.suptitle(title, fontsize=11, parse_math=False)
+    figure.suptitle("\n".join(textwrap.wrap(title, 88)), fontsize=11, parse_math=False)
     axis = figure.subplots()
     image = axis.imshow(values.numpy(), cmap="magma", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
     figure.colorbar(image, label="input gradient,\nshare of the largest")
     axis.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
-    axis.set_xlabel("position of the token or feature")
+    axis.set_xlabel("position of the token, time or feature")
     return figure

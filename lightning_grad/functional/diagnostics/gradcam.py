@@ -16,12 +16,8 @@ from lightning_grad.functional.plain_tensors import dressed, plain_tensor
 
 CAMMethod = Literal["gradcam", "gradcam++", "smooth_gradcam++"]
 CAM_METHODS = ("gradcam", "gradcam++", "smooth_gradcam++")
-_PREFIXES = (
-    0,
-    1,
-    2,
-    5,
-)  # tokens before the patches: none, a class token, a distillation token too, or four registers too
+# Tokens before the patches: none, a class token, a distillation token too, or four registers too.
+_PREFIXES = (0, 1, 2, 5)
 
 
 def activation_maps(activations: Tensor, gradients: Tensor, method: CAMMethod = "gradcam") -> Tensor:
@@ -43,7 +39,7 @@ def activation_maps(activations: Tensor, gradients: Tensor, method: CAMMethod = 
         method: "gradcam", "gradcam++" or "smooth_gradcam++".
 
     Returns:
-        Tensor: M, (B, H, W), at least 0.
+        Tensor: M, (B, H, W), at least 0. Half precision is computed in float32.
 
     Raises:
         ValueError: For an unknown method, or if the shapes do not match.
@@ -71,6 +67,8 @@ def activation_maps(activations: Tensor, gradients: Tensor, method: CAMMethod = 
             f"{', one for each noisy copy, (N, B, C, H, W)' if is_smooth else ''}; got {tuple(activations.shape)} and "
             f"{tuple(gradients.shape)}."
         )
+    # In half precision, the powers of small gradients would be 0, and their sums inexact.
+    activations, gradients = (each.float() if each.itemsize < 4 else each for each in (activations, gradients))
     if method == "gradcam":
         weights = gradients.mean((2, 3))
     else:
@@ -86,9 +84,9 @@ def feature_map(output: Tensor, samples: int, size: tuple[int, int]) -> Tensor |
     """Return the output of a layer as a map of the image, (B, C, H, W), or ``None`` if it is none.
 
     A map has more than one position. It is (B, C, H, W); or (B, H, W, C) if only these H and W have the proportions of
-    the image; or the tokens (B, T, C) of a vision transformer that form a grid with these proportions, after none,
-    one, two or five tokens that belong to no patch, such as a class token and registers; or one token for each row of
-    the image.
+    the image; or the tokens (B, T, C) of a vision transformer, after none, one, two or five tokens that belong to no
+    patch, such as a class token and registers. The tokens form a grid with the proportions of the image, or the grid of
+    its whole patches, or there is one token for each row of the image.
 
     Args:
         output: Any tensor.
@@ -107,21 +105,34 @@ def feature_map(output: Tensor, samples: int, size: tuple[int, int]) -> Tensor |
         channels_last = first * width == second * height and second * width != third * height and first * second > 1
         return output.movedim(3, 1) if channels_last else output
     if output.dim() == 3:
-        for prefix in _PREFIXES:
-            grid = _grid(output.shape[1] - prefix, size)
+        grids = [(prefix, _grid(output.shape[1] - prefix, size, _proportional)) for prefix in _PREFIXES]
+        grids.append((0, (output.shape[1], 1) if output.shape[1] == size[0] > 1 else None))
+        grids += [(prefix, _grid(output.shape[1] - prefix, size, _cut)) for prefix in _PREFIXES]
+        for prefix, grid in grids:
             if grid is not None:
                 return output[:, prefix:].transpose(1, 2).reshape(samples, -1, *grid)
-        if output.shape[1] == size[0] > 1:
-            return output.transpose(1, 2).unsqueeze(3)
     return None
 
 
-def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the height and width of a grid with the proportions of the image, of at least two tokens."""
-    height, width = size
-    rows = math.isqrt(max(tokens, 0) * height // width)
-    fits = tokens > 1 and rows > 0 and tokens % rows == 0 and rows * rows * width == tokens * height
-    return (rows, tokens // rows) if fits else None
+def _grid(
+    tokens: int, size: tuple[int, int], fits: Callable[[tuple[int, int], tuple[int, int]], bool]
+) -> tuple[int, int] | None:
+    """Return the height and width of a grid of at least two tokens that fits the image."""
+    guess = math.isqrt(max(tokens, 0) * size[0] // size[1])
+    for rows in (guess, guess + 1):
+        if tokens > 1 and rows > 0 and tokens % rows == 0 and fits((rows, tokens // rows), size):
+            return rows, tokens // rows
+    return None
+
+
+def _proportional(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    return grid[0] * size[1] == grid[1] * size[0]
+
+
+def _cut(grid: tuple[int, int], size: tuple[int, int]) -> bool:
+    """Return True if there is a patch size for which the image has this grid of whole patches."""
+    smallest = max(side // (count + 1) for side, count in zip(size, grid, strict=True)) + 1
+    return smallest <= min(side // count for side, count in zip(size, grid, strict=True))
 
 
 class OutputCapture:
@@ -131,12 +142,12 @@ class OutputCapture:
     overwrite what was kept.
 
     Args:
-        layer: A module. If it is called several times, its last output counts; of a tuple, the first tensor.
+        layer: A module. Of a tuple that it returns, the first tensor counts.
         only: Function that returns whether an output is to be kept. Default: every floating-point tensor.
 
     Attributes:
-        output: The output; ``None`` if nothing was kept in the last call.
-        copy: The copy that the network continued with.
+        outputs: The kept outputs, one for each call.
+        copies: The copies that the network continued with.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 3))
@@ -150,8 +161,13 @@ class OutputCapture:
     def __init__(self, layer: nn.Module, only: Callable[[Tensor], bool] = lambda output: True) -> None:
         self._layer = layer
         self.only = only
-        self.output: Tensor | None = None
-        self.copy: Tensor | None = None
+        self.outputs: list[Tensor] = []
+        self.copies: list[Tensor] = []
+
+    @property
+    def output(self) -> Tensor | None:
+        """The output of the last call; ``None`` if nothing was kept."""
+        return self.outputs[-1] if self.outputs else None
 
     def __enter__(self) -> Self:
         self._handle = self._layer.register_forward_hook(self._keep)
@@ -162,11 +178,12 @@ class OutputCapture:
 
     def _keep(self, layer: nn.Module, args: Any, output: Any) -> Any:
         first = output[0] if type(output) is tuple and output else output
-        self.output = self.copy = None
         if not isinstance(first, Tensor) or not first.is_floating_point() or not self.only(plain_tensor(first)):
             return None
         with torch.enable_grad():
             plain = plain_tensor(first)
-            self.output = plain if plain.requires_grad else plain.detach().requires_grad_()
-            self.copy = dressed(self.output.clone(), first)
-        return (self.copy, *output[1:]) if first is not output else self.copy
+            kept = plain if plain.requires_grad else plain.detach().requires_grad_()
+            copy = dressed(kept.clone(), first)
+        self.outputs.append(kept)
+        self.copies.append(copy)
+        return (copy, *output[1:]) if first is not output else copy

@@ -10,6 +10,8 @@ from torch import Tensor
 from lightning_grad.functional.choices import check_choice
 
 Predict = Callable[[Tensor], Tensor]
+Side = Literal["top", "bottom"]
+_SIDES: tuple[Side, Side] = ("top", "bottom")
 
 
 def input_saliency(compute_scores: Predict, inputs: Tensor) -> Tensor:
@@ -39,9 +41,7 @@ def input_saliency(compute_scores: Predict, inputs: Tensor) -> Tensor:
     return gradient.abs()
 
 
-def mask_inputs(
-    inputs: Tensor, saliency: Tensor, share: float, keep: Literal["top", "bottom"], fill: Tensor | float = 0.0
-) -> Tensor:
+def mask_inputs(inputs: Tensor, saliency: Tensor, share: float, keep: Side, fill: Tensor | float = 0.0) -> Tensor:
     """Keep a share of the entries of each input, those with the largest or the smallest saliency.
 
     Args:
@@ -58,7 +58,7 @@ def mask_inputs(
         >>> mask_inputs(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.1, 0.9, 0.5]]), 0.34, "top", fill=-1.0)
         tensor([[-1.,  2., -1.]])
     """
-    check_choice(keep, ("top", "bottom"), "keep")
+    check_choice(keep, _SIDES, "keep")
     if inputs.shape != saliency.shape:
         raise ValueError(
             f"saliency must have the shape of the inputs {tuple(inputs.shape)}; got {tuple(saliency.shape)}."
@@ -141,26 +141,25 @@ def diff_roar(
     References:
         Shah, Jain and Netrapalli, "Do Input Gradients Highlight Discriminative Features?", 2021, arXiv 2102.12781, section 3.
     """
-    if not seeds:
+    if len(seeds) == 0:
         raise ValueError("seeds must have at least one seed; got none.")
     (inputs, labels), (others, expected) = data, test
+    if not inputs.is_floating_point() or not others.is_floating_point():
+        raise ValueError(f"inputs must be floating-point tensors; got {inputs.dtype} and {others.dtype}.")
+    fill = inputs.mean(0) if fill is None else fill
+    sets = ((inputs, attribute(inputs)), (others, attribute(others)))
+    masked = {side: [mask_inputs(*each, share, side, fill) for each in sets] for side in _SIDES}
     unmasked = _accuracy(train(inputs, labels, seeds[0]), others, expected)
     if unmasked < least_accuracy:
         raise ValueError(
             f"diff_roar needs a network that reaches an accuracy of {least_accuracy:g} on whole inputs, but the one that "
             f"train() returned reaches {unmasked:.2f}. Train it longer, or set least_accuracy if that is the best possible."
         )
-    fill = inputs.mean(0) if fill is None else fill
-    saliency, of_others = attribute(inputs), attribute(others)
-    found: dict[str, list[float]] = {"top": [], "bottom": []}
-    for keep in ("top", "bottom"):
-        side: Literal["top", "bottom"] = "top" if keep == "top" else "bottom"
-        masked, masked_others = (
-            mask_inputs(inputs, saliency, share, side, fill),
-            mask_inputs(others, of_others, share, side, fill),
-        )
-        found[keep] = [_accuracy(train(masked, labels, seed), masked_others, expected) for seed in seeds]
-    return DiffRoar(tuple(found["top"]), tuple(found["bottom"]), unmasked)
+    top, bottom = (
+        tuple(_accuracy(train(kept, labels, seed), kept_others, expected) for seed in seeds)
+        for kept, kept_others in masked.values()
+    )
+    return DiffRoar(top, bottom, unmasked)
 
 
 @torch.no_grad()

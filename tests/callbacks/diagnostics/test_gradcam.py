@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import GradCAMLogger
+from lightning_grad.callbacks.diagnostics._image_maps import MappedImage, draw_samples
 from lightning_grad.functional import OutputCapture, activation_maps
 from lightning_grad.testing import make_trainer
 
@@ -71,6 +74,48 @@ class Transformer(nn.Module):
         return self.head(tokens[:, 0] if self.has_class_token else tokens.mean(1))
 
 
+class Attention(nn.Module):
+    """An attention written out, whose layers see queries, keys and weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.norm, self.softmax = nn.Linear(8, 24), nn.Identity(), nn.Softmax(-1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = self.project(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        weights = self.softmax(self.norm(queries) @ self.norm(keys).mT)
+        return (weights @ values).transpose(1, 2).flatten(2)
+
+
+class Mixes(Attention):
+    """The same, by a name that does not tell."""
+
+
+class WrittenOut(nn.Module):
+    """A vision transformer whose class token reads the patches in an attention written out."""
+
+    def __init__(self, attention: type[nn.Module]) -> None:
+        super().__init__()
+        self.patches, self.token = nn.Conv2d(1, 8, 2, 2), nn.Parameter(torch.randn(1, 1, 8))
+        self.before, self.attention, self.head = nn.LayerNorm(8), attention(), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).mT
+        tokens = torch.cat([self.token.expand(len(x), 1, 8), tokens], 1)
+        return self.head((tokens + self.attention(self.before(tokens)))[:, 0])
+
+
+class Shares(nn.Module):
+    """Calls one activation for maps and for features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.head = nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.act(self.first(x)).mean((2, 3))))
+
+
 def convolutional(*last: nn.Module) -> nn.Sequential:
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)]
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(inplace=True), *last, *head)
@@ -108,8 +153,11 @@ def run(net: nn.Module, *callbacks: Any, of: TensorDataset | None = None, module
         (lambda: Transformer(False), "net.encoder.layers.1"),
         # Its head reads the class token only, so the patches last count as keys and values of the last attention.
         (lambda: Transformer(True), "net.encoder.layers.1.norm1"),
+        (lambda: WrittenOut(Attention), "net.before"),
+        (lambda: WrittenOut(Mixes), "net.attention.project"),  # but not the keys and weights, of four dimensions
+        (lambda: Shares(), "net.act"),
     ],
-    ids=["convolutions", "residual", "container", "transformer", "class token"],
+    ids=["convolutions", "residual", "container", "transformer", "class token", "attention", "unnamed", "shared"],
 )
 def test_the_last_layer_that_matters_is_shown(make: Any, layer: str) -> None:
     pl.seed_everything(1, verbose=False)
@@ -173,6 +221,83 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert probe.kept_looks.kept[0]["overlays"].shape == (3, 64, 64, 3)
 
 
+class Twice(Classifies):
+    """Its second loss is only logged, and calls the network again."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + 0.5 * super().training_step([batch[0].flip(3), batch[1]], batch_idx)
+
+
+def test_a_layer_that_another_loss_calls_again_is_explained_by_the_loss_that_is_asked_for() -> None:
+    probe = Keeps(samples=3, layer="net.0", loss_index=0)
+    module = run(convolutional(), probe, module=Twice(convolutional())).eval()
+    images, _ = data()[[0, 8, 16]]
+    with OutputCapture(module.net[0]) as capture:
+        score = module.net(images).amax(1).sum()
+    (gradient,) = torch.autograd.grad(score, capture.output)
+    torch.testing.assert_close(probe.last["maps"], activation_maps(capture.output.detach(), gradient))
+
+
+class Bytes(Classifies):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step([batch[0] / 255, batch[1]], batch_idx)
+
+
+def test_images_of_bytes_are_shown_but_get_no_noise() -> None:
+    images, labels = data().tensors
+    of = TensorDataset((127 + 50 * images).clamp(0, 255).byte(), labels)
+    probe = Keeps(samples=3, input_key=0)
+    net = convolutional()
+    run(net, probe, of=of, module=Bytes(net))
+    assert probe.last["images"].dtype == torch.uint8
+    assert probe.record.last["empty_maps"] < 3
+    with pytest.raises(TypeError, match=r"cannot add noise to images of torch\.uint8.*set method='gradcam\+\+'"):
+        run(net, GradCAMLogger("smooth_gradcam++", samples=3), of=of, module=Bytes(net))
+
+
+class Unlabelled(Classifies):
+    """Reads of each label whether there is one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self.net(batch[0]), batch[1].masked_fill(batch[1] == 0, -100))
+
+
+def test_samples_without_a_label_count_neither_as_right_nor_as_wrong(tmp_path: Path) -> None:
+    net = convolutional()
+    probe = Keeps(samples=[0, 4, 1], class_names=["same"] * CLASSES)
+    module = run(net, probe, module=Unlabelled(net), logger=CSVLogger(tmp_path, "", "")).eval()
+    answer = module.net(data()[[1]][0]).argmax().item()
+    assert probe.record.last["accuracy"] == float(answer == 1)
+    rows = list(csv.DictReader((tmp_path / "keeps" / "step_00000002_samples.csv").read_text().splitlines()))
+    assert [(row["label"], row["right"]) for row in rows] == [("", ""), ("", ""), ("same", str(answer == 1))]
+    assert probe.kept_looks.kept[-1]["wrong"].tolist() == [False, False, answer != 1]  # though the names are equal
+
+
+def test_pictures_in_checkpoints_are_few_and_small() -> None:
+    images = torch.randn(24, 1, 300, 200, generator=torch.Generator().manual_seed(0))
+    probe = GradCAMLogger(samples=16)
+    run(convolutional(), probe, of=TensorDataset(images, torch.arange(24) % CLASSES))
+    kept = probe.kept_looks.kept[-1]
+    assert kept["images"].shape == kept["overlays"].shape == (12, 112, 74, 3)
+    assert len(kept["indices"]) == 16
+
+
+def test_titles_and_names_lie_within_the_figure_and_empty_maps_are_marked() -> None:
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    samples = [MappedImage(pixels, pixels, 9, "an answer of many words", "a label of many words", 0.5, True, True)]
+    figure = draw_samples(
+        samples * 5, "GradCAMLogger of net.backbone.encoder.stages.3.layers.2.activation, a long title"
+    )
+    figure.canvas.draw()
+    places = [axis.title.get_window_extent() for axis in figure.axes if axis.get_title()]
+    places.append(figure._suptitle.get_window_extent())
+    assert all(place.x0 >= 0 and place.x1 <= figure.bbox.width for place in places)
+    above = sorted((place.x0, place.x1) for place in places[:-1] if place.y0 > 0.7 * figure.bbox.height)
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(above))
+    assert [text.get_text() for axis in figure.axes for text in axis.texts] == ["empty map"] * 5
+
+
 def test_colors_and_channels_last_images() -> None:
     class Permuted(Classifies):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -199,10 +324,29 @@ class Hides(Classifies):
         return -self.net(batch[0]).log_softmax(1)[:, 0].mean()
 
 
+class Frozen(nn.Module):
+    """Runs its convolution without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.unused, self.head = convolutional()[:-1], nn.Conv2d(1, 1, 1), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x)
+
+
 REFUSED: list[Any] = [
+    (
+        lambda: (Frozen(), None),
+        {},
+        r"found maps of the layers, but no gradient.*Freeze layers by requires_grad_\(False\)",
+    ),
+    (lambda: (Frozen(), None), {"layer": "net.unused"}, "the step calls no layer 'net.unused'"),
     (lambda: (nn.Sequential(nn.Flatten(), nn.Linear(64, CLASSES)), None), {}, "no layer has one for images of 8 x 8"),
     (lambda: (convolutional(), None), {"layer": "net.9"}, "has no layer 'net.9'. Choose a name"),
-    (lambda: (convolutional(), None), {"layer": "net.3"}, "the layer 'net.3' has none"),
+    (lambda: (convolutional(), None), {"layer": "net.3"}, r"the layer 'net.3' returns \(3, 4\) for images of 8 x 8"),
     (lambda: (convolutional(), Regresses), {}, r"mse_loss with input \(3,\).*Set outputs_fn="),
     (lambda: (convolutional(), Hides), {}, "GradCAMLogger must capture the loss of each sample"),
     (lambda: (convolutional(), None), {"samples": 99}, "would inspect 99 samples, but the validation set has 24"),
@@ -222,6 +366,10 @@ def test_what_is_no_image_is_refused() -> None:
     flat = TensorDataset(torch.randn(24, 5), torch.arange(24) % CLASSES)
     with pytest.raises(TypeError, match=r"needs images \(B, C, H, W\) in the batch; got \(3, 5\)"):
         run(nn.Linear(5, CLASSES), GradCAMLogger(samples=3), of=flat)
+    series = TensorDataset(torch.randn(24, 4, 40), torch.arange(24) % CLASSES)
+    net = nn.Sequential(nn.Conv1d(4, 4, 5), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, CLASSES))
+    with pytest.raises(TypeError, match=r"needs images \(B, C, H, W\) in the batch; got \(3, 4, 40\)"):
+        run(net, GradCAMLogger(samples=3), of=series)
 
 
 def outputs(module: Any, batch: Any) -> Any:

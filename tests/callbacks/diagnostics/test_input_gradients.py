@@ -37,17 +37,18 @@ class Classifies(pl.LightningModule):
 
 
 class Reads(nn.Module):
-    """Reads tokens; a second embedding is called later."""
+    """Reads tokens; the embedding of positions is called first, and that of the tokens twice."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.late, self.embedding = nn.Embedding(6, 4), nn.Embedding(10, 4)
+        self.places, self.embedding = nn.Embedding(6, 4), nn.Embedding(10, 4)
         self.head = nn.Linear(4, CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        places = self.places(torch.arange(tokens.shape[1]))
         weights = torch.arange(1.0, tokens.shape[1] + 1)[None, :, None]
-        x = (weights * self.embedding(tokens)).sum(1).tanh()
-        return self.head(x + 0.1 * self.late(torch.zeros(len(tokens), dtype=torch.long)))
+        x = (weights * (self.embedding(tokens) + places)).sum(1).tanh()
+        return self.head(x + 0.1 * self.embedding(tokens).mean(1).detach())
 
 
 def images() -> TensorDataset:
@@ -112,6 +113,18 @@ def test_features_have_one_row_each() -> None:
     module = run(net, probe, data)
     answers = module.net(data.tensors[0]).argmax(1)
     rows = module.net.weight.detach().abs()[answers]
+    torch.testing.assert_close(probe.kept_looks.kept[-1]["mean"], (rows / rows.amax(1, keepdim=True)).mean(0))
+
+
+def test_a_series_has_one_value_for_each_time() -> None:
+    series = TensorDataset(
+        torch.randn(12, 2, 16, generator=torch.Generator().manual_seed(0)), torch.arange(12) % CLASSES
+    )
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, CLASSES))
+    probe = InputGradientLogger(12)
+    module = run(net, probe, series)
+    weights = module.net[1].weight.detach().abs()[module.net(series.tensors[0]).argmax(1)]
+    rows = weights.view(12, 2, 16).amax(1)
     torch.testing.assert_close(probe.kept_looks.kept[-1]["mean"], (rows / rows.amax(1, keepdim=True)).mean(0))
 
 

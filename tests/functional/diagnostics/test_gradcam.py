@@ -90,6 +90,23 @@ def test_maps_are_those_of_torchcam(method: str) -> None:
     torch.testing.assert_close(activation_maps(activations, gradient, method), theirs, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["gradcam++", "smooth_gradcam++"])
+def test_small_gradients_in_half_precision_do_not_vanish(method: str) -> None:
+    gradients = (1e-4 * G[None] if method == "smooth_gradcam++" else 1e-4 * G).half()  # whose squares are 0 in float16
+    expected = activation_maps(A, gradients.float(), method)
+    assert expected.any()
+    torch.testing.assert_close(activation_maps(A.half(), gradients, method), expected)
+
+
+def test_all_calls_of_a_layer_are_kept() -> None:
+    relu = nn.ReLU()
+    with OutputCapture(relu, only=lambda output: output.dim() == 4) as capture:
+        relu(relu(-IMAGES).sum((1, 2, 3)))
+        relu(IMAGES)
+    assert [each.dim() for each in capture.outputs] == [4, 4]
+    torch.testing.assert_close(capture.output, IMAGES.relu())
+
+
 def test_an_in_place_operation_that_follows_does_not_overwrite_the_output() -> None:
     net, kept = network(), list[Tensor]()
     activations, _, _ = explain(net, net[2])
@@ -107,7 +124,7 @@ def test_a_frozen_network_and_the_tuple_of_an_attention_have_gradients_too() -> 
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     with OutputCapture(attention) as capture:
         tokens, weights = attention(*[torch.randn(2, 4, 4)] * 3)
-    assert tokens is capture.copy
+    assert tokens is capture.copies[-1]
     assert weights.shape == (2, 4, 4)
     with OutputCapture(net[1], only=lambda output: False) as skipped:
         net(IMAGES)
@@ -127,6 +144,11 @@ def test_a_frozen_network_and_the_tuple_of_an_attention_have_gradients_too() -> 
         ((2, 8, 5), (4, 8), (2, 5, 2, 4)),
         ((2, 15, 5), (4, 8), None),
         ((2, 9, 5), (9, 8), (2, 5, 9, 1)),  # one token for each row
+        ((2, 42, 5), (100, 120), (2, 5, 6, 7)),  # patches of 16 x 16, and a rest
+        ((2, 43, 5), (100, 120), (2, 5, 6, 7)),
+        ((2, 44, 5), (100, 120), (2, 5, 6, 7)),
+        ((2, 30, 5), (100, 120), (2, 5, 5, 6)),
+        ((2, 26, 5), (100, 120), None),
         ((2, 1, 5), (8, 8), None),
         ((16, 2, 5), (8, 8), None),  # not the samples first
         ((2, 7), (8, 8), None),

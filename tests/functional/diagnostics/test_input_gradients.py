@@ -119,5 +119,21 @@ def test_a_poor_network_is_refused() -> None:
     with pytest.raises(ValueError, match=r"reaches an accuracy of 0\.8 on whole inputs.*Train it longer, or set"):
         diff_roar(train, torch.abs, (noise, labels), (noise, labels))
     assert diff_roar(train, torch.abs, (noise, labels), (noise, labels), least_accuracy=0.4).unmasked < 0.8
-    with pytest.raises(ValueError, match="at least one seed"):
-        diff_roar(train, torch.abs, (noise, labels), (noise, labels), seeds=())
+
+
+@cases(
+    ("arguments", "words"),
+    [
+        ({"seeds": ()}, "at least one seed"),
+        ({"share": 0.0}, "share must be above 0"),
+        ({"attribute": lambda inputs: inputs[:, 0]}, "saliency must have the shape of the inputs"),
+        ({"test": (torch.zeros(4, 2 * WIDTH, dtype=torch.uint8), torch.zeros(4))}, r"float32 and torch\.uint8"),
+    ],
+)
+def test_bad_arguments_of_diff_roar_are_refused_before_a_network_is_trained(arguments: Any, words: str) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("trained")
+
+    given = {"attribute": torch.abs, "data": draw(40, 0), "test": draw(40, 1), **arguments}
+    with pytest.raises(ValueError, match=words):
+        diff_roar(never, **given)
