@@ -17,7 +17,7 @@ from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
 from lightning_grad.strategies._lost_ranks import explain_loss
 
 _RESTART = "Start the run again from its last checkpoint."
-_SIGNS = r"gloo/|nccl|processgroup"
+_SIGNS = r"gloo/|nccl|processgroup|pair closure"
 
 
 class Collectives:
@@ -29,19 +29,23 @@ class Collectives:
         ranks: Number of ranks.
         ledger: Counts the bytes.
         watch: Paused while ranks wait for each other.
+        exchanged: What is exchanged, in the plural, for errors.
     """
 
-    def __init__(self, display_name: str, rank: int, ranks: int, ledger: ByteLedger, watch: Stopwatch) -> None:
-        self.rank, self.ranks = rank, ranks
+    def __init__(
+        self, display_name: str, rank: int, ranks: int, ledger: ByteLedger, watch: Stopwatch, exchanged: str
+    ) -> None:
+        self.rank, self.ranks, self._exchanged = rank, ranks, exchanged
         self._display_name, self._ledger, self._watch = display_name, ledger, watch
 
     def gather(self, tensor: Tensor) -> Tensor:
         """Return the tensors of all ranks, all of the same shape, in rank order: (ranks, ...)."""
+        return self.begin_gather(tensor)()
+
+    def begin_gather(self, tensor: Tensor, counted: bool = True) -> Callable[[], Tensor]:
+        """Start to gather the tensors of all ranks, and return a function that waits and returns them: (ranks, ...)."""
         everyone = tensor.new_empty(self.ranks, *tensor.shape)
-        self._ledger.send(tensor)
-        with self._connection():
-            dist.all_gather(list(everyone), tensor)
-        return everyone
+        return self._begin(tensor, everyone, lambda: dist.all_gather(list(everyone), tensor, async_op=True), counted)
 
     def maximum_(self, tensor: Tensor, counted: bool = True) -> Tensor:
         """Replace a tensor with its maximum over ranks and return it; ``counted=False`` does not count its bytes."""
@@ -56,16 +60,25 @@ class Collectives:
         self.begin_mean_(tensor)()
         return tensor
 
-    def begin_mean_(self, tensor: Tensor) -> Callable[[], None]:
-        """Start to average a tensor over ranks in place, and return a function that waits for the result."""
+    def begin_mean_(self, tensor: Tensor, counted: bool = True) -> Callable[[], Tensor]:
+        """Start to average a tensor over ranks in place, and return a function that waits and returns it."""
         tensor.mul_(1.0 / self.ranks)  # DDP multiplies too: dividing would round differently
-        self._ledger.send(tensor)
-        with self._connection():
-            work = dist.all_reduce(tensor, async_op=True)
+        return self._begin(tensor, tensor, lambda: dist.all_reduce(tensor, async_op=True), counted)
 
-        def finish() -> None:
+    def begin_copy_(self, tensor: Tensor, counted: bool = True) -> Callable[[], Tensor]:
+        """Start to copy rank 0's tensor to all ranks in place, and return a function that waits and returns it."""
+        return self._begin(tensor, tensor, lambda: dist.broadcast(tensor, 0, async_op=True), counted)
+
+    def _begin(self, sent: Tensor, result: Tensor, start: Callable[[], Any], counted: bool) -> Callable[[], Tensor]:
+        if counted:
+            self._ledger.send(sent)
+        with self._connection():
+            work = start()
+
+        def finish() -> Tensor:
             with self._connection():
                 work.wait()
+            return result
 
         return finish
 
@@ -75,7 +88,7 @@ class Collectives:
             with self._watch.paused():
                 yield
         except RuntimeError as error:
-            step = f"could not exchange the gradients of step {self._ledger.steps + 1}, because"
+            step = f"could not exchange the {self._exchanged} of step {self._ledger.steps + 1}, because"
             words = f"{self._display_name}: rank {self.rank} {step} {explain_loss()}. {_RESTART}"
             raise RuntimeError(f"{words} ({error})") from error
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,9 @@ def explain_loss() -> str:
     ranks = dist.get_world_size()
     lost = _within(2 * _GRACE_SECONDS, lambda: _lost(dist.get_rank(), ranks))
     if lost is None:
-        return f"{unknown}. The ranks' store does not answer either, so rank 0 or the machine at MASTER_ADDR may be lost"
+        return (
+            f"{unknown}. The ranks' store does not answer either, so rank 0 or the machine at MASTER_ADDR may be lost"
+        )
     if not lost:
         return (
             f"a connection broke although all {ranks} ranks still run. If a step may take longer, pass a longer timeout to "
@@ -45,11 +47,15 @@ def _lost(rank: int, ranks: int) -> list[int]:
     _close_connections()
     store = dist.distributed_c10d._get_default_store()
     store.set(f"{_KEY}/{rank}", "1")
-    end = time.monotonic() + _GRACE_SECONDS
-    while lost := [other for other in range(ranks) if not store.check([f"{_KEY}/{other}"])]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.05)
+
+    def silent() -> list[int]:
+        return [other for other in range(ranks) if not store.check([f"{_KEY}/{other}"])]
+
+    lost, end = silent(), time.monotonic() + _GRACE_SECONDS
+    with suppress(Exception):  # rank 0, which holds the store, has waited long enough and ends: keep what is known
+        while lost and time.monotonic() < end:
+            time.sleep(0.05)
+            lost = silent()
     return lost
 
 
@@ -63,12 +69,17 @@ def _close_connections() -> None:
 def _within(seconds: float, work: Callable[[], list[int]]) -> list[int] | None:
     """Call a function in a thread, because a store whose machine is lost may not answer. Return None if it fails."""
     found: list[list[int]] = []
+    is_done = Event()
 
     def run() -> None:
         with suppress(Exception):  # errors of the store differ between versions, and the rank ends with its own anyway
             found.append(work())
+        is_done.set()
 
-    thread = Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    Thread(target=run, daemon=True).start()
+    end = time.monotonic() + seconds
+    while not is_done.is_set() and time.monotonic() < end:
+        # torchrun may end this rank now, and Lightning's handler of SIGTERM fails on the closed connections.
+        with suppress(Exception):
+            is_done.wait(end - time.monotonic())
     return found[0] if found else None

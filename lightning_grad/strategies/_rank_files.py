@@ -17,6 +17,7 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch import Tensor
 
 from lightning_grad.strategies._rank_identity import IDENTITY, OWN, SHARED, Parameters, identity_of, misfit
 
@@ -24,10 +25,10 @@ MANIFEST_KEY = "lightning_grad_ranks"
 _GRACE_SECONDS = 5.0  # time for other ranks to write their files after an exception, when there is no barrier
 
 _MISSING, _OTHER_RANKS, _UNUSABLE = "missing", "other ranks", "unusable"
-_RESET = "set residual_policy='reset' to continue without the rank files (unsent gradients are lost)."
+_RESET = "set residual_policy='reset' to continue without the rank files ({kept} are lost)."
 _WAYS_OUT = {
     _MISSING: f"Copy {{folder}} along with the checkpoint, or {_RESET}",
-    _OTHER_RANKS: "Each rank has unsent gradients: set residual_policy='mean' to spread them over the new ranks, "
+    _OTHER_RANKS: "Each rank has {kept}: set residual_policy='mean' to spread them over the new ranks, "
     "or 'reset' to drop them.",
     _UNUSABLE: f"Put the right file back, resume from another checkpoint, or {_RESET}",
 }
@@ -49,10 +50,12 @@ class RankFiles:
         run: Name of the run, the same on all ranks.
         rank: This rank.
         ranks: Number of ranks.
+        kept: What a rank keeps, in the plural, for messages.
     """
 
-    def __init__(self, display_name: str, run: str, rank: int, ranks: int) -> None:
+    def __init__(self, display_name: str, run: str, rank: int, ranks: int, kept: str) -> None:
         self._display_name, self._run, self._rank, self._ranks = display_name, run, rank, ranks
+        self._kept = kept
         self._saves = 0
         self._written: dict[str, str] = {}
 
@@ -151,14 +154,14 @@ class RankFiles:
         if policy == "reset":
             return None, text
         error_class = FileNotFoundError if kind == _MISSING else ValueError
-        way_out = _WAYS_OUT[kind].format(folder=manifest["folder"])
+        way_out = _WAYS_OUT[kind].format(folder=manifest["folder"], kept=self._kept)
         raise error_class(f"{self._display_name} cannot resume from {path}: {text}. {way_out}")
 
     def _problem_of_missing(self, path: str, manifest: Mapping[str, Any], missing: list[str]) -> Problem | None:
         if not missing:
             return None
         few = f"{len(missing)} of the {manifest['ranks']} files"
-        text = f"{few} with the unsent gradients are missing, the first is {missing[0]}"
+        text = f"{few} with the {self._kept} are missing, the first is {missing[0]}"
         others = {save for folder in _candidates(path, manifest) for save in _saves(path, folder)} - {manifest["save"]}
         if others:
             text += f" (found files of other checkpoints next to it: save {', '.join(sorted(others))})"
@@ -190,16 +193,40 @@ def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], l
 
 
 def _mean(first: dict[str, Any], others: Iterator[dict[str, Any]], ranks: int) -> dict[str, Any]:
-    """Return a state whose memory is the mean over all ranks: the sum of unsent gradients stays the same in the mean."""
+    """Return a state whose float tensors are the mean over all ranks; everything else is the first rank's.
+
+    The sum of unsent gradients stays the same in the mean. A parameter may have a memory on some ranks only.
+    """
     for state in others:
-        for name, kept in state["memory"].items():
-            for key, value in kept.items():
-                mine = first["memory"].setdefault(name, {})
-                mine[key] = mine[key].add_(value) if key in mine else value
-    for kept in first["memory"].values():
-        for value in kept.values():
-            value.div_(ranks)
+        _add(first, state)
+    _divide(first, ranks)
     return first
+
+
+def _add(sums: Any, state: Any) -> None:
+    if isinstance(sums, dict):
+        for key, value in state.items():
+            if key not in sums:
+                sums[key] = value
+            elif _is_float(value):
+                sums[key].add_(value)
+            else:
+                _add(sums[key], value)
+    elif isinstance(sums, list):
+        for one, other in zip(sums, state, strict=False):
+            _add(one, other)
+
+
+def _divide(state: Any, ranks: int) -> None:
+    for value in state.values() if isinstance(state, dict) else state if isinstance(state, list) else ():
+        if _is_float(value):
+            value.div_(ranks)
+        else:
+            _divide(value, ranks)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _saves(path: str, folder: str) -> list[str]:

@@ -9,19 +9,17 @@ on all ranks; its memory is keyed by parameter name.
 - ``_scheme.py`` defines the interface of a scheme and its saved state; ``dgc.py`` and ``powersgd.py`` are schemes.
 - ``_buckets.py`` is the hook, ``_used_parameters.py`` tracks which parameters got a gradient.
 - ``_collectives.py`` communicates with other ranks, ``_ledger.py`` measures.
-- ``_rank_files.py`` saves the memory of each rank, ``_report.py`` draws the figure.
+- ``_rank_saving.py`` begins and ends a fit and saves the memory of each rank, ``_report.py`` draws the figure.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -29,35 +27,36 @@ from torch.optim import LBFGS, Optimizer
 from typing_extensions import override
 
 from lightning_grad.core import Chosen, check_count, during_fit, is_log_step
-from lightning_grad.core.compatibility import Compatibility, manual, moot, no
+from lightning_grad.core.compatibility import Compatibility, manual, no
 from lightning_grad.core.record import RunRecord
-from lightning_grad.core.switch import is_switched_off
 from lightning_grad.strategies._buckets import BucketCollector, Gradient, all_finite, concatenated, write_dense
-from lightning_grad.strategies._collectives import Collectives, explain_lost_rank, interrupts_deferred
-from lightning_grad.strategies._ledger import Stopwatch, measure_noise
+from lightning_grad.strategies._collectives import interrupts_deferred
+from lightning_grad.strategies._ledger import measure_noise
+from lightning_grad.strategies._rank_saving import (
+    DEFAULT_TIMEOUT,
+    ONE_STRATEGY_EACH,
+    RankSavingDDP,
+    ResidualPolicy,
+    StartMethod,
+)
 from lightning_grad.strategies._report import draw
-from lightning_grad.strategies._scheme import Message, ResidualPolicy, SchemeDDP
+from lightning_grad.strategies._scheme import Message, SchemeDDP
 from lightning_grad.strategies._used_parameters import UsedParameters, explain_unused_parameters
-from lightning_grad.utilities.arguments import CheckedArguments
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns
-from lightning_grad.utilities.reporting import log_many, log_settings, log_table, output_file, say_if_no_figures
+from lightning_grad.utilities.reporting import log_many, log_table, output_file
 
 __all__ = ["CompressedDDPStrategy", "Gradient", "Message", "ResidualPolicy"]
 
-StartMethod = Literal["popen", "spawn", "fork", "forkserver"]
-
 _DENSE, _USED = "dense", "used"
-DEFAULT_TIMEOUT = timedelta(minutes=30)  # Lightning's
 
 _NO_SCALER = no(
     "adds up gradients over steps, and {} changes their scale between steps",
     "Use precision='bf16-mixed', or strategy='ddp'",
 )
-_ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains like DDP.")
 
 
-class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
+class CompressedDDPStrategy(SchemeDDP):
     r"""DDP that exchanges compressed gradients, and keeps and saves the unsent part on each rank.
 
     Subclasses implement ``accumulate``, ``send``, ``settle`` and ``write``. Together they replace the all-reduce of
@@ -103,33 +102,22 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
     ``comm/total_megabytes`` in the summary.
     """
 
-    namespace: ClassVar[str] = "comm"
-    figure: ClassVar[bool] = True
-    trial: ClassVar[Mapping[str, Any]]
-    neutral: ClassVar[Mapping[str, Any] | str]
     compatibility: ClassVar[Compatibility] = Compatibility(
         fp16=_NO_SCALER,
         fused_fp16=_NO_SCALER,
-        **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed"), _ONE_STRATEGY),
+        **ONE_STRATEGY_EACH,
         **manual(
             no(
                 "does not work with {}: a backward pass must end in one optimizer step",
                 "Use strategy='ddp', or automatic optimization",
             )
         ),
-        pytorch_lightning=no(
-            "does not work with {}, which accepts only strategies from its own namespace and reports an invalid strategy name",
-            "Use lightning.pytorch.Trainer",
-        ),
-        late_gradients=_ONE_STRATEGY,
         sparse_gradients=no(
             "needs dense gradients, and {} creates sparse ones", "Build it with sparse=False, or use strategy='ddp'"
         ),
         complex_parameters=no("compresses only real gradients, and {} has complex ones", "Use strategy='ddp'"),
     )
 
-    ranks = during_fit[Collectives]()
-    _watch = during_fit[Stopwatch]()
     _used = during_fit[UsedParameters](lambda _: UsedParameters({}))
     _measured = during_fit.of(dict[str, float])
     _buckets = during_fit[BucketCollector](lambda self: BucketCollector({}, self._exchange))
@@ -148,69 +136,21 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         process_group_backend: str | None = None,
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
-        if timeout is not None and timeout <= timedelta(0):
-            raise ValueError(f"timeout must be longer than zero; got {timeout!r}.")
-        ddp: dict[str, Any] = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
-        if not broadcast_buffers:
-            ddp["broadcast_buffers"] = False  # pass it only if set: torch 2.13 deprecates it
-        if find_unused_parameters and not static_graph:  # DDP warns about both: a static graph finds them by itself
-            ddp["find_unused_parameters"] = True
-        super().__init__(start_method=start_method, process_group_backend=process_group_backend, timeout=timeout, **ddp)
+        super().__init__(**RankSavingDDP.own_arguments(locals()))
         self.exclude = as_names(exclude)
         self.min_numel = check_count(min_numel, 1, "min_numel")
-        self.residual_policy = residual_policy
         self.log_noise_scale = log_noise_scale
         self._finds_unused, self._is_static = find_unused_parameters or static_graph, static_graph
 
     def base_arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments of the base class from the ``locals()`` of a subclass's constructor."""
-        names = list(inspect.signature(CompressedDDPStrategy.__init__).parameters)[1:]
-        return {name: given[name] for name in names}
+        return CompressedDDPStrategy.own_arguments(given)
 
     # The fit begins.
 
-    def works_with(self) -> Compatibility:
-        """Return the compatibility of this instance, which may depend on its settings."""
-        return self.compatibility
-
-    @property
     @override
-    def settings(self) -> dict[str, Any]:
-        schemes = [cls for cls in reversed(type(self).__mro__) if issubclass(cls, CompressedDDPStrategy)]
-        names = dict.fromkeys(name for scheme in schemes for name in inspect.signature(scheme.__init__).parameters)
-        return {name: getattr(self, name) for name in names if name in vars(self)}  # DDP's options are not attributes
-
-    def log_key(self, quantity: str) -> str:
-        """Return the log key of a quantity."""
-        return f"{self.namespace}/{quantity}"
-
-    @override
-    def setup(self, trainer: pl.Trainer) -> None:
-        if is_switched_off(self, trainer):
-            trainer.strategy.setup(trainer)  # PlainDDP by now
-            return
-        if trainer.state.fn != TrainerFn.FITTING:
-            super().setup(trainer)
-            return
-        self._end()  # a fit whose exception did not reach on_exception, because a callback raised there
-        self.begin_fit()
-        self.refuse(trainer)
-        self._watch = Stopwatch(self.root_device)
-        self.ranks = Collectives(self.display_name, self.global_rank, self.world_size, self.ledger, self._watch)
-        super().setup(trainer)
-        self.begin_files()
-        log_settings(trainer, self.display_name, self.settings)
-        self._announce()
-        say_if_no_figures(trainer, self)
-
     def refuse(self, trainer: pl.Trainer) -> None:
-        """Raise for what cannot be compressed, before the model is wrapped.
-
-        Raises:
-            ValueError: With the reason and what to do instead.
-        """
-        self.works_with().refuse(self.display_name, trainer, trainer.lightning_module)
-        self.works_with().refuse_parameters(self.display_name, trainer.lightning_module)
+        super().refuse(trainer)
         check_patterns(trainer.lightning_module, self.display_name, exclude=self.exclude)
 
     @override
@@ -277,7 +217,8 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
             f"{self.world_size} rank(s); the others go dense"
         )
 
-    def _announce(self) -> None:
+    @override
+    def announce(self) -> None:
         if self.wants_to_compress and self.is_neutral:
             rank_zero_warn(
                 f"{self.display_name} {self._words}: every parameter of two or more dimensions is excluded or "
@@ -435,21 +376,11 @@ class CompressedDDPStrategy(CheckedArguments, SchemeDDP):
         return rows
 
     @override
-    def on_exception(self, exception: BaseException) -> None:
-        super().on_exception(exception)
-        if self.ledger.record.count:
-            self.ledger.record.save(self._trainer, self, now=True)
-        explain_lost_rank(exception, self.display_name)
+    def explain(self, exception: BaseException) -> None:
         explain_unused_parameters(exception, self.display_name, self._parameters)
-        self._end()
 
     @override
     def teardown(self) -> None:
-        self._end()
         super().teardown()
         # Like Lightning's optimizers: a checkpoint that is written after the fit still contains them.
         self.memory = {name: {key: v.cpu() for key, v in kept.items()} for name, kept in self.memory.items()}
-
-    def _end(self) -> None:
-        self.undo.run()
-        self.end_fit()

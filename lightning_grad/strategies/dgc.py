@@ -26,9 +26,10 @@ from lightning_grad.functional.communication.wire import PAPER_WARMUP, RELEASED_
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
-from lightning_grad.strategies._scheme import Message, ResidualPolicy
-from lightning_grad.strategies.compressed_ddp import DEFAULT_TIMEOUT, CompressedDDPStrategy, StartMethod
-from lightning_grad.utilities.checks import check_count, check_finite_above
+from lightning_grad.strategies._rank_saving import DEFAULT_TIMEOUT, ResidualPolicy, StartMethod
+from lightning_grad.strategies._scheme import Message
+from lightning_grad.strategies.compressed_ddp import CompressedDDPStrategy
+from lightning_grad.utilities.checks import check_count, check_finite_above, check_ratio
 from lightning_grad.utilities.parameters import check_patterns, first_match
 
 Correction = Literal["auto", "momentum", "error_feedback"]
@@ -182,12 +183,12 @@ class DGCStrategy(CompressedDDPStrategy):
         timeout: timedelta | None = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__(**self.base_arguments(locals()))
-        self.ratio = _as_ratio(ratio, "ratio")
-        self.layer_ratios = {n: _as_ratio(share, f"layer_ratios[{n!r}]") for n, share in (layer_ratios or {}).items()}
+        self.ratio = check_ratio(ratio, "ratio")
+        self.layer_ratios = {n: check_ratio(share, f"layer_ratios[{n!r}]") for n, share in (layer_ratios or {}).items()}
         if warmup is not None and not warmup:
             raise ValueError("warmup must have at least one share; got []. Use None for no warm-up.")
         shares = _WARMUPS[warmup] if isinstance(warmup, str) else warmup or ()
-        self._warmup_densities = [_as_ratio(share, f"warmup[{place}]") for place, share in enumerate(shares)]
+        self._warmup_densities = [check_ratio(share, f"warmup[{place}]") for place, share in enumerate(shares)]
         self.warmup = warmup if isinstance(warmup, str) or warmup is None else list(self._warmup_densities)
         self.warmup_steps = check_count(warmup_steps, 1, "warmup_steps")
         self.correction = correction
@@ -379,9 +380,3 @@ class DGCStrategy(CompressedDDPStrategy):
     def release_optimizer(self) -> None:
         if self._momentum is not None:
             self._momentum.give_back()
-
-
-def _as_ratio(value: float, parameter: str) -> float:
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{parameter} must be a share of entries, above 0 and at most 1; got {value!r}.")
-    return float(value)

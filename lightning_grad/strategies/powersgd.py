@@ -22,8 +22,9 @@ from lightning_grad.functional.communication.powersgd import (
     write_product_,
 )
 from lightning_grad.strategies._buckets import Gradient
-from lightning_grad.strategies._scheme import Message, ResidualPolicy
-from lightning_grad.strategies.compressed_ddp import DEFAULT_TIMEOUT, CompressedDDPStrategy, StartMethod
+from lightning_grad.strategies._rank_saving import DEFAULT_TIMEOUT, ResidualPolicy, StartMethod
+from lightning_grad.strategies._scheme import Message
+from lightning_grad.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_grad.utilities.checks import check_count, check_finite_above
 
 _ERROR, _RIGHT = "error", "right"

@@ -138,6 +138,17 @@ def check_share(value: float, parameter: str) -> float:
     return _checked(value, parameter, "at least 0 and below 1", lambda number: 0.0 <= number < 1.0)
 
 
+def check_ratio(value: float, parameter: str) -> float:
+    """Check that a number is a share of entries, above 0 and at most 1, and return it.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{parameter} must be a share of entries, above 0 and at most 1; got {value!r}.")
+    return float(value)
+
+
 def check_name(name: str | None) -> None:
     """Raise unless the name of an instance is valid in log keys and file names; ``None`` is valid.
 

@@ -140,6 +140,11 @@ class Scheme(Entry):
     optimizer: str = "sgd"
 
     @property
+    def is_local(self) -> bool:
+        """Whether ranks train apart and exchange weights."""
+        return bool(getattr(self.build(), "gradient_is_local", False))
+
+    @property
     def syncs(self) -> str:
         """Why it waits for the device in a step; empty if it does not."""
         return str(getattr(self.build(), "syncs_per_step", ""))

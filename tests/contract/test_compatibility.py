@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -156,8 +157,9 @@ def test_what_a_callback_does_not_work_with_is_refused(technique, field):
 
 def _refused(scheme: Scheme, field: str) -> str:
     module, arguments = SITUATIONS[field](scheme)
+    beside = arguments.pop("callbacks", [])
     with pytest.raises(ValueError, match=scheme.name) as error:
-        train_on_ranks(scheme.build(), [_NoBatch()], module, **arguments)
+        train_on_ranks(scheme.build(), [_NoBatch(), *beside], module, **arguments)
     return str(error.value)
 
 
@@ -247,6 +249,24 @@ _OF_CALLBACKS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "complex_parameters": (test_complex_parameters,),
 }
 _OF_CHECKS = {"several_optimizers": "manual_optimization"}  # Lightning allows them only there
+
+
+def _fit_sparse(scheme: Scheme, folder: Path) -> dict[str, Tensor]:
+    module, arguments = _sparse(scheme)
+    train_on_ranks(scheme.build(), (), module, max_epochs=2, **arguments)
+    return dict(module.state_dict())
+
+
+SPARSE = [(scheme,) for scheme in strategy_settings.CANONICAL if not scheme.works_with.sparse_gradients.is_no]
+
+
+@pytest.mark.parametrize("case", SPARSE)
+def test_a_strategy_trains_an_embedding_with_sparse_gradients(case, together):
+    (first, second), _ = together(_fit_sparse, SPARSE, case)
+    assert torch.equal(first["norm.1.table.weight"], second["norm.1.table.weight"])
+    assert not torch.equal(first["norm.1.table.weight"], _sparse(case[0])[0].norm[1].table.weight)
+
+
 _ALL_IN_ONE = {test_gradients_that_come_late: _LATE}
 _BESIDE = strategies_composition.test_beside_callbacks
 _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
@@ -256,6 +276,7 @@ _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
     "weight_averaging": (_BESIDE,),
     "gradient_clip_val": (strategies_composition.test_clipping_of_the_trainer_sees_the_mean_gradient,),
     "no_second_moment": (_BESIDE,),  # with SGD
+    "sparse_gradients": (test_a_strategy_trains_an_embedding_with_sparse_gradients,),
 }
 
 

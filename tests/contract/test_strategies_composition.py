@@ -83,7 +83,9 @@ def _bf16_true(scheme: Scheme, folder: Path) -> dict[str, Any]:
     strategy = scheme.build()
     trainer = make_trainer(strategy=strategy, devices=2, precision="bf16-true", max_epochs=2)
     trainer.fit(module, half, half)
-    assert all(value.dtype == torch.float32 for kept in strategy.memory.values() for value in kept.values())
+    kept = [strategy.memory[name] for name, _ in module.named_parameters() if name in strategy.memory]
+    assert kept
+    assert all(value.dtype == torch.float32 for one in kept for value in one.values())
     return outcome(trainer, module)
 
 
@@ -99,7 +101,7 @@ def _micro_batches(scheme: Scheme, folder: Path) -> None:
     strategy = scheme.build()
     trainer, _ = train_on_ranks(strategy, (), scheme.module(), accumulate_grad_batches=3)
     assert trainer.global_step == 3
-    assert strategy.ledger.steps == 3
+    assert strategy.ledger.steps == (1 if scheme.is_local else 3)
 
 
 @pytest.mark.parametrize("case", EACH)
@@ -161,7 +163,11 @@ _SEVERAL = (
     "AdversarialTraining",
     "AccuracyGradientLR",
 )
-COMPANY = list(itertools.product(CANONICAL, [*((name,) for name in _BESIDE), _SEVERAL]))
+COMPANY = [
+    (scheme, names)
+    for scheme, names in itertools.product(CANONICAL, [*((name,) for name in _BESIDE), _SEVERAL])
+    if names != ("EMAWeightAveraging",) or not scheme.works_with.weight_averaging.is_no
+]
 
 
 def _fit_beside(scheme: Scheme, names: tuple[str, ...], folder: Path) -> dict[str, Any]:
@@ -246,7 +252,7 @@ def _frozen(scheme: Scheme, folder: Path) -> None:
     module = scheme.module()
     module.encoder.requires_grad_(False)
     start = {name: value.clone() for name, value in module.encoder.state_dict().items()}
-    strategy = scheme.build(exclude=None)
+    strategy = scheme.build(**{"exclude": None} if "exclude" in scheme.build().settings else {})
     train_on_ranks(strategy, (), module, max_epochs=2)
     assert_identical(start, dict(module.encoder.state_dict()))
     assert not any(name.startswith("encoder") for name in strategy.memory)

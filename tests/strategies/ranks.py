@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy
@@ -106,8 +107,9 @@ class Recorder(pl.Callback):
             self.sent.append(trainer.strategy.ledger.step_sent)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        sizes = trainer.strategy.model._get_ddp_logging_data().get("rebuilt_bucket_sizes", "")
-        self.buckets = len(sizes.split(","))
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            sizes = trainer.strategy.model._get_ddp_logging_data().get("rebuilt_bucket_sizes", "")
+            self.buckets = len(sizes.split(","))
 
 
 def fit(

@@ -8,11 +8,16 @@ import pytorch_lightning
 from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 
-from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy
+from lightning_grad.strategies import DGCStrategy, DiLoCoStrategy, LocalSGDStrategy, PowerSGDStrategy
 from lightning_grad.strategies.registry import register_strategies
 from lightning_grad.testing import fit, make_classifier, make_trainer
 
-NAMES = {"ddp_dgc": DGCStrategy, "ddp_powersgd": PowerSGDStrategy}
+NAMES = {
+    "ddp_dgc": DGCStrategy,
+    "ddp_powersgd": PowerSGDStrategy,
+    "ddp_local_sgd": LocalSGDStrategy,
+    "ddp_diloco": DiLoCoStrategy,
+}
 STARTS = {"": "popen", "_fork": "fork", "_spawn": "spawn"}
 
 

@@ -1,6 +1,8 @@
-"""Messages between ranks: sparse, low-rank, with error feedback, and what they cost on the wire."""
+"""Messages between ranks: sparse, low-rank, in bytes, with error feedback, and what they cost on the wire."""
 
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
+from lightning_grad.functional.communication.int8_messages import int8_bytes, pack_int8, unpack_int8
+from lightning_grad.functional.communication.outer_step import outer_step_
 from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
 from lightning_grad.functional.communication.topk_selection import SELECTORS, select_largest
@@ -13,10 +15,14 @@ __all__ = [
     "all_gather_bytes",
     "all_reduce_bytes",
     "initial_factor",
+    "int8_bytes",
     "orthonormalize",
+    "outer_step_",
+    "pack_int8",
     "pack_pairs",
     "remove_sent_",
     "select_largest",
     "sparse_wire_gain",
+    "unpack_int8",
     "unpack_pairs",
 ]
