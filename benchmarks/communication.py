@@ -30,7 +30,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from plain_project import Digits, ImageClassifier
 
-from benchmarks import slow_link
+from benchmarks import network, slow_link
 from benchmarks.common import (
     WARM_STEPS,
     machine,
@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CHILD = "learn-in-namespace"
 RATIO = 1e-3
 LIMIT_S = 600.0
 SETTLE = 2  # uncounted steps after WARM_STEPS: torch's PowerSGD starts dense
@@ -288,7 +287,7 @@ def _link_rows(megabits: float, rounds: int, steps: int) -> list[Row]:
 
 def link_is_unavailable() -> bool:
     """Return True and print the reason if this machine cannot create a slow link."""
-    if reason := slow_link.why_unavailable():
+    if reason := network.why_unavailable():
         print(f"\nSkipped: {reason}.", flush=True)
     return reason is not None
 
@@ -351,7 +350,7 @@ class Follow(Callback):
         return trainer.global_step * self._itemsize * sum(p.numel() for p in module.parameters())
 
 
-def network() -> nn.Sequential:
+def perceptron() -> nn.Sequential:
     """Build the network of the part accuracy."""
     layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
     return nn.Sequential(nn.Flatten(), *layers)
@@ -366,7 +365,7 @@ def learn(gradients: str, epochs: int, **arguments: Any) -> list[Epoch]:
         arguments: Arguments of the Trainer.
     """
     seed_everything(0, verbose=False)
-    module = ImageClassifier(network(), optimizer="sgd", lr=RATE, weight_decay=5e-4)
+    module = ImageClassifier(perceptron(), optimizer="sgd", lr=RATE, weight_decay=5e-4)
     follow = Follow(2 if gradients == "fp16" else 4)
     trainer = quiet_trainer(
         "cpu",
@@ -393,12 +392,9 @@ def accuracy(sizes: Sizes) -> Tables:
 def learn_all(epochs: int) -> dict[str, list[Epoch]]:
     """Train with each of the learners over a slow link."""
     found: dict[str, list[Epoch]] = {}
-    with slow_link.slow_link(SLOW) as joined:
+    with network.slow_link(network.Quality(SLOW)) as joined:
         for name in LEARNERS:
-            task = json.dumps({"gradients": name, "epochs": epochs, "num_nodes": RANKS})
-            command = [sys.executable, str(Path(__file__).resolve()), CHILD, task]
-            printed = joined.run(command, {"OMP_NUM_THREADS": "1"}, LIMIT_S)[0]
-            found[name] = [Epoch(**epoch) for epoch in json.loads(printed.splitlines()[-1])]
+            found[name] = joined.call(partial(learn, name, epochs, num_nodes=RANKS), LIMIT_S)[0]
     return found
 
 
@@ -427,7 +423,7 @@ def accuracy_rows(found: Mapping[str, Sequence[Epoch]]) -> list[Row]:
 
 def parameters() -> int:
     """Return the number of parameters of the network."""
-    return sum(parameter.numel() for parameter in network().parameters())
+    return sum(parameter.numel() for parameter in perceptron().parameters())
 
 
 def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
@@ -496,8 +492,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [CHILD]:
-        prepare()
-        print(json.dumps([asdict(epoch) for epoch in learn(**json.loads(sys.argv[2]))]))
-    else:
-        main()
+    main()

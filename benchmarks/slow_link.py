@@ -1,13 +1,11 @@
 """The gain of compressed gradients on a slow link: two ranks in network namespaces, joined by a link of a given speed.
 
-Each rank is a process in a Linux network namespace of its own, with Lightning's ``Trainer(num_nodes=2)`` and gloo. A veth pair
-joins the namespaces, and a token bucket (tbf of ``tc``) shapes the outgoing traffic of each end, so the link is full duplex.
-A perceptron of 10.2 M parameters trains on one small batch a rank, so nearly all of a step of plain DDP is communication.
-The ranks must end with equal weights.
+Each rank is a forked process in a Linux network namespace of its own, with Lightning's ``Trainer(num_nodes=2)`` and gloo;
+``network.py`` makes the link. A perceptron of 10.2 M parameters trains on one small batch a rank, so nearly all of a step of
+plain DDP is communication. The ranks must end with equal weights.
 
 Time is wall-clock time on rank 0. Bytes are those that the interface counted, including acknowledgements. The strategies
-take turns in rotating order, and the result is the median over the rounds of the median step. It needs Linux, root, ``ip``
-and ``tc``, and removes all namespaces, interfaces and processes that it creates.
+take turns in rotating order, and the result is the median over the rounds of the median step. It needs Linux and root.
 
 ::
 
@@ -22,21 +20,17 @@ import argparse
 import hashlib
 import json
 import os
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from functools import cache
-from itertools import count, pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
 from statistics import median
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -52,20 +46,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import WARM_STEPS, Clock, machine, rotated, silence, timed_fit
+from benchmarks.network import Link, Quality, sent_bytes, slow_link, why_unavailable
 from benchmarks.rows import markdown_table
 
 RANKS = 2
-INTERFACE, NETWORK, ADDRESSES = "slow0", "10.77.0.0/24", ("10.77.0.1", "10.77.0.2")
-BURST_MS, LEAST_BURST, LARGEST_SEND = 1.0, 4000, 65536
-QUEUE_MS = 100
-GRACE_S = 5.0  # time for a rank to end by itself after another one has failed
-TAIL = 3000
 WIDTHS = (640, 2048, 2048, 2048, 256)
 BATCH = 4
 SETTLE = 3  # uncounted steps after WARM_STEPS: PowerSGD starts, TCP finds its speed
-CHILD = "train-in-namespace"
 
-# Strategies by short name: the class that the child process imports and its arguments.
+# Strategies by short name: its class and its arguments.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {}},
     "fp16": {"class_path": "benchmarks.slow_link.HookedDDP", "init_args": {"hook": "fp16"}},
@@ -78,215 +67,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-# The link.
-
-
-@cache
-def why_unavailable(delay_ms: float = 0.0) -> str | None:
-    """Return the reason why this machine cannot create a slow link, or None if it can. Tries to create one.
-
-    Args:
-        delay_ms: Delay of the link. A kernel may support limiting the speed but not delays.
-
-    Returns:
-        str: The reason.
-    """
-    if not sys.platform.startswith("linux"):
-        return f"a slow link needs network namespaces of Linux; this is {sys.platform}"
-    if os.geteuid() != 0:
-        return "a slow link needs root to create network namespaces; run it as root"
-    for tool in ("ip", "tc"):
-        if shutil.which(tool) is None:
-            return f"a slow link needs `{tool}`; install iproute2"
-    try:
-        with slow_link(1000.0, delay_ms):
-            return None
-    except (RuntimeError, OSError) as error:
-        return f"a slow link could not be created: {error}"
-
-
-def _call(*command: str) -> str:
-    """Run a tool and return its output. An error contains its standard error."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.returncode}")
-    return done.stdout
-
-
-_numbers = count()
-
-
-@contextmanager
-def slow_link(megabits: float, delay_ms: float = 0.0) -> Iterator[Link]:
-    """Join two network namespaces by a link. On exit, remove both and kill all processes in them.
-
-    Args:
-        megabits: Speed in each direction, in Mbit/s.
-        delay_ms: Additional one-way delay of a packet, in milliseconds.
-
-    Yields:
-        Link: Runs commands in the namespaces.
-
-    Raises:
-        ValueError: If the speed is not positive.
-        RuntimeError: If the link cannot be created; see :func:`why_unavailable`.
-    """
-    if not megabits > 0:
-        raise ValueError(f"slow_link: megabits must be positive; got {megabits}.")
-    stem = f"slow-{os.getpid()}-{next(_numbers)}"
-    names = (f"{stem}-0", f"{stem}-1")
-    with ExitStack() as stack:
-        for name in names:
-            stack.callback(_delete_namespace, name)  # registered before creation, in case of an interrupt
-            _call("ip", "netns", "add", name)
-        # Create both ends inside their namespaces, so the machine's own namespace never has them.
-        pair = ("type", "veth", "peer", "name", INTERFACE, "netns", names[1])
-        _call("ip", "-netns", names[0], "link", "add", "name", INTERFACE, *pair)
-        for name, address in zip(names, ADDRESSES, strict=True):
-            _configure(name, address, megabits, delay_ms)
-        yield Link(names)
-
-
-def _configure(name: str, address: str, megabits: float, delay_ms: float) -> None:
-    """Bring up one end, and shape its outgoing traffic.
-
-    Data that fits into the bucket passes at once, so the bucket holds the bytes of one millisecond. TCP must not send segments
-    larger than the bucket: tbf would split them into single packets, which is slow and can double the time of a step. The
-    congestion control is one that every kernel has, because the defaults of machines differ.
-    """
-    burst = max(LEAST_BURST, round(megabits * 1e6 / 8 * BURST_MS / 1000))
-    send = str(min(LARGEST_SEND, burst - 1000))  # headers come on top
-    ip, tc = ("ip", "-netns", name), ("tc", "-netns", name, "qdisc", "add", "dev", INTERFACE)
-    _call(*ip, "link", "set", "lo", "up")
-    _call(*ip, "addr", "add", f"{address}/24", "dev", INTERFACE)
-    _call(*ip, "link", "set", INTERFACE, "up", "gso_max_size", send)
-    _call(*ip, "route", "change", NETWORK, "dev", INTERFACE, "src", address, "congctl", "reno")
-    rate = ("rate", f"{round(megabits * 1e6)}bit", "burst", str(burst), "latency", f"{QUEUE_MS}ms")
-    _call(*tc, "root", "handle", "1:", "tbf", *rate)
-    if delay_ms > 0:
-        _call(*tc, "parent", "1:1", "handle", "10:", "netem", "delay", f"{delay_ms}ms", "limit", "100000")
-
-
-def _delete_namespace(name: str) -> None:
-    """Kill all processes in a namespace, and delete it with its interfaces, if it exists."""
-    if not Path("/run/netns", name).exists():
-        return
-    for pid in _call("ip", "netns", "pids", name).split():
-        _kill(int(pid), os.kill)
-    _call("ip", "netns", "delete", name)
-
-
-def _kill(pid: int, how: Any) -> None:
-    with suppress(ProcessLookupError):  # it has ended
-        how(pid, signal.SIGKILL)
-
-
-@dataclass
-class Link:
-    """Two network namespaces that reach only each other, over a slow link."""
-
-    names: tuple[str, ...]
-    addresses: tuple[str, ...] = ADDRESSES
-    _runs: int = field(default=0, init=False)
-
-    def variables(self, rank: int) -> dict[str, str]:
-        """Return the environment of one rank for torch, gloo and Lightning's cluster environment."""
-        return {
-            "MASTER_ADDR": self.addresses[0],
-            "MASTER_PORT": str(29500 + self._runs),  # the last run's port may still be in TIME_WAIT
-            "WORLD_SIZE": str(len(self.names)),
-            "RANK": str(rank),
-            "NODE_RANK": str(rank),
-            "LOCAL_RANK": "0",  # its presence keeps Lightning from launching processes
-            "GLOO_SOCKET_IFNAME": INTERFACE,
-            "TP_SOCKET_IFNAME": INTERFACE,
-        }
-
-    def run(self, command: Sequence[str], env: Mapping[str, str], timeout_s: float) -> list[str]:
-        """Run a command in both namespaces at once.
-
-        Args:
-            command: Command; the variable ``RANK`` identifies the rank.
-            env: Variables in addition to those of this process.
-            timeout_s: Seconds until all ranks are killed.
-
-        Returns:
-            list: Standard output of each rank.
-
-        Raises:
-            RuntimeError: If a rank fails. Contains the end of each rank's standard error.
-            TimeoutError: If a rank takes too long. Contains the same.
-        """
-        self._runs += 1
-        with ExitStack() as stack:
-            ranks = [stack.enter_context(self._start(rank, command, env)) for rank in range(len(self.names))]
-            in_time = _wait([rank.process for rank in ranks], timeout_s)
-            codes = [rank.process.poll() for rank in ranks]
-            if not in_time:
-                raise TimeoutError(f"a rank took more than {timeout_s:g} s{_complaints(ranks, codes)}")
-            if any(codes):
-                raise RuntimeError(f"a rank failed{_complaints(ranks, codes)}")
-            return [_text(rank.out) for rank in ranks]
-
-    @contextmanager
-    def _start(self, rank: int, command: Sequence[str], env: Mapping[str, str]) -> Iterator[_Rank]:
-        # Files, not pipes: a full pipe would block a rank, because nothing is read while both run.
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            process = subprocess.Popen(
-                ["ip", "netns", "exec", self.names[rank], *command],
-                env={**os.environ, **env, **self.variables(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
-            )
-            try:
-                yield _Rank(process, out, err)
-            finally:
-                _end(process)
-
-
-@dataclass(frozen=True)
-class _Rank:
-    process: subprocess.Popen[bytes]
-    out: IO[bytes]
-    err: IO[bytes]
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], timeout_s: float) -> bool:
-    """Wait until all have ended, or one has failed and the grace time of the others is over. Return False on timeout."""
-    deadline, failed = time.monotonic() + timeout_s, False
-    while any(process.poll() is None for process in processes):
-        if not failed and any(process.poll() for process in processes):
-            failed, deadline = True, time.monotonic() + GRACE_S
-        if time.monotonic() > deadline:
-            return failed
-        time.sleep(0.02)
-    return True
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process with its group. Orphans of a process that has ended are killed with the namespace."""
-    if process.poll() is None:  # after it ended, its number may belong to another process
-        _kill(process.pid, os.killpg)
-        process.wait()
-
-
-def _text(stream: IO[bytes]) -> str:
-    stream.seek(0)
-    return stream.read().decode(errors="replace")
-
-
-def _complaints(ranks: Sequence[_Rank], codes: Sequence[int | None]) -> str:
-    states = ["was still running" if code is None else f"ended with {code}" for code in codes]
-    messages = [
-        f"\n--- rank {i} {state}:\n{_text(rank.err)[-TAIL:].strip()}"
-        for i, (rank, state) in enumerate(zip(ranks, states, strict=True))
-    ]
-    return "".join(messages)
-
-
-# The process of a rank.
+# A rank.
 
 
 class HookedDDP(DDPStrategy):
@@ -367,33 +148,27 @@ def digest(module: nn.Module) -> str:
     return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
 
 
-def _sent() -> int:
-    lines = Path("/proc/self/net/dev").read_text().splitlines()
-    (counts,) = (line.partition(":")[2].split() for line in lines if line.strip().startswith(f"{INTERFACE}:"))
-    return int(counts[8])  # bytes sent, after eight columns about received data
-
-
-def _train(text: str) -> None:
-    """Train as one rank, and print milliseconds and sent bytes of each step and a hash of the weights as JSON."""
-    task, sent = json.loads(text), list[int]()
+def _train(strategy: Mapping[str, Any], widths: Sequence[int], steps: int, settle: int) -> dict[str, Any]:
+    """Train as one rank, and return milliseconds and sent bytes of each step and a hash of the weights."""
+    sent = list[int]()
     silence()
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    module = Perceptron(task["widths"])
+    module = Perceptron(widths)
     seconds = timed_fit(
         module,
-        noise(task["widths"], int(os.environ["RANK"])),
-        task["steps"] + task["settle"],
+        noise(widths, int(os.environ["RANK"])),
+        steps + settle,
         [],
         WallClock("cpu"),
-        pause=lambda: sent.append(_sent()),
+        pause=lambda: sent.append(sent_bytes()),
         num_nodes=RANKS,
         use_distributed_sampler=False,
-        strategy=build_strategy(task["strategy"]),
+        strategy=build_strategy(strategy),
     )
-    milliseconds = [1000 * s for s in seconds[task["settle"] :]]
-    sizes = [after - before for before, after in pairwise(sent)][WARM_STEPS + task["settle"] :]
-    print(json.dumps({"milliseconds": milliseconds, "sent": sizes, "weights": digest(module)}))
+    milliseconds = [1000 * s for s in seconds[settle:]]
+    sizes = [after - before for before, after in pairwise(sent)][WARM_STEPS + settle :]
+    return {"milliseconds": milliseconds, "sent": sizes, "weights": digest(module)}
 
 
 # Measurement.
@@ -434,10 +209,7 @@ def measure(
         TimeoutError: If it takes too long.
     """
     built = STRATEGIES[strategy] if isinstance(strategy, str) else dict(strategy)
-    task = {"steps": steps, "settle": settle, "strategy": built, "widths": list(widths)}
-    command = [sys.executable, str(Path(__file__).resolve()), CHILD, json.dumps(task)]
-    outputs = link.run(command, {"OMP_NUM_THREADS": "1"}, timeout_s)
-    found = [json.loads(output.splitlines()[-1]) for output in outputs]
+    found = link.call(partial(_train, built, widths, steps, settle), timeout_s)
     if len({rank["weights"] for rank in found}) > 1:
         raise RuntimeError(f"the ranks ended with different weights: {built} did not synchronize them.")
     times, sent = found[0]["milliseconds"], found[0]["sent"]
@@ -454,7 +226,7 @@ def measure_all(
 ) -> dict[str, Measured]:
     """Measure strategies in turn at one speed, and return the medians over the rounds."""
     found: dict[str, list[Measured]] = {name: [] for name in strategies}
-    with slow_link(megabits, delay_ms) as link:
+    with slow_link(Quality(megabits, delay_ms)) as link:
         for i in range(rounds):
             for name in rotated(list(strategies), i):
                 found[name].append(measure(link, strategies[name], steps, settle))
@@ -515,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     options = _options(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
-    if reason := why_unavailable(options.delay_ms):
+    if reason := why_unavailable():
         print(f"Skipped: {reason}.")
         return
     torch.set_num_threads(1)
@@ -531,7 +303,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [CHILD]:
-        _train(sys.argv[2])
-    else:
-        main()
+    main()

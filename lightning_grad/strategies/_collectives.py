@@ -1,4 +1,4 @@
-"""The collectives of an exchange. Counts their bytes, excludes waiting time, and explains failures.
+"""The collectives of an exchange. Counts their bytes, excludes waiting time, and names lost ranks.
 
 Ctrl-C is deferred to the end of an exchange, so all ranks complete it or none does.
 """
@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
+from lightning_grad.strategies._lost_ranks import explain_loss
 
-_LOST = (
-    "another rank has stopped or cannot be reached; see its own error. Start the run again from its last checkpoint."
-)
-_SIGNS = r"gloo/|nccl|processgroup"
+_RESTART = "Start the run again from its last checkpoint."
+_SIGNS = r"gloo/|nccl|processgroup|pair closure"
 
 
 class Collectives:
@@ -90,7 +89,8 @@ class Collectives:
                 yield
         except RuntimeError as error:
             step = f"could not exchange the {self._exchanged} of step {self._ledger.steps + 1}, because"
-            raise RuntimeError(f"{self._display_name}: rank {self.rank} {step} {_LOST} ({error})") from error
+            words = f"{self._display_name}: rank {self.rank} {step} {explain_loss()}. {_RESTART}"
+            raise RuntimeError(f"{words} ({error})") from error
 
 
 def explain_lost_rank(error: BaseException, display_name: str) -> None:
@@ -101,8 +101,8 @@ def explain_lost_rank(error: BaseException, display_name: str) -> None:
         display_name: Name of the strategy.
     """
     text = str(error)
-    if isinstance(error, RuntimeError) and _LOST not in text and re.search(_SIGNS, text, re.IGNORECASE):
-        error.args = (f"{text}\n{display_name}: {_LOST}", *error.args[1:])
+    if isinstance(error, RuntimeError) and _RESTART not in text and re.search(_SIGNS, text, re.IGNORECASE):
+        error.args = (f"{text}\n{display_name}: {explain_loss()}. {_RESTART}", *error.args[1:])
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import communication, slow_link
+from benchmarks import communication, network, slow_link
 from benchmarks.communication import DGC, HALF, LEARNERS, Epoch, Follow
 from benchmarks.rows import Results, table_of
 from benchmarks.slow_link import Measured
@@ -105,7 +105,7 @@ def test_steps_over_links_are_held_to_what_they_should_save(monkeypatch):
         return {name: Measured(dense / (4 if name == "dgc" else 1), 1.0, 1.0) for name in compared}
 
     monkeypatch.setattr(slow_link, "measure_all", measure_all)
-    monkeypatch.setattr(slow_link, "why_unavailable", lambda: None)
+    monkeypatch.setattr(network, "why_unavailable", lambda: None)
     tables = communication.link(TINY)
     assert asked == [(100.0, 1, 1), (1000.0, 1, 1)]
     assert {*tables} == {"A step over 100 Mbit/s", "A step over 1000 Mbit/s"}
@@ -118,7 +118,7 @@ def test_steps_over_links_are_held_to_what_they_should_save(monkeypatch):
 
 
 def test_without_namespaces_two_parts_are_skipped(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(slow_link, "why_unavailable", lambda: "a slow link needs root")
+    monkeypatch.setattr(network, "why_unavailable", lambda: "a slow link needs root")
     communication.main(["--parts", "link", "accuracy", "--out", str(tmp_path / "results.json")])
     assert capsys.readouterr().out.count("Skipped: a slow link needs root.") == 2
     tables = Results.read(tmp_path / "results.json").tables

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import nn
 
 from lightning_grad.functional.torch_version import TORCH
-from lightning_grad.strategies import _rank_files
+from lightning_grad.strategies import _lost_ranks, _rank_files
 from lightning_grad.testing import assert_identical, fit, on_ranks
 from tests.contract.strategy_settings import BROAD, CANONICAL, COMPRESSING, Scheme
 from tests.strategies.fits import finish
@@ -76,7 +76,7 @@ def _be_rank(rank: int, port: int, folder: Path, scheme: Scheme, module: Any, ca
     """Train as a launcher like torchrun would have it: Lightning sets up the process group."""
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    _rank_files._GRACE_SECONDS = 0.5
+    _rank_files._GRACE_SECONDS = _lost_ranks._GRACE_SECONDS = 0.5
     code = 0
     try:
         strategy = scheme.build(timeout=_TIMEOUT)
@@ -131,7 +131,7 @@ def _assert_resumes(scheme: Scheme, path: Path, *callbacks: Any) -> None:
 
 def _assert_says_why(words: str, scheme: Scheme) -> None:
     assert f"{scheme.name}: " in words
-    assert "another rank has stopped or cannot be reached" in words
+    assert "rank 1 has stopped or cannot be reached" in words
     assert "Start the run again from its last checkpoint" in words
 
 
@@ -246,7 +246,7 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before(scheme, to
     seconds, code, words = _run_until_lost(tmp_path, scheme, _module(scheme), callbacks)
     assert seconds < _LIMIT
     assert code != 0
-    assert "another rank has stopped or cannot be reached" in words
+    assert "rank 1 has stopped or cannot be reached" in words
     (path,) = (tmp_path / "run").glob("*.ckpt")
     assert torch.load(path, weights_only=True)["global_step"] == 2
     assert len(list((tmp_path / "run").glob("*.ranks/*"))) == 2, "that of the checkpoint, and that of the one to come"
