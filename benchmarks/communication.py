@@ -6,8 +6,9 @@ Every part compares with a baseline of the same run:
 - ``step``: steps of two ranks on this machine, where nothing is gained: the cost of compression. The variants take turns in
   one pair of processes.
 - ``link``: the same steps of two ranks in network namespaces, over a link of 100 Mbit/s and of 1 Gbit/s; see ``slow_link.py``.
-- ``accuracy``: a network learns digits over the link of 100 Mbit/s. Accuracy after each epoch, by seconds since the first
-  step without validation, and by megabytes that rank 0 passed to collectives.
+- ``accuracy``: a network learns digits over a link of 100 Mbit/s, and over one of 20 Mbit/s that delays every packet by
+  20 ms. Accuracy after each epoch, by seconds since the first step without validation, and by megabytes that rank 0 passed
+  to collectives; and the megabytes that the interface of rank 0 sent, which include acknowledgements.
 
 The last two parts need Linux and root, and are skipped elsewhere. Results are medians of wall-clock time, which other
 processes disturb; rows that repeat a baseline show by how much. ``topk_selection.py`` measures the selectors alone.
@@ -30,7 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ from benchmarks.common import (
     silence,
     timed_fit,
 )
+from benchmarks.network import Quality
 from benchmarks.rows import AGAIN, Results, Row
 from benchmarks.slow_link import RANKS, STRATEGIES, WIDTHS, Perceptron, WallClock, build_strategy, noise
 from lightning_grad.strategies import CompressedDDPStrategy
@@ -75,7 +77,10 @@ SETTLE = 2  # uncounted steps after WARM_STEPS: torch's PowerSGD starts dense
 GOAL = 0.95
 SLOW = 100.0  # Mbit/s
 BATCH, WIDTH, RATE = 128, 768, 0.05
-ACCURACY = f"Digits over {SLOW:g} Mbit/s"
+ACCURACY: dict[str, Quality] = {
+    f"Digits over {SLOW:g} Mbit/s": Quality(SLOW),
+    "Digits over 20 Mbit/s and 20 ms": Quality(20.0, delay_ms=20.0),
+}
 
 # Networks of the part payload: widths of a perceptron, and whether it has biases.
 NETS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -104,14 +109,25 @@ DDP, DDP_AGAIN, TORCH, OURS = "ddp", f"ddp{AGAIN}", "powersgd_torch", "powersgd"
 STEP_BUDGET = 1.05
 COMPRESSED = ("dgc", "powersgd")
 FASTER = {SLOW: 10.0, 1000.0: 2.0}  # least speedup of a DGC step over DDP, by Mbit/s
+
+
+def _diloco(every: int, **settings: Any) -> dict[str, Any]:
+    arguments = {"sync_every_n_steps": every, **settings}
+    return {"class_path": "lightning_grad.strategies.DiLoCoStrategy", "init_args": arguments}
+
+
 LEARNERS: dict[str, dict[str, Any]] = {
     "dense": STRATEGIES["ddp"],
     "fp16": STRATEGIES["fp16"],
     "PowerSGD rank 4": STRATEGIES["powersgd"],
     DGC: {"class_path": "lightning_grad.strategies.DGCStrategy", "init_args": {"ratio": RATIO}},
+    **{f"DiLoCo, H = {every}": _diloco(every) for every in (10, 30, 100)},
+    "DiLoCo, H = 30, int8": _diloco(30, compression="int8"),
+    "DiLoCo, H = 30, top 3 %": _diloco(30, compression="topk", ratio=0.03),
 }
-COLOURS = dict(zip(LEARNERS, ("#555555", "#999999", "#d55e00", "#0072b2"), strict=True))
-MARKERS = dict(zip(LEARNERS, "osD^", strict=True))
+PALETTE = ("#555555", "#999999", "#d55e00", "#0072b2", "#7fcdb5", "#009e73", "#00493a", "#e69f00", "#cc79a7")
+COLOURS = dict(zip(LEARNERS, PALETTE, strict=True))
+MARKERS = dict(zip(LEARNERS, "osD^v<>Px", strict=True))
 
 
 @dataclass(frozen=True)
@@ -122,19 +138,21 @@ class Sizes:
         rounds: Rounds of steps without a slow link.
         steps: Counted steps of such a round.
         links: Rounds and counted steps, by Mbit/s of the link.
-        epochs: Epochs of each training over the link.
-        figure: File for the figure of these trainings.
+        epochs: Epochs of each training over a link.
+        learned: Links of these trainings, by the title of their table.
+        figure: File for the figure of the trainings over the first link.
     """
 
     rounds: int
     steps: int
     links: Mapping[float, tuple[int, int]]
     epochs: int
+    learned: Mapping[str, Quality] = field(default_factory=lambda: ACCURACY)
     figure: Path | None = None
 
 
 FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (1, 8)}, 24)
-QUICK = Sizes(2, 6, {1000.0: (1, 3)}, 4)
+QUICK = Sizes(2, 6, {1000.0: (1, 3)}, 4, dict([*ACCURACY.items()][:1]))
 
 
 Tables = dict[str, list[Row]]
@@ -303,32 +321,36 @@ class Epoch:
         epoch: Number of the epoch, from 1.
         accuracy: Accuracy on the validation images.
         seconds: Seconds since the first step, without validation.
-        megabytes: Megabytes of gradients that rank 0 has passed to collectives.
+        megabytes: Megabytes that rank 0 has passed to collectives to exchange gradients or weights.
+        wire: Megabytes that the interface of rank 0 has sent since then, if they are counted.
     """
 
     epoch: int
     accuracy: float
     seconds: float
     megabytes: float
+    wire: float = 0.0
 
 
 class Follow(Callback):
     """Record accuracy, time and bytes after each epoch. The clock pauses during validation, until all ranks are done.
 
     Args:
-        itemsize: Bytes of a dense gradient entry on the wire. Compressing strategies count their own bytes.
+        itemsize: Bytes of a dense gradient entry on the wire. The strategies of this package count their own bytes.
+        wire: Returns the bytes that the interface of this rank has sent.
     """
 
-    def __init__(self, itemsize: int) -> None:
+    def __init__(self, itemsize: int, wire: Callable[[], int] = int) -> None:
         self.epochs: list[Epoch] = []
-        self._itemsize = itemsize
-        self._seconds = 0.0
+        self._itemsize, self._wire = itemsize, wire
+        self._seconds, self._before = 0.0, 0
         self._since: float | None = None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._since is None:
             trainer.strategy.barrier()
+            self._before = self._wire()
             self._since = time.perf_counter()
 
     @override
@@ -340,13 +362,14 @@ class Follow(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         accuracy = float(trainer.callback_metrics["val_acc"])
         sent = self._sent(trainer, pl_module) / 1e6
-        self.epochs.append(Epoch(trainer.current_epoch + 1, accuracy, self._seconds, sent))
+        wire = (self._wire() - self._before) / 1e6
+        self.epochs.append(Epoch(trainer.current_epoch + 1, accuracy, self._seconds, sent, wire))
         trainer.strategy.barrier()
         self._since = time.perf_counter()
 
     def _sent(self, trainer: Trainer, module: LightningModule) -> int:
-        if isinstance(trainer.strategy, CompressedDDPStrategy):
-            return trainer.strategy.ledger.sent_bytes
+        if hasattr(trainer.strategy, "ledger"):
+            return int(trainer.strategy.ledger.sent_bytes)
         return trainer.global_step * self._itemsize * sum(p.numel() for p in module.parameters())
 
 
@@ -356,17 +379,18 @@ def perceptron() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), *layers)
 
 
-def learn(gradients: str, epochs: int, **arguments: Any) -> list[Epoch]:
+def learn(gradients: str, epochs: int, wire: Callable[[], int] = int, **arguments: Any) -> list[Epoch]:
     """Train as one rank, and return its state after each epoch.
 
     Args:
-        gradients: Way of sending gradients, one of ``LEARNERS``.
+        gradients: Way of sending gradients or weights, one of ``LEARNERS``.
         epochs: Number of epochs.
+        wire: Returns the bytes that the interface of this rank has sent.
         arguments: Arguments of the Trainer.
     """
     seed_everything(0, verbose=False)
     module = ImageClassifier(perceptron(), optimizer="sgd", lr=RATE, weight_decay=5e-4)
-    follow = Follow(2 if gradients == "fp16" else 4)
+    follow = Follow(2 if gradients == "fp16" else 4, wire)
     trainer = quiet_trainer(
         "cpu",
         strategy=build_strategy(LEARNERS[gradients]),
@@ -380,21 +404,25 @@ def learn(gradients: str, epochs: int, **arguments: Any) -> list[Epoch]:
 
 
 def accuracy(sizes: Sizes) -> Tables:
-    """Learn digits over a slow link, and measure time and bytes until the goal accuracy."""
+    """Learn digits over slow links, and measure time and bytes until the goal accuracy."""
     if link_is_unavailable():
-        return {ACCURACY: []}
-    found = learn_all(sizes.epochs)
-    if sizes.figure is not None:
-        draw_accuracies(found).savefig(sizes.figure, dpi=140)
-    return {ACCURACY: accuracy_rows(found)}
+        return {title: [] for title in sizes.learned}
+    tables: Tables = {}
+    for title, quality in sizes.learned.items():
+        found = learn_all(sizes.epochs, quality)
+        if sizes.figure is not None and not tables:
+            draw_accuracies(found).savefig(sizes.figure, dpi=140)
+        tables[title] = accuracy_rows(found)
+    return tables
 
 
-def learn_all(epochs: int) -> dict[str, list[Epoch]]:
+def learn_all(epochs: int, quality: Quality) -> dict[str, list[Epoch]]:
     """Train with each of the learners over a slow link."""
     found: dict[str, list[Epoch]] = {}
-    with network.slow_link(network.Quality(SLOW)) as joined:
+    with network.slow_link(quality) as joined:
         for name in LEARNERS:
-            found[name] = joined.call(partial(learn, name, epochs, num_nodes=RANKS), LIMIT_S)[0]
+            work = partial(learn, name, epochs, network.sent_bytes, num_nodes=RANKS)
+            found[name] = joined.call(work, LIMIT_S)[0]
     return found
 
 
@@ -415,6 +443,7 @@ def accuracy_rows(found: Mapping[str, Sequence[Epoch]]) -> list[Row]:
             f"MB to {goal}": first.megabytes if first else "never",
             "s in all": last.seconds,
             "MB in all": last.megabytes,
+            "MB on the wire": last.wire,
             "accuracy, %": 100 * last.accuracy,
         }
         rows.append(Row(name, None, ratio, columns=columns))

@@ -46,7 +46,7 @@ TITLES = {
         *("A validation pass", "An epoch"),
     ),
     "communication": (
-        *("Bytes of a step", "A step of two ranks on one machine", communication.ACCURACY),
+        *("Bytes of a step", "A step of two ranks on one machine", *communication.ACCURACY),
         *(f"A step over {megabits:g} Mbit/s" for megabits in communication.FULL.links),
     ),
     "small_layers": (*small_layers.LAYERS, "growth"),

@@ -122,7 +122,7 @@ def test_without_namespaces_two_parts_are_skipped(monkeypatch, tmp_path, capsys)
     communication.main(["--parts", "link", "accuracy", "--out", str(tmp_path / "results.json")])
     assert capsys.readouterr().out.count("Skipped: a slow link needs root.") == 2
     tables = Results.read(tmp_path / "results.json").tables
-    assert len(tables) == 3
+    assert len(tables) == 4
     assert not any(tables.values())
 
 
@@ -166,14 +166,14 @@ def test_strategies_that_compress_count_for_themselves():
 
 
 def test_what_it_took_is_shown_and_drawn():
-    slow = [Epoch(1, 0.5, 10.0, 100.0), Epoch(2, 0.95, 20.0, 200.0), Epoch(3, 0.94, 30.0, 300.0)]
+    slow = [Epoch(1, 0.5, 10.0, 100.0), Epoch(2, 0.95, 20.0, 200.0), Epoch(3, 0.94, 30.0, 300.0, 310.0)]
     found = {
         name: [replace(epoch, seconds=epoch.seconds / (i + 1)) for epoch in slow] for i, name in enumerate(LEARNERS)
     }
     found["fp16"] = [replace(epoch, accuracy=0.9) for epoch in slow]
     printed = table_of(communication.accuracy_rows(found))
-    assert "| dense | 20.00 | 200.00 | 30.00 | 300.00 | 94.00 | 1.000 |" in printed
-    assert "| fp16 | never | never | 30.00 | 300.00 | 90.00 |  |" in printed
-    assert f"| {DGC} | 5.00 | 200.00 | 7.50 | 300.00 | 94.00 | 4.000 |" in printed
+    assert "| dense | 20.00 | 200.00 | 30.00 | 300.00 | 310.00 | 94.00 | 1.000 |" in printed
+    assert "| fp16 | never | never | 30.00 | 300.00 | 310.00 | 90.00 |  |" in printed
+    assert f"| {DGC} | 5.00 | 200.00 | 7.50 | 300.00 | 310.00 | 94.00 | 4.000 |" in printed
     lines = {line.get_label(): line.get_xdata() for line in communication.draw_accuracies(found).axes[1].lines}
     assert list(lines[DGC]) == [2.5, 5.0, 7.5]
