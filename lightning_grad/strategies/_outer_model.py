@@ -2,7 +2,7 @@
 
 Between two exchanges each rank trains its own copy. The outer model is what the last exchange left; validation and
 checkpoints have it. An exchange sends what each rank moved since the round began, and the outer model takes one step
-along the mean (``functional/communication/outer_step.py``). Weights travel as moves, so that a weight that nobody moved
+along the mean (``functional/communication/outer_step.py``). Weights travel as moves, so a weight that no rank moved
 keeps its bits; float buffers travel as values, because the mean of moves could make a variance negative; integer
 buffers come from rank 0.
 """
