@@ -11,7 +11,7 @@ import sys
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,16 @@ def pytest_configure(config: Any) -> None:
     """Use one thread, where tests run: the process that starts the workers needs no torch."""
     if hasattr(config, "workerinput") or config.getoption("dist", "no") == "no":
         importlib.import_module("torch").set_num_threads(1)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: Any) -> Iterator[Any]:
+    """Collect no garbage while tests are collected: all that is made then is kept, and is looked at again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish(session: Any) -> None:

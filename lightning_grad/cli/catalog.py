@@ -22,7 +22,7 @@ SAID = dict.fromkeys(("fsdp2", "fsdp1", "deepspeed"), "the strategy") | {
 }
 """What notes say in place of a feature. The same words for several features make equal notes, which are shown once."""
 
-VALUES = {"late_gradients": "DGCStrategy"}
+VALUES = {"late_gradients": "DGCStrategy", "local_steps": "DiLoCoStrategy"}
 """What notes say in place of a part of the finding in a run."""
 
 

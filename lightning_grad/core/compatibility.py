@@ -143,6 +143,7 @@ class Compatibility:
         pytorch_lightning: ``pytorch_lightning.Trainer``.
         gradient_clip_val: ``Trainer(gradient_clip_val=...)``.
         late_gradients: A strategy that exchanges what gradients accumulated over many steps.
+        local_steps: A strategy whose ranks train apart and exchange weights once in a while.
         no_second_moment: Optimizers without ``exp_avg_sq``, such as SGD.
         sparse_gradients: ``nn.Embedding(sparse=True)``.
         complex_parameters: Parameters of a complex type.
@@ -163,6 +164,7 @@ class Compatibility:
     pytorch_lightning: Annotated[Answer, "`pytorch_lightning`"] = _IN_A_LIST
     gradient_clip_val: Annotated[Answer, "`gradient_clip_val`"] = YES
     late_gradients: Annotated[Answer, "a strategy that delays gradients"] = YES
+    local_steps: Annotated[Answer, "a strategy with local steps"] = YES
     no_second_moment: Annotated[Answer, "an optimizer without `exp_avg_sq`"] = YES
     sparse_gradients: Annotated[Answer, "`Embedding(sparse=True)`"] = YES
     complex_parameters: Annotated[Answer, "complex parameters"] = YES
@@ -259,9 +261,9 @@ def _clipping(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
     return _if(bool(value), f"Trainer(gradient_clip_val={value})", str(value) if by_norm else "...")
 
 
-def _late(trainer: pl.Trainer, _: pl.LightningModule) -> Found:
+def _strategy_with(attribute: str, trainer: pl.Trainer, _: pl.LightningModule) -> Found:
     name = type(trainer.strategy).__name__
-    return _if(getattr(trainer.strategy, "gradient_is_compressed", False), name, name)
+    return _if(getattr(trainer.strategy, attribute, False), name, name)
 
 
 def _sparse(module: nn.Module, chosen: set[int]) -> Found:
@@ -304,7 +306,8 @@ _IN_A_RUN: _Finders = {
         type(trainer).__module__.startswith("pytorch_lightning"), "pytorch_lightning.Trainer"
     ),
     "gradient_clip_val": _clipping,
-    "late_gradients": _late,
+    "late_gradients": partial(_strategy_with, "gradient_is_compressed"),
+    "local_steps": partial(_strategy_with, "gradient_is_local"),
 }
 _IN_AN_OPTIMIZER: _Finders = {
     "fused_fp16": lambda trainer, optimizer: _if(

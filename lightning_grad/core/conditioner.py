@@ -59,6 +59,7 @@ class GradientConditioner(GradCallback):
             "statistics."
         ),
         fused_fp16=SCALED,
+        local_steps=yes("It acts on the gradient of each rank, not on the mean."),
         fsdp2=stand_in(
             "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are computed over "
             "whole gradients. Tests compare steps under `fully_shard` on two CPU ranks with steps of one process. No "

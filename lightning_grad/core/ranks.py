@@ -1,4 +1,4 @@
-"""Sums and means over ranks. Every rank must call these functions, in the same order."""
+"""Sums, means and lists over ranks. Every rank must call these functions, in the same order."""
 
 from typing import TypeVar
 
@@ -34,3 +34,10 @@ def first_of_ranks(trainer: pl.Trainer, own: dict[str, T]) -> dict[str, T]:
         if found:
             return found
     return own
+
+
+def lists_of_ranks(trainer: pl.Trainer, own: list[T]) -> list[T]:
+    """Return the lists of all ranks as one list, in the order of the ranks; all ranks get the same."""
+    if trainer.world_size == 1:
+        return own
+    return [value for rank in range(trainer.world_size) for value in trainer.strategy.broadcast(own, src=rank)]

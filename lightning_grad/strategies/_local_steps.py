@@ -36,6 +36,7 @@ from lightning_grad.strategies._rank_saving import (
     StartMethod,
     clean_parameters,
 )
+from lightning_grad.strategies._used_parameters import explain_unused_parameters
 from lightning_grad.utilities.checks import check_between, check_count, check_ratio
 from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import is_log_step, log_many
@@ -226,6 +227,11 @@ class LocalStepsDDP(RankSavingDDP):
         trainer = self._trainer
         for name in techniques_that_average(trainer):
             raise ValueError(f"{self.display_name} does not work with {name}, which {_AVERAGES}.")
+        if self._is_dense and trainer.max_epochs == trainer.max_steps == -1:
+            raise ValueError(
+                f"{self.display_name}(dense_fraction={self.dense_fraction:g}) needs the length of the run, and this run has "
+                "no known end. Set max_epochs or max_steps of the Trainer, or dense_fraction=0."
+            )
         batches = trainer.num_training_batches
         own = torch.tensor([batches, -batches], dtype=torch.float64, device=self.root_device)
         most, least = self.ranks.maximum_(own, counted=False).tolist()
@@ -392,17 +398,20 @@ class LocalStepsDDP(RankSavingDDP):
         self._held = []
         self._choose()
         self._adopt()
-        self._send_again(own["pending"])
-
-    def _send_again(self, pending: Mapping[str, Any] | None) -> None:
-        if pending is None:
-            return
-        if pending["ranks"] == self.world_size and self.overlap:
-            self._outer.send_again(self.ranks, pending, self.root_device)
-        else:
-            rank_zero_warn(f"{self.display_name} has new settings: the moves that were on their way are lost.")
+        if own["pending"] and own["pending"]["ranks"] == self.world_size and not changed:
+            self._outer.send_again(self.ranks, own["pending"], self.root_device)
+        elif own["pending"]:
+            rank_zero_warn(
+                f"{self.display_name} has new settings or ranks: the moves that were on their way are lost, those of one "
+                "round."
+            )
 
     # The fit ends.
+
+    @override
+    def explain(self, exception: BaseException) -> None:
+        assert self.lightning_module is not None
+        explain_unused_parameters(exception, self.display_name, clean_parameters(self.lightning_module))
 
     @override
     def on_train_end(self) -> None:

@@ -47,11 +47,13 @@ class Exchange:
 
     Args:
         names: The weights in it, in order.
+        buffers: The buffers in it.
         own: The message of this rank, for a checkpoint that is saved meanwhile; empty if none can be.
         finish: Functions that wait for the results.
     """
 
     names: Sequence[str]
+    buffers: Sequence[str]
     own: Mapping[str, Tensor]
     finish: Mapping[str, Callable[[], Tensor]]
 
@@ -78,7 +80,7 @@ class OuterModel:
         self.pending: Exchange | None = None
         self.statistics: Tensor | None = None
         self._moving: list[str] | None = None  # buffers that changed in the first round; None before it
-        self._changed: Tensor | None = None
+        self._first_round: tuple[Sequence[str], Tensor] | None = None  # buffers, and whether they changed
         self._hidden: dict[str, Tensor] = {}
 
     # The tensors.
@@ -116,9 +118,9 @@ class OuterModel:
 
     def learn_constants(self) -> None:
         """Note after the first round which buffers did not change, and are not sent again. Once, it waits for the device."""
-        if self._moving is None and self._changed is not None:
-            changed = self._changed.tolist()
-            self._moving = [name for name, share in zip(self.buffers, changed, strict=True) if share > 0]
+        if self._moving is None and self._first_round is not None:
+            names, changed = self._first_round
+            self._moving = [name for name, share in zip(names, changed.tolist(), strict=True) if share > 0]
 
     # The exchange.
 
@@ -145,7 +147,7 @@ class OuterModel:
     def _settle(self) -> None:
         exchange, self.pending = self.pending, None
         if exchange is not None:
-            self._apply(exchange.names, {key: finish() for key, finish in exchange.finish.items()})
+            self._apply(exchange, {key: finish() for key, finish in exchange.finish.items()})
 
     def _continue_from(self, own: Mapping[str, Tensor]) -> None:
         """Go on from the outer model as it is known, and what this rank has just moved, which the others do not know."""
@@ -176,42 +178,40 @@ class OuterModel:
         return kept[OUTER] if weight.dtype == kept[OUTER].dtype else kept[OUTER].to(weight.dtype).to(kept[OUTER].dtype)
 
     def _launch(self, ranks: Collectives, own: Mapping[str, Tensor], is_late: bool) -> Exchange:
-        message = self._message(own)
+        buffers = [name for name in self.buffers if self._moving is None or name in self._moving]
+        message = self._message(own, buffers)
         kept = {key: part.clone() for key, part in message.items()} if is_late else {}
-        return Exchange(list(own), kept, _begin(ranks, message))
+        return Exchange(list(own), buffers, kept, _begin(ranks, message))
 
-    def _message(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _message(self, own: Mapping[str, Tensor], buffers: Sequence[str]) -> dict[str, Tensor]:
         packed = {name: move for name, move in own.items() if RESIDUAL in self.memory[name]}
-        floats, integers = self._buffers_to_send()
-        size = _squared_norm(list(own.values()))
+        floats, integers = self._kinds(buffers)
         parts = [move.reshape(-1) for name, move in own.items() if name not in packed]
-        parts += [_exact(buffer).reshape(-1) for buffer in floats.values()]
+        parts += [_exact(self.buffers[name]).reshape(-1) for name in floats]
         message = {}
         if packed:
             assert self._codec is not None
             message[_PACKED] = self._codec.pack({n: (move, self.memory[n][RESIDUAL]) for n, move in packed.items()})
         if integers:
-            message[_INTEGERS] = torch.cat([buffer.reshape(-1).long() for buffer in integers.values()])
-        unsent = _squared_norm([self.memory[name][RESIDUAL] for name in packed])
-        tail = [*self._flags(), size, unsent] if own else self._flags()
+            message[_INTEGERS] = torch.cat([self.buffers[name].reshape(-1).long() for name in integers])
+        tail = [(self.buffers[name] != self.memory[name][OUTER]).any().float() for name in buffers]
+        if own:
+            size = _squared_norm(list(own.values()))
+            unsent = [self.memory[name][RESIDUAL] for name in packed]
+            tail += [size, _squared_norm(unsent) if unsent else torch.zeros_like(size)]
         dense = torch.cat([*parts, *(value.view(1) for value in tail)]) if parts or tail else None
         return message if dense is None else {**message, _DENSE: dense}
 
-    def _buffers_to_send(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return float buffers and others, without those that did not change in the first round."""
-        sent = {n: b for n, b in self.buffers.items() if self._moving is None or n in self._moving}
-        floats = {name: buffer for name, buffer in sent.items() if buffer.is_floating_point()}
-        return floats, {name: buffer for name, buffer in sent.items() if name not in floats}
+    def _kinds(self, buffers: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return the names of float buffers and of others."""
+        floats = [name for name in buffers if self.memory[name][OUTER].is_floating_point()]
+        return floats, [name for name in buffers if name not in floats]
 
-    def _flags(self) -> list[Tensor]:
-        """Return for each buffer whether it changed, 0 or 1."""
-        return [(buffer != self.memory[name][OUTER]).any().float() for name, buffer in self.buffers.items()]
-
-    def _apply(self, names: Sequence[str], arrived: Mapping[str, Tensor]) -> None:
+    def _apply(self, exchange: Exchange, arrived: Mapping[str, Tensor]) -> None:
         """Move the outer model along the mean move."""
-        packed = [name for name in names if RESIDUAL in self.memory[name]]
-        plain = [name for name in names if name not in packed]
-        floats, integers = self._buffers_to_send()
+        packed = [name for name in exchange.names if RESIDUAL in self.memory[name]]
+        plain = [name for name in exchange.names if name not in packed]
+        floats, integers = self._kinds(exchange.buffers)
         sizes = [self.memory[name][OUTER].numel() for name in (*plain, *floats)]
         parts = list(torch.split(arrived[_DENSE], [*sizes, len(arrived[_DENSE]) - sum(sizes)])) if arrived else []
         moves = {name: parts.pop(0).view_as(self.memory[name][OUTER]) for name in plain}
@@ -221,9 +221,11 @@ class OuterModel:
             moves |= self._codec.mean(arrived[_PACKED], shapes)
         values = {name: parts.pop(0).view_as(self.memory[name][OUTER]) for name in floats}
         tail = parts.pop(0) if parts else torch.zeros(0)
-        self._changed = tail[: len(self.buffers)]
-        self._replace_buffers(values, integers, arrived)
-        if names:
+        changed = tail[: len(exchange.buffers)]
+        self._first_round = self._first_round or (exchange.buffers, changed)
+        self._replace_floats(values, dict(zip(exchange.buffers, changed, strict=True)))
+        self._replace_integers(integers, arrived)
+        if moves:
             self.statistics = torch.cat([tail[-2:].float(), _squared_norm(list(moves.values())).view(1)])
             self._step(moves)
 
@@ -233,16 +235,14 @@ class OuterModel:
         velocities = [one[VELOCITY] for one in kept] if self._rule.momentum else None
         rules.outer_step_([one[OUTER] for one in kept], moved, velocities, self._rule.lr, self._rule.momentum)
 
-    def _replace_buffers(
-        self, floats: Mapping[str, Tensor], integers: Mapping[str, Tensor], arrived: Mapping[str, Tensor]
-    ) -> None:
-        assert self._changed is not None
-        changed = dict(zip(self.buffers, self._changed, strict=True))
+    def _replace_floats(self, floats: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
         for name, mean in floats.items():
             outer = self.memory[name][OUTER]  # the mean of equal values may differ from them by rounding
             outer.copy_(torch.where(changed[name] > 0, mean.to(outer.dtype), outer))
+
+    def _replace_integers(self, integers: Sequence[str], arrived: Mapping[str, Tensor]) -> None:
         if integers:
-            parts = torch.split(arrived[_INTEGERS], [buffer.numel() for buffer in integers.values()])
+            parts = torch.split(arrived[_INTEGERS], [self.memory[name][OUTER].numel() for name in integers])
             for name, part in zip(integers, parts, strict=True):
                 self.memory[name][OUTER].copy_(part.view_as(self.memory[name][OUTER]))
 
@@ -269,16 +269,17 @@ class OuterModel:
 
     def state(self, is_apart: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the state of this rank, and the state that all ranks share."""
+        self.learn_constants()
         own: Memory = {
             n: {k: v.clone() for k, v in kept.items() if k not in _SHARED} for n, kept in self.memory.items()
         }
         if is_apart or self.pending is not None:
             for name, tensor in {**self.weights, **self.buffers}.items():
                 own[name][WEIGHT] = self._hidden.get(name, tensor).detach().clone()
-        pending = self.pending and {"names": list(self.pending.names), "message": dict(self.pending.own)}
+        sent = self.pending
+        pending = sent and {"names": list(sent.names), "buffers": list(sent.buffers), "message": dict(sent.own)}
         shared = {n: {k: v.clone() for k, v in kept.items() if k in _SHARED} for n, kept in self.memory.items()}
-        changed = None if self._changed is None else self._changed.cpu()
-        return {"memory": own, "pending": pending}, {"outer": shared, "changed": changed, "moving": self._moving}
+        return {"memory": own, "pending": pending}, {"outer": shared, "moving": self._moving}
 
     @torch.no_grad()
     def load(self, own: Mapping[str, Any], shared: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -290,14 +291,13 @@ class OuterModel:
             self.memory[name] = {key: value.to(device) for key, value in kept.items()}
             if weight is not None:
                 tensors[name].detach().copy_(weight)
-        self._changed = None if shared["changed"] is None else shared["changed"].to(device)
         self._moving = shared["moving"]
 
     def send_again(self, ranks: Collectives, pending: Mapping[str, Any], device: torch.device) -> None:
         """Send the message again that was on its way when the run was saved. Its bytes are already counted."""
         message = {key: part.to(device) for key, part in pending["message"].items()}
         kept = {key: part.clone() for key, part in message.items()}
-        self.pending = Exchange(pending["names"], kept, _begin(ranks, message, counted=False))
+        self.pending = Exchange(pending["names"], pending["buffers"], kept, _begin(ranks, message, counted=False))
 
 
 def _begin(ranks: Collectives, message: Mapping[str, Tensor], counted: bool = True) -> dict[str, Callable[[], Tensor]]:
@@ -311,6 +311,4 @@ def _exact(tensor: Tensor) -> Tensor:
 
 
 def _squared_norm(tensors: Sequence[Tensor]) -> Tensor:
-    if not tensors:
-        return torch.zeros(())
     return torch.stack([norm.float() for norm in torch._foreach_norm(list(tensors))]).square().sum()

@@ -42,7 +42,7 @@ _PER_LAUNCH = ("residual_policy", "log_noise_scale")  # settings that change no 
 
 ONE_STRATEGY = moot("A Trainer has one strategy, and this one trains like DDP.")
 ONE_STRATEGY_EACH: Mapping[str, Answer] = {
-    **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed", "late_gradients"), ONE_STRATEGY),
+    **dict.fromkeys(("ddp", "fsdp2", "fsdp1", "deepspeed", "late_gradients", "local_steps"), ONE_STRATEGY),
     "pytorch_lightning": no(
         "does not work with {}, which accepts only strategies from its own namespace and reports an invalid strategy name",
         "Use lightning.pytorch.Trainer",

@@ -101,7 +101,7 @@ class DiLoCoStrategy(LocalStepsDDP):
           ``compression='topk'``; they replace the outer momentum by the residual (``LocalSGDStrategy``).
     """
 
-    trial: ClassVar[Mapping[str, Any]] = {"sync_every_n_steps": 3}
+    trial: ClassVar[Mapping[str, Any]] = {"sync_every_n_steps": 4}
     neutral: ClassVar[Mapping[str, Any] | str] = {"dense_fraction": 1.0}
 
     def __init__(

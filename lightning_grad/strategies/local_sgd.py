@@ -100,7 +100,7 @@ class LocalSGDStrategy(LocalStepsDDP):
           Gradient Descent, arXiv 1906.12043: ``overlap``.
     """
 
-    trial: ClassVar[Mapping[str, Any]] = {"sync_every_n_steps": 3}
+    trial: ClassVar[Mapping[str, Any]] = {"sync_every_n_steps": 4}
     neutral: ClassVar[Mapping[str, Any] | str] = {"dense_fraction": 1.0}
 
     def __init__(

@@ -133,11 +133,13 @@ class Scheme(Entry):
 
     Args:
         optimizer: Which of the projects' optimizers it trains with.
+        broad: Whether it goes through everything; see :class:`Technique`.
     """
 
     package: ClassVar[ModuleType] = strategies
 
     optimizer: str = "sgd"
+    broad: bool = True
 
     @property
     def is_local(self) -> bool:

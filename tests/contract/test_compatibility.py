@@ -16,7 +16,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from lightning_grad.core.compatibility import Answer
-from lightning_grad.strategies import DGCStrategy
+from lightning_grad.strategies import DGCStrategy, DiLoCoStrategy
 from lightning_grad.testing import fit, make_classifier, make_trainer, on_ranks
 from lightning_grad.testing.checks import CHECKS
 from tests.contract import settings, strategy_settings
@@ -116,6 +116,7 @@ SITUATIONS: Mapping[str, Callable[[Entry], Situation]] = {
     "weight_averaging": lambda _: (make_classifier(), {"callbacks": [EMAWeightAveraging()]}),
     "gradient_clip_val": lambda _: (make_classifier(), {"gradient_clip_val": 0.5}),
     "late_gradients": lambda _: _stand_in("Compressing", gradient_is_compressed=True),
+    "local_steps": lambda _: _stand_in("LocalSteps", gradient_is_local=True),
     "no_second_moment": lambda _: (make_classifier(optimizer="sgd"), {}),
     "sparse_gradients": _sparse,
     "complex_parameters": _complex,
@@ -236,6 +237,25 @@ def test_gradients_that_come_late(family):
     on_ranks(1, _beside_late_gradients, [technique for technique in _LATE if technique.family == family])
 
 
+def _beside_local_steps() -> list[Tensor]:
+    ended = []
+    for technique in _LOCAL:
+        strategy = DiLoCoStrategy(sync_every_n_steps=2)
+        trainer, module = train_on_ranks(strategy, [technique.build()], make_classifier(), max_epochs=2)
+        assert 1 < strategy.ledger.steps < trainer.global_step, technique
+        ended.append(torch.cat([parameter.detach().view(-1) for parameter in module.parameters()]))
+    return ended
+
+
+_LOCAL = works("local_steps", settings.CANONICAL)
+
+
+def test_ranks_that_train_apart():
+    for technique, first, second in zip(_LOCAL, *on_ranks(2, _beside_local_steps), strict=True):
+        assert torch.equal(first, second), technique
+        assert first.isfinite().all(), technique
+
+
 _SHARDED = composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch
 _OF_CALLBACKS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "fused_fp16": (test_fused_optimizer_with_a_grad_scaler,),
@@ -244,6 +264,7 @@ _OF_CALLBACKS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "deepspeed": (_SHARDED,),
     "compiled": (test_a_compiled_submodule,),
     "late_gradients": (test_gradients_that_come_late,),
+    "local_steps": (test_ranks_that_train_apart,),
     "no_second_moment": (test_sparse_gradients,),
     "sparse_gradients": (test_sparse_gradients,),
     "complex_parameters": (test_complex_parameters,),
@@ -267,7 +288,7 @@ def test_a_strategy_trains_an_embedding_with_sparse_gradients(case, together):
     assert not torch.equal(first["norm.1.table.weight"], _sparse(case[0])[0].norm[1].table.weight)
 
 
-_ALL_IN_ONE = {test_gradients_that_come_late: _LATE}
+_ALL_IN_ONE = {test_gradients_that_come_late: _LATE, test_ranks_that_train_apart: _LOCAL}
 _BESIDE = strategies_composition.test_beside_callbacks
 _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
     "accumulation": (strategies_composition.test_trainer_options,),
@@ -303,7 +324,10 @@ def test_what_is_declared_to_work_is_run_by_a_test(entry):
         if answer.works in ("yes", "stand-in"):
             run = [other for test in tests.get(field, ()) for other in entries_of(test)]
             run += [] if isinstance(entry, Scheme) else entries_checked(field)
-            works = [not other.works_with.answers[field].is_no for other in run if other.name == entry.name]
+            names = (
+                {entry.name} if getattr(entry, "broad", True) else {scheme.name for scheme in strategy_settings.BROAD}
+            )
+            works = [not other.works_with.answers[field].is_no for other in run if other.name in names]
             assert any(works), f"no test runs {entry} with {field}"
 
 

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad import callbacks
 from lightning_grad.testing import BATCH, assert_identical, loaders, make_classifier, make_data, make_trainer, on_ranks
-from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.contract.strategy_settings import BROAD, CANONICAL, SCHEMES, Scheme
 from tests.strategies.fits import finish, outcome, train_on_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
-EACH = [(scheme,) for scheme in CANONICAL]
+EACH = [(scheme,) for scheme in BROAD]
 
 
 def _without(message: str) -> Any:
@@ -64,7 +64,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "fast_dev_run": {"fast_dev_run": 5},
     "detect_anomaly": {"sync_batchnorm": False, "detect_anomaly": True},
 }
-OPTIONS = list(itertools.product(CANONICAL, _OPTIONS))
+OPTIONS = list(itertools.product(BROAD, _OPTIONS))
 
 
 def _fit_with_options(scheme: Scheme, name: str, folder: Path) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def _compiled(scheme: Scheme, how: str, folder: Path) -> None:
     assert strategy.memory.keys() == expected["memory"].keys()
 
 
-COMPILED = list(itertools.product(CANONICAL, ["module.compile()", "torch.compile(module)"]))
+COMPILED = list(itertools.product(BROAD, ["module.compile()", "torch.compile(module)"]))
 
 
 @pytest.mark.parametrize("case", COMPILED)
@@ -165,7 +165,7 @@ _SEVERAL = (
 )
 COMPANY = [
     (scheme, names)
-    for scheme, names in itertools.product(CANONICAL, [*((name,) for name in _BESIDE), _SEVERAL])
+    for scheme, names in itertools.product(BROAD, [*((name,) for name in _BESIDE), _SEVERAL])
     if names != ("EMAWeightAveraging",) or not scheme.works_with.weight_averaging.is_no
 ]
 

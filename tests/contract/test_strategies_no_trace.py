@@ -24,7 +24,7 @@ from lightning_grad.testing import (
     traces,
     trainer_traces,
 )
-from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.contract.strategy_settings import BROAD, CANONICAL, SCHEMES, Scheme
 from tests.strategies.fits import outcome, train_on_ranks
 
 _ENDS = ("success", "exception", "interrupt", "before the update", "in the update")
@@ -88,7 +88,7 @@ def _look(scheme: Scheme, how: str, folder: Path) -> None:
     assert len(pickle.dumps(optimizer)) > 0
 
 
-ENDED = list(itertools.product(CANONICAL, _ENDS))
+ENDED = list(itertools.product(BROAD, _ENDS))
 
 
 @pytest.mark.parametrize("case", ENDED)
@@ -120,7 +120,7 @@ def _fit_twice(scheme: Scheme, folder: Path) -> None:
     assert trainer.strategy is strategy
 
 
-EACH = [(scheme,) for scheme in CANONICAL]
+EACH = [(scheme,) for scheme in BROAD]
 
 
 @pytest.mark.parametrize("case", EACH)
@@ -144,7 +144,7 @@ def _fit_after_a_failed_save(scheme: Scheme) -> None:
 
 
 def test_a_later_fit_cleans_up_after_one_whose_callback_failed_to_save():
-    for scheme in CANONICAL:
+    for scheme in BROAD:
         on_ranks(1, _fit_after_a_failed_save, scheme)
 
 

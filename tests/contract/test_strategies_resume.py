@@ -23,7 +23,7 @@ from lightning_grad.testing import (
     make_trainer,
     on_ranks,
 )
-from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.contract.strategy_settings import BROAD, SCHEMES, Scheme
 from tests.strategies.fits import finish, outcome
 
 pytestmark = [
@@ -62,7 +62,7 @@ def _resume_accumulating(scheme: Scheme, accumulate: int, folder: Path) -> int:
     return _resume_everywhere(scheme.build, scheme.module, folder, arguments)
 
 
-ACCUMULATING = [*((scheme, 1) for scheme in SCHEMES), *((scheme, 2) for scheme in CANONICAL)]
+ACCUMULATING = [*((scheme, 1) for scheme in SCHEMES), *((scheme, 2) for scheme in BROAD)]
 
 
 @pytest.mark.parametrize("case", ACCUMULATING)
@@ -79,7 +79,7 @@ def _resume_on_one_rank(scheme: Scheme, folder: Path) -> int:
     return _resume_everywhere(scheme.build, scheme.module, folder, {"limit_val_batches": 0})
 
 
-EACH = [(scheme,) for scheme in CANONICAL]
+EACH = [(scheme,) for scheme in BROAD]
 
 
 @pytest.mark.parametrize("case", EACH)

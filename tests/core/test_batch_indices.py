@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, default_collate
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, default_collate
 
 from lightning_grad.callbacks import DataPruning, RepeatedRandomSubset
 from lightning_grad.core import GradCallback, during_fit
@@ -50,8 +51,8 @@ class Notes(GradCallback):
     namespace = "notes"
     _indices = during_fit[BatchIndices]()
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__(name)
         self.seen: list[tuple[list[int], list[int]]] = []
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -61,6 +62,16 @@ class Notes(GradCallback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         batch = batch[0] if isinstance(batch[0], list) else batch
         self.seen.append((self._indices.of_batch(batch_idx), batch[0].flatten().long().tolist()))
+
+
+class Permuted(Sampler[Any]):
+    """Yields numpy integers, like many a sampler of one's own."""
+
+    def __iter__(self) -> Any:
+        return iter(np.random.default_rng(0).permutation(SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
 
 
 def drop_some(samples: list[Any]) -> Any:
@@ -77,6 +88,7 @@ LOADERS: dict[str, Any] = {
     "whole batches": lambda: DataLoader(
         Numbered(), batch_size=None, sampler=BatchSampler(RandomSampler(range(SAMPLES)), 4, False)
     ),
+    "numpy integers": lambda: DataLoader(Numbered(), 4, sampler=Permuted()),
     "some batches are None": lambda: DataLoader(Numbered(), 4, shuffle=True, collate_fn=drop_some),
 }
 
@@ -94,11 +106,12 @@ def fit(*callbacks: Any, loader: Any, ckpt: Any = None, **arguments: Any) -> Any
 @pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
 @pytest.mark.parametrize("kind", LOADERS)
 def test_indices_are_those_of_the_batches(kind: str) -> None:
-    notes, loader = Notes(), LOADERS[kind]()
+    both, loader = (Notes(), Notes("second")), LOADERS[kind]()
     before = loader.batch_sampler, loader.sampler
-    fit(notes, loader=loader)
-    assert len(notes.seen) >= 5
-    assert all(known == real for known, real in notes.seen), notes.seen
+    fit(*both, loader=loader)
+    for notes in both:
+        assert len(notes.seen) >= 5
+        assert all(known == real for known, real in notes.seen), notes.seen
     assert (loader.batch_sampler, loader.sampler) == before
 
 
@@ -122,10 +135,13 @@ def test_a_resumed_fit_and_a_reloaded_loader_know_them(tmp_path: Any) -> None:
         fit(notes, loader=ResumableLoader(Numbered(), 4), ckpt=path)
         assert notes.seen
         assert all(known == real for known, real in notes.seen), notes.seen
-    notes = Notes()
-    fit(notes, loader=DataLoader(Numbered(), 4, shuffle=True), reload_dataloaders_every_n_epochs=1)
-    assert len(notes.seen) == 12
-    assert all(known == real for known, real in notes.seen)
+    both, loader = (Notes(), Notes("second")), DataLoader(Numbered(), 4, shuffle=True)
+    before = loader.batch_sampler
+    fit(*both, loader=loader, reload_dataloaders_every_n_epochs=1)
+    assert loader.batch_sampler is before
+    for notes in both:
+        assert len(notes.seen) == 12
+        assert all(known == real for known, real in notes.seen)
 
 
 class Stream(IterableDataset):

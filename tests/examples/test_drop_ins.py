@@ -15,6 +15,7 @@ import pytest
 import quantization
 import schedules
 import sharpness
+import spikes
 
 from lightning_grad.callbacks import (
     SAM,
@@ -26,6 +27,7 @@ from lightning_grad.callbacks import (
     OptimizerSwap,
     QuantizationAwareTraining,
     SkipNonFinite,
+    SpikeRewind,
     ZClip,
 )
 from lightning_grad.functional import is_nm
@@ -96,6 +98,18 @@ def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pyte
     assert "sam/sharpness" not in (tmp_path / "plain/metrics.csv").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:SpikeRewind goes back")
+@pytest.mark.filterwarnings("ignore:SkipNonFinite")
+def test_going_back_saves_the_statistics_of_batch_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spikes.main(["--epochs", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "skip: loss nan, " in printed
+    assert "rewind: loss 2." in printed
+    assert "1 rewinds. In all bad batches: sample " in printed
+    assert "700" in printed
+    check_files(tmp_path / "rewind", "spike_rewind.csv", "spike_rewind.png")
+
+
 def test_diagnosis_names_the_bad_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(match="not finite|non-finite"):
         diagnostics.main(["--epochs", "1", "--output", str(tmp_path)])
@@ -149,6 +163,7 @@ def test_two_processes_send_less(
         ("quantization", QuantizationAwareTraining, None),
         ("probes", GradCAMLogger, "grad_cam_logger.png"),
         ("sharpness", SAM, None),
+        ("spikes", SpikeRewind, "gradient_monitor.png"),
     ],
 )
 def test_yaml_runs_on_the_command_line(

@@ -39,10 +39,10 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
 )
 _LOCAL_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"sync_every_n_steps": 0}, "sync_every_n_steps must be at least 1"),
-    ({"dense_fraction": 1.5}, "dense_fraction must be between 0"),
+    ({"dense_fraction": 1.5}, "dense_fraction must be from 0 to 1"),
     ({"compression": "top_k"}, "Did you mean 'topk'"),
     ({"ratio": 0.0}, "ratio must be a share of entries"),
-    ({"residual_decay": -0.1}, "residual_decay must be between 0"),
+    ({"residual_decay": -0.1}, "residual_decay must be from 0 to 1"),
     *_SHARED_WRONG,
 )
 _WARMUP = {key: value for key, value in DGCStrategy.trial.items() if key != "ratio"}
@@ -100,13 +100,14 @@ ENTRIES = [
     Scheme(
         "LocalSGDStrategy",
         wrong=_LOCAL_WRONG,
+        broad=False,  # DiLoCo with another outer step
     ),
     Scheme(
         "LocalSGDStrategy",
         "dense-then-int8",
         arguments={"sync_every_n_steps": 2, "dense_fraction": 0.3, "compression": "int8", "min_numel": 100},
         optimizer="adamw",
-        neutral={"dense_fraction": 1.0},
+        neutral="that of the first entry turns off the same",
     ),
     Scheme(
         "DiLoCoStrategy",
@@ -128,6 +129,6 @@ ENTRIES = [
             "overlap": True,
         },
         optimizer="adamw",
-        neutral={"dense_fraction": 1.0},
+        neutral="that of the first entry turns off the same",
     ),
 ]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy
+from lightning_grad.strategies._rank_saving import RankSavingDDP
 
 BATCH, BATCHES = 12, 6  # a batch is shared out: 12, 6, 4 or 3 samples on 1, 2, 3 or 4 ranks
 
@@ -137,7 +138,7 @@ def fit(
     assert trainer.world_size == dist.get_world_size()
     result = {key: getattr(recorder, key) for key in ("local", "mean", "sent", "metrics", "buckets")}
     result |= {"weights": dict(module.state_dict()), "optimizer": trainer.optimizers[0].state_dict()}
-    if isinstance(strategy, CompressedDDPStrategy):
+    if isinstance(strategy, RankSavingDDP):
         ledger = strategy.ledger
         result |= {"memory": strategy.memory, "ledger": ledger.state_dict(), "ratio": ledger.ratio}
     return result

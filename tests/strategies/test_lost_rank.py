@@ -22,7 +22,7 @@ from torch import nn
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.strategies import _lost_ranks, _rank_files
 from lightning_grad.testing import assert_identical, fit, on_ranks
-from tests.contract.strategy_settings import CANONICAL, Scheme
+from tests.contract.strategy_settings import BROAD, CANONICAL, COMPRESSING, Scheme
 from tests.strategies.fits import finish
 
 pytestmark = [
@@ -136,7 +136,7 @@ def _assert_says_why(words: str, scheme: Scheme) -> None:
 
 
 _HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step")
-KILLED = list(itertools.product(CANONICAL, _HOOKS))
+KILLED = [*itertools.product(COMPRESSING, _HOOKS), *((scheme, _HOOKS[1]) for scheme in BROAD if scheme.is_local)]
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +236,7 @@ class _DiesInASave(pl.Callback):
 
 @pytest.mark.parametrize(
     ("scheme", "torn", "over"),
-    [(CANONICAL[0], True, True), (CANONICAL[0], False, False), (CANONICAL[1], True, False)],
+    [(CANONICAL[0], True, True), (CANONICAL[0], False, False), (COMPRESSING[1], True, False)],
     ids=str,
 )
 def test_a_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before(scheme, torn, over, tmp_path):

@@ -14,11 +14,11 @@ from torch import nn
 
 from lightning_grad.testing import assert_identical, make_classifier, on_ranks
 from tests.contract import settings
-from tests.contract.strategy_settings import CANONICAL, SCHEMES, Scheme
+from tests.contract.strategy_settings import CANONICAL, COMPRESSING, SCHEMES, Scheme
 from tests.strategies.fits import outcome, train_on_ranks
 from tests.strategies.ranks import said
 
-DGC, POWER = CANONICAL
+DGC, POWER = COMPRESSING
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_unknown_arguments_are_not_swallowed(scheme):
         scheme.build(no_such_argument=1)
 
 
-@pytest.mark.parametrize("scheme", CANONICAL, ids=str)
+@pytest.mark.parametrize("scheme", COMPRESSING, ids=str)
 def test_one_name_is_no_list_of_names(scheme):
     with pytest.raises(TypeError, match=re.escape("Write ['head']")):
         scheme.build(exclude="head")
@@ -90,7 +90,9 @@ def with_optimizer(make: Any) -> Any:
     return build
 
 
-_CLIPPERS = [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no and t.family == "clipping"]
+_CLIPPERS = [
+    t for t in settings.CANONICAL if t.works_with.late_gradients.is_no and getattr(t.kind, "role", "") == "clip"
+]
 CLIPPERS = [(clipper,) for clipper in _CLIPPERS]
 
 
@@ -176,7 +178,7 @@ def _clipped_by_the_trainer(value: float) -> Refusal:
 
 
 REFUSALS: dict[str, Refusal] = {
-    **{f"{scheme}, {name}": of for scheme in CANONICAL for name, of in _refusals_of_each(scheme).items()},
+    **{f"{scheme}, {name}": of for scheme in COMPRESSING for name, of in _refusals_of_each(scheme).items()},
     **{f"clipping by the Trainer to {value}": _clipped_by_the_trainer(value) for value in (0.5, 2)},
     "clipping by value": Refusal(
         ("gradient_clip_val=0.5", "local_clip clips by norm"),
@@ -257,7 +259,7 @@ def test_auto_moves_the_momentum_of_sgd_and_needs_no_remark():
     assert line.endswith("the others go dense.")
 
 
-EACH = [(scheme,) for scheme in CANONICAL]
+EACH = [(scheme,) for scheme in COMPRESSING]
 
 
 def _warned(scheme: Scheme, folder: Path) -> None:

@@ -292,10 +292,12 @@ from lightning_grad.testing import check_callback, checker
 from tests.testing.broken import Careful, small
 
 few = ("g1_trains_an_unmodified_module", "g6_compiled_submodules", "g6_two_ranks", "g8_yaml_round_trip")
-checker.CHECKS = {name: checker.CHECKS[name] for name in few}
+every, checker.CHECKS = checker.CHECKS, {name: checker.CHECKS[name] for name in few}
 for row in check_callback(Careful, level="full", modules=[small]):
     print(row.check, row.status, row.words, sep="|")
 print(torch.get_num_threads())
+checker.CHECKS = every
+print("then")
 """
 
 
@@ -309,8 +311,18 @@ def _python(code: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, text=True, cwd=Path(__file__).parents[2], env=variables, **pipes)
 
 
-def test_it_works_without_optional_packages_and_after_threads_of_torch() -> None:
-    out, error = _python(ALONE).communicate(timeout=100)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str, list[Path]]:
+    """Run both programs in one process, and return what each printed, the errors, and what is left of its folder."""
+    folder, started = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("started") / "started"
+    process = _python(ALONE + INTERRUPTED, TMPDIR=str(folder), STARTED=str(started))
+    out, error = process.communicate(timeout=100)
+    first, _, second = out.partition("then\n")
+    return first, second, error, list(folder.iterdir())
+
+
+def test_it_works_without_optional_packages_and_after_threads_of_torch(alone: Any) -> None:
+    out, _, error, _ = alone
     assert error == ""
     *lines, threads = out.splitlines()
     assert threads == "2"
@@ -357,13 +369,11 @@ for ranks, work in ((2, two_ranks), (1, one_rank)):
 """
 
 
-def test_ctrl_c_ends_it_and_leaves_no_process_or_folder(tmp_path: Path) -> None:
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    out, error = _python(INTERRUPTED, TMPDIR=str(folder), STARTED=str(tmp_path / "started")).communicate(timeout=100)
+def test_ctrl_c_ends_it_and_leaves_no_process_or_folder(alone: Any) -> None:
+    _, out, error, left = alone
     assert error == ""
     assert out == "interrupted [] default_int_handler\n" * 2
-    assert list(folder.iterdir()) == []
+    assert left == []
 
 
 class HangsOnRankOne(pl.Callback):

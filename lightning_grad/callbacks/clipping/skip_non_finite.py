@@ -137,6 +137,8 @@ class SkipNonFinite(GradientConditioner):
         return {"skipped": float(self._skipped[step.index])}
 
     def _on_any_rank(self, here: bool) -> bool:
+        if getattr(self._trainer.strategy, "gradient_is_local", False):
+            return here
         return bool(self._trainer.strategy.reduce_boolean_decision(here, all=False))
 
     def _skip(self, step: GradientStep, bad: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,13 +28,15 @@ from lightning_grad.core import (
     until_next_fit,
     yes,
 )
+from lightning_grad.core.ranks import lists_of_ranks
 from lightning_grad.core.record import panels, style_axis
 from lightning_grad.core.roles import refuse_order
 from lightning_grad.core.samples.batch_indices import BatchIndices
-from lightning_grad.core.steps.run_copy import go_back, take_copy
+from lightning_grad.core.steps.run_copy import epoch_begins, epoch_ends, go_back, take_copy
 from lightning_grad.functional import is_spike
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
 from lightning_grad.functional.plain_tensors import plain_tensor
+from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 from lightning_grad.utilities.precision import grad_scaler
 from lightning_grad.utilities.reporting import counted, listed, log_summary, stepped_batches
 
@@ -54,6 +57,7 @@ class SpikeRewind(GradCallback):
     Clipping limits the step of a bad batch. This takes back that step and those before it, whose damage may have caused
     the spike: weights, buffers, optimizers, schedulers, the GradScaler and random states are those of the oldest copy. The
     batches since then are not trained on again, so the run continues bit for bit like one whose data never had them.
+    Steps and epochs keep counting.
 
     Args:
         window: Largest number of steps that the run goes back.
@@ -61,7 +65,7 @@ class SpikeRewind(GradCallback):
         copies: Copies to hold. A new one is taken every window // copies steps.
         factor: Multiple of the usual norm above which a step is a spike, above 1.
             The default is a choice of this library.
-        max_in_row: Raise an error at the next spike after going back this often without a new copy; None never raises.
+        max_in_row: Raise an error at the next spike after going back this often to one copy; None never raises.
         save_copies: Put the copies into checkpoints, so a resumed run goes back like an uninterrupted one.
             Each takes as much space as weights and optimizer state together.
         figure: Draw the rewinds at the end of the run (needs matplotlib and a logger with a folder).
@@ -70,7 +74,7 @@ class SpikeRewind(GradCallback):
     Raises:
         ValueError: In the constructor for numbers out of range. In ``setup`` for sharded strategies, manual optimization, or
             if a callback that changes gradients precedes it.
-        RuntimeError: At a spike after max_in_row rewinds without a new copy.
+        RuntimeError: At a spike after max_in_row rewinds to the same copy.
 
     **Hooks.** ``on_before_optimizer_step``, to measure the gradient. At a spike, gradients are set to ``None``, so the
     optimizer does nothing. ``on_train_batch_end``, after the schedulers, to take a copy or go back.
@@ -82,8 +86,8 @@ class SpikeRewind(GradCallback):
     **State.** The norms of the last 64 steps, the record, counters, and, with save_copies, the copies.
 
     **Cost.** One norm per step. The host must know whether to go back, so it waits for the device once per step, like a
-    GradScaler; under DDP the ranks agree by one reduction. Memory: ``copies`` times the weights, buffers and optimizer
-    state; with AdamW six times the weights for two copies.
+    GradScaler; under DDP, the ranks agree by a reduction, for which it waits again. Memory: ``copies`` times the weights,
+    buffers and optimizer state; with AdamW six times the weights for two copies.
 
     Example:
         .. code-block:: yaml
@@ -102,11 +106,15 @@ class SpikeRewind(GradCallback):
 
     namespace: ClassVar[str] = "grad/spike_rewind"
     role: ClassVar[Role] = "guard"
-    syncs_per_step: ClassVar[str] = "the host must know whether to go back: one wait per step"
+    syncs_per_step: ClassVar[str] = "the host must know whether to go back: one wait per step, two under DDP"
     compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
         weight_averaging=yes("The average keeps what steps added that were taken back."),
         late_gradients=no(
             "would go back in the weights, but not in what {} has accumulated", "Train with strategy='ddp'"
+        ),
+        local_steps=no(
+            "would go back on all ranks, and under {} past exchanges that it cannot take back",
+            "Use SkipNonFinite or SpikeClipping, which act on each rank alone, or strategy='ddp'",
         ),
         **manual(
             no("takes back whole steps, and under {} the module steps its optimizers itself", "Use SkipNonFinite")
@@ -121,7 +129,9 @@ class SpikeRewind(GradCallback):
     _age = until_next_fit.of(int).saved()  # steps since the latest copy
     _in_row = until_next_fit.of(int).saved()
     _copies = until_next_fit.of(list[dict[str, Any]])
+    _shapes = during_fit.of(list[Shape])
     _norm = during_fit[float | None](lambda _: None)
+    _has_stepped = during_fit.of(bool)
     _has_spiked = during_fit.of(bool)
     _indices = during_fit[BatchIndices]()
     _drawn = during_fit.of(list[int])
@@ -156,6 +166,7 @@ class SpikeRewind(GradCallback):
         if self.fitting:
             refuse_order(trainer)
             self._indices = BatchIndices(trainer, self.undo)
+            self.undo_after_saving.push(self._drop_copies)
 
     @override
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -179,6 +190,7 @@ class SpikeRewind(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._shapes = [optimizer_shape(optimizer) for optimizer in trainer.optimizers]
         if not self._copies:
             self._take_copy(trainer, pl_module, stepped_batches(trainer) - 1)
 
@@ -189,11 +201,18 @@ class SpikeRewind(GradCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._drawn += self._indices.of_batch(batch_idx)
+        shapes = [optimizer_shape(optimizer) for optimizer in trainer.optimizers]
+        if shapes != self._shapes:  # the copies do not fit optimizers that were given other parameters
+            self._shapes, self._copies, self._in_row = shapes, [], 0
+            self._take_copy(trainer, pl_module, stepped_batches(trainer) - 1)
+        if batch_idx == 0:
+            self._copies = [epoch_begins(each) for each in self._copies]
 
     @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
+        self._has_stepped = True
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         gradients = [plain_tensor(p.grad) for p in parameters if p.grad is not None]
         if not gradients:  # another callback skips the step
@@ -208,56 +227,56 @@ class SpikeRewind(GradCallback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        norm, self._norm = self._norm, None
-        if norm is None:
+        if trainer.fit_loop.epoch_loop._num_ready_batches_reached():  # the schedulers of the epoch have stepped
+            self._copies = [epoch_ends(trainer, each) for each in self._copies]
+        if not self._has_stepped:
             return
-        self.norms.add({"step": stepped_batches(trainer), "norm": norm})
-        if self._has_spiked:
-            self._rewind(trainer, pl_module, norm)
+        norm, spikes, drawn = self._norm, self._has_spiked, self._drawn
+        self._norm, self._has_stepped, self._has_spiked, self._drawn = None, False, False, []
+        if norm is not None:
+            self.norms.add({"step": stepped_batches(trainer), "norm": norm})
+        if spikes:
+            self._rewind(trainer, pl_module, self.norms.last["norm"], lists_of_ranks(trainer, drawn))
         else:
-            self._recent = [*self._recent, *([norm] if math.isfinite(norm) else [])][-_RECENT:]
-            self._age += 1
-            if self._age >= self._every:
-                self._take_copy(trainer, pl_module, stepped_batches(trainer))
-        self._has_spiked, self._drawn = False, []
+            self._advance(trainer, pl_module, norm)
         if is_log_step(trainer):
             self.log_scalars(pl_module, {"rewinds": float(self.rewinds.count)})
 
-    @property
-    def _every(self) -> int:
-        """Steps between two copies."""
-        return self.window // self.copies
+    def _advance(self, trainer: pl.Trainer, pl_module: pl.LightningModule, norm: float | None) -> None:
+        if norm is not None and math.isfinite(norm):
+            self._recent = [*self._recent, norm][-_RECENT:]
+        self._age += 1
+        if self._age >= self.window // self.copies:
+            self._take_copy(trainer, pl_module, stepped_batches(trainer))
 
     def _take_copy(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        if len(self._copies) == self.copies:
+            del self._copies[0]  # first, so memory never holds one more
+            self._in_row = 0
         taken = {**take_copy(trainer, pl_module), "step": step, "recent": list(self._recent)}
-        self._copies = [*self._copies, taken][-self.copies :]
-        self._age = self._in_row = 0
+        self._copies.append(taken)
+        self._age = 0
 
-    def _rewind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, norm: float) -> None:
+    def _rewind(self, trainer: pl.Trainer, pl_module: pl.LightningModule, norm: float, drawn: list[int]) -> None:
         """Go back to the oldest copy, which stays the only one."""
         oldest, step = self._copies[0], stepped_batches(trainer)
-        usual = sorted(self._recent)[len(self._recent) // 2] if self._recent else None
-        samples = listed(self._drawn, _MOST_SAMPLES) or "unknown"
+        usual = statistics.median(self._recent) if self._recent else None
+        samples = listed(drawn, _MOST_SAMPLES) or "unknown"
         where = f"step {step}, with a gradient norm of {norm:.3g}; the batch has the samples {samples}"
+        back_to = "first weights" if oldest["step"] < 0 else f"weights after step {oldest['step']}"
         if self.max_in_row is not None and self._in_row >= self.max_in_row:
             raise RuntimeError(
-                f"{self.display_name} went back {counted(self._in_row, 'time')} without {self._every} good "
-                f"steps in between; the last spike is at {where}. The likely cause is not a batch. Lower the learning rate, "
-                "or increase window or factor. To continue anyway, set max_in_row=None."
+                f"{self.display_name} went back to the {back_to} {counted(self._in_row, 'time')}, and each time another "
+                f"spike followed within {counted(self.window, 'step')}; the last one is at {where}. The likely cause is "
+                "not a batch. Lower the learning rate, or increase window or factor. To continue anyway, set "
+                "max_in_row=None."
             )
         go_back(trainer, pl_module, oldest)
         self._copies, self._recent, self._age = [oldest], list(oldest["recent"]), 0
         self._in_row += 1
-        back_to = "first weights" if oldest["step"] < 0 else f"weights after step {oldest['step']}"
         rank_zero_warn(f"{self.display_name} goes back to the {back_to}: a spike at {where}.")
-        row = {
-            "step": step,
-            "epoch": trainer.current_epoch,
-            "back_to": oldest["step"],
-            "norm": norm,
-            "usual_norm": usual,
-        }
-        self.rewinds.add({**row, "samples": " ".join(map(str, self._drawn))})
+        row = {"step": step, "epoch": trainer.current_epoch, "back_to": oldest["step"]}
+        self.rewinds.add({**row, "norm": norm, "usual_norm": usual, "samples": " ".join(map(str, drawn))})
         self.rewinds.save(trainer, self)
 
     @override
@@ -266,11 +285,8 @@ class SpikeRewind(GradCallback):
             self.rewinds.report(trainer, self, self._draw)
         log_summary(trainer, {self.log_key("rewinds"): float(self.rewinds.count)})
 
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.fitting:  # after an exception, which has no teardown, a checkpoint still needs them
-            self._copies = []
-        super().teardown(trainer, pl_module, stage)
+    def _drop_copies(self) -> None:
+        self._copies = []
 
     def _draw(self) -> Figure:
         """Draw the norm of each step, with the steps that were taken back."""
@@ -280,13 +296,18 @@ class SpikeRewind(GradCallback):
         for row in rows:
             label = "steps taken back" if row is rows[0] else None
             axis.axvspan(row["back_to"] + 0.5, row["step"] + 0.5, color="#f7d4c0", zorder=0, label=label)
-        spikes = [row for row in rows if math.isfinite(row["norm"])]
-        points = [row["step"] for row in spikes], [row["norm"] for row in spikes]
-        axis.plot(*points, "x", color="#b3261e", label="spike")
+        spikes = {row["step"]: row["norm"] for row in rows if math.isfinite(row["norm"])}
+        infinite = [row["step"] for row in rows if row["step"] not in spikes]
+        if spikes:
+            axis.plot(*zip(*spikes.items(), strict=True), "x", color="#b3261e", label="spike")
+        if infinite:  # at the upper edge
+            edge = axis.get_xaxis_transform()
+            heights = [1.0] * len(infinite)
+            axis.plot(infinite, heights, "v", color="#b3261e", label="not finite", transform=edge, clip_on=False)
         axis.set_yscale("log")
         axis.set_ylabel("gradient norm")
         axis.set_xlabel("step")
-        axis.legend(frameon=False, fontsize="small", ncols=3, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
+        axis.legend(frameon=False, fontsize="small", ncols=4, loc="lower left", bbox_to_anchor=(0, 1), borderpad=0)
         style_axis(axis)
         return figure
 

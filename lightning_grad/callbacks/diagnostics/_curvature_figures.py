@@ -82,7 +82,9 @@ def _draw_eigenvalues(axis: Axes, record: RunRecord) -> None:
         axis.plot(
             steps, edges, color=_EDGE, label=f"edge of stability{f': at least {min(edges):.3g}' if is_far else ''}"
         )
-        axis.set_ylim(min(*values, 0) - 0.05 * highest, 1.15 * min(max(highest, *edges), _BESIDE * highest))
+        lowest, top = min(*values, 0), min(max(highest, *edges), _BESIDE * highest)
+        if top > lowest:
+            axis.set_ylim(lowest - 0.05 * (top - lowest), top + 0.15 * (top - lowest))
     axis.set_ylabel("eigenvalue")
     axis.set_xlabel("step")
     axis.legend(ncols=5, **_ABOVE)
@@ -113,7 +115,8 @@ def _draw_densities(axis: Axes, kept: Sequence[Mapping[str, Any]]) -> None:
     axis.set_ylim(min(_floor(row["at"], int(row["size"])) for row in kept), 2 * highest)
     axis.set_xlabel("eigenvalue of the Hessian")
     axis.set_ylabel("density")
-    axis.legend(ncols=5, **_ABOVE)
+    lines = axis.get_lines()  # a legend is filled column by column
+    axis.legend(handles=[line for column in range(5) for line in lines[column::5]], ncols=5, **_ABOVE)
 
 
 def _floor(at: Tensor, size: int) -> float:

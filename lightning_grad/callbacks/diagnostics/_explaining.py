@@ -53,6 +53,7 @@ class ExplainingProbe(ProbeCallback):
 
     way_out: ClassVar[str] = OUTPUTS_FN
     credits_samples: ClassVar[bool] = True
+    looks_on_all_ranks: ClassVar[bool] = True  # the step may gather tensors from all ranks
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
         compiled=yes("Compiled modules run eagerly in a look."),
         **manual(

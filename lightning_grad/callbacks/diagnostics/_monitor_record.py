@@ -170,12 +170,22 @@ class SpikeTable(RunRecord):
         super().__init__(_MOST_SPIKES, weight=_norm)
 
     def note(self, optimizer: str, facts: Mapping[str, Any], order: ForwardOrder) -> None:
-        """Add a step of one optimizer, with the first of its suspects in the order of the forward pass."""
+        """Add a step of one optimizer, with the suspect that the others follow from."""
         suspects: dict[str, float] = facts["suspects"]
-        first = order.sort(list(suspects))[0] if suspects else None
+        bad = not all(map(math.isfinite, suspects.values()))
+        first = _origin(list(suspects), facts["loss"] if bad else math.nan, order) if suspects else None
         row = {key: facts[key] for key in ("step", "epoch", "batch_idx", "loss", "norm", "usual_norm")}
         own = {"parameter": first, "growth": suspects.get(first or ""), "suspects": len(suspects)}
         self.add({**row, "optimizer": optimizer, **own, "samples": " ".join(map(str, facts["samples"]))})
+
+
+def _origin(names: list[str], loss: float, order: ForwardOrder) -> str:
+    """Return the parameter from which a bad value spread to those of other layers.
+
+    If the loss is finite, the value arose in the backward pass and spread to all layers before; otherwise the first layer
+    of the forward pass counts.
+    """
+    return order.last(names[::-1]) if math.isfinite(loss) else order.sort(names)[0]
 
 
 class FirstBadStep:
@@ -190,7 +200,7 @@ class FirstBadStep:
         if not facts or self._facts:
             return
         names = facts.pop("parameters")
-        first = order.sort(names)[0] if names else "no single gradient: the sum of squares overflows"
+        first = _origin(names, facts["loss"], order) if names else "no single gradient: the sum of squares overflows"
         self._facts = {**facts, "parameter": first, "bad_parameters": len(names)}
 
     def warn(self, trainer: pl.Trainer, display_name: str, key: Callable[[str], str], alert: bool) -> None:

@@ -82,8 +82,8 @@ class NoiseScaleMeter:
             return "gradients of sharded parameters are reduced before they can be measured"
         if getattr(trainer.strategy, "gradient_is_compressed", False):
             return "the exchanged gradient is not a mean, as entries come late (the strategy's log_noise_scale=True logs it)"
-        if trainer.world_size == 1 and trainer.accumulate_grad_batches == 1:
-            return "it compares parts of a batch, so it needs accumulate_grad_batches or several ranks"
+        if _ranks(trainer) == 1 and trainer.accumulate_grad_batches == 1:
+            return "it compares parts of a batch, so it needs accumulate_grad_batches or several ranks that average gradients"
         return None
 
     def begin_batch(self, parameters: Sequence[Tensor], batch: Any) -> None:
@@ -119,14 +119,15 @@ class NoiseScaleMeter:
 
         It reduces over the ranks, so all of them must call it.
         """
-        ranks, parts, accumulated = trainer.world_size, self._parts, trainer.accumulate_grad_batches
+        ranks, parts, accumulated = _ranks(trainer), self._parts, trainer.accumulate_grad_batches
         squares, self._squares = self._squares, []
         self.stop()
         if not squares or parts * ranks < 2:
             return
         # The loss of each part was divided by the number of parts of a full batch, and multiplied by the loss scale.
         small = torch.stack(squares).sum() / parts * (accumulated / loss_scale(trainer, norm.device)) ** 2
-        small = trainer.strategy.reduce(small, reduce_op="mean")
+        if ranks > 1:
+            small = trainer.strategy.reduce(small, reduce_op="mean")
         big = (norm * accumulated / parts).square()
         self._scale.add(torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks)))
 
@@ -135,3 +136,8 @@ class NoiseScaleMeter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+
+def _ranks(trainer: pl.Trainer) -> int:
+    """Return over how many ranks the gradient is averaged."""
+    return 1 if getattr(trainer.strategy, "gradient_is_local", False) else trainer.world_size

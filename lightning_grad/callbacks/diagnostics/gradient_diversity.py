@@ -48,7 +48,7 @@ class GradientDiversity(ProbeCallback):
     Args:
         samples: Number of samples n, spread evenly over the set, or their indices.
         dim: Entries of a projected gradient, a multiple of 64.
-            The default is that of arXiv 2505.20161. Cosines have a standard error of up to sqrt(2 / dim).
+            Cosines have a standard error of up to sqrt(2 / dim).
         every_n_epochs: Look at the end of every n-th epoch. Default: 1.
         every_n_steps: Look after every n-th optimizer step instead.
         split: Set that the samples are from, "train" or "val".
@@ -62,7 +62,7 @@ class GradientDiversity(ProbeCallback):
 
     Raises:
         ValueError: In the constructor for wrong arguments. In ``setup`` for sharded strategies and manual optimization. After
-            the first batch, if there are fewer samples.
+            the first batch, if there are fewer samples, or fewer than two with a gradient.
         RuntimeError: After the first batch, if the loss cannot be separated into samples, or the loss of a sample depends on
             other samples.
 
@@ -89,11 +89,12 @@ class GradientDiversity(ProbeCallback):
 
     References:
         Jung et al., "Prismatic Synthesis: Gradient-based Data Diversification Boosts Generalization in LLM Reasoning", 2025,
-        arXiv 2505.20161, section 3.
+        arXiv 2505.20161.
     """
 
     namespace: ClassVar[str] = "diversity"
     way_out: ClassVar[str] = LOSS_FN
+    looks_on_all_ranks: ClassVar[bool] = True  # the step may gather tensors from all ranks
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
         compiled=yes("Compiled modules run eagerly in a look."),
         complex_parameters=no("projects real gradients, and {} is complex", "Store it as real and imaginary part"),
@@ -124,6 +125,9 @@ class GradientDiversity(ProbeCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(samples, every_n_epochs, every_n_steps, split, dataset, loader_key, figure, name)
+        count = self.samples if isinstance(self.samples, int) else len(self.samples)
+        if count < 2:
+            raise ValueError("samples must be at least 2, because the score compares their gradients; got 1.")
         RademacherProjection(1, dim)  # raises for a wrong dim
         check_only_one({"loss_index": loss_index, "loss_fn": loss_fn}, "choose the loss")
         self.dim = dim
@@ -158,11 +162,15 @@ class GradientDiversity(ProbeCallback):
             labels.append(None if found.call is None else found.call.labels)
         score, cosines = vendi_score(torch.cat(gradients))
         count = int(cosines.diagonal().isfinite().sum())
-        pairs = (cosines.nansum() - count) / max(count * (count - 1), 1)
-        scalars: dict[str, float | Tensor] = {
+        if count < 2:
+            raise ValueError(
+                f"{self.display_name} needs two samples with a gradient, but only {count} of {len(cosines)} have one that "
+                "is finite and not zero. Check the loss that training_step returns in eval mode, or set samples to others."
+            )
+        scalars = {
             "g_vendi": score,
-            "share": score / max(count, 1),
-            "mean_cosine": pairs,
+            "share": score / count,
+            "mean_cosine": float(cosines.nansum() - count) / (count * (count - 1)),
             "zero_gradients": float(len(cosines) - count),
         }
         title = f"{self.display_name}, epoch {look.epoch}, step {look.step}: {score:.1f} directions of {count} samples"

@@ -103,8 +103,9 @@ class GradientMonitor(GradCallback):
     begin with ``grad/optimizer<i>/`` and ``grad_layers/optimizer<i>/``. At the end: a figure and a
     table. The table ``spikes`` has one row for each spike and non-finite step: norm and usual norm,
     the parameter whose gradient grew the most since the last log step (the first in the forward
-    pass), and the indices of the samples in the batch. At the first non-finite gradient: a warning
-    that names the parameter, the loss and the samples, a file with these facts, and an alert.
+    pass) or from which non-finite values spread, and the indices of the samples in the batch. At
+    the first non-finite gradient: a warning that names the parameter, the loss and the samples, a
+    file with these facts, and an alert.
 
     **State.** The record and the averages of the noise scale. The cosine is missing at the first
     log step after a resume.
@@ -130,6 +131,9 @@ class GradientMonitor(GradCallback):
     compatibility: ClassVar[Compatibility] = GradientConditioner.compatibility.but(
         compiled=yes("It measures no logits if a module is compiled."),
         late_gradients=yes("It measures no noise scale, because the gradient after the exchange is not a mean."),
+        local_steps=yes(
+            "It shows the gradients of rank 0. The noise scale is that of one rank, and needs accumulation."
+        ),
         **manual(yes("It measures no noise scale under manual optimization.")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"slow_stats_every": 2}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -32,6 +32,7 @@ from lightning_grad.functional import (
     Ritz,
     hutchinson_trace,
     lanczos,
+    largest_eigenvalues,
     random_signs,
     spectral_density,
     stability_edge,
@@ -55,7 +56,7 @@ class HessianSpectrum(ProbeCallback):
     descent, training is unstable where the largest eigenvalue exceeds :math:`2 / \eta`, the edge of stability.
 
     Args:
-        num_eigenvalues: Number of the largest eigenvalues to log.
+        num_eigenvalues: Number of the largest eigenvalues to log, each as often as it occurs.
         probes: Random vectors z of the trace; 0 for no trace.
         density: Draw the density of all eigenvalues, from the same Lanczos iteration.
         samples: Number of samples n, spread evenly over the set, or their indices.
@@ -73,7 +74,8 @@ class HessianSpectrum(ProbeCallback):
     Raises:
         ValueError: In the constructor for wrong arguments. In ``setup`` for sharded strategies and manual optimization. After
             the first batch, if there are fewer samples, or the step returns no loss that requires a gradient.
-        RuntimeError: After the first batch, if a part of the module has no second derivative.
+        RuntimeError: After the first batch, if a part of the module has no second derivative, or uses a reentrant activation
+            checkpoint.
 
     **Hooks.** Those of :class:`~lightning_grad.core.ProbeCallback`.
 
@@ -84,11 +86,12 @@ class HessianSpectrum(ProbeCallback):
     **State.** The scalars of all looks, the density of up to eight looks, and whether a look is due.
 
     **Cost.** One gradient of n samples with a graph that is kept, and one backward pass through that graph for each product:
-    up to ``lanczos_steps + probes`` of them. Memory: that graph, and up to ``lanczos_steps`` vectors of the size of the
-    weights. See docs/benchmarks.md.
+    up to ``lanczos_steps + probes`` of them, and with several eigenvalues ten or more to find those that occur repeatedly.
+    Memory: that graph, and one vector of the size of the weights for each product of the Lanczos iteration. See
+    docs/benchmarks.md.
 
-    **Deviations.** The density comes from one random vector instead of an average over several (section 2 of arXiv
-    1901.10159 recommends ten): the error of one falls with the number of weights.
+    **Deviations.** The density comes from one random vector instead of an average over several, as in arXiv 1901.10159: the
+    error of one falls with the number of weights.
 
     Example:
         .. code-block:: yaml
@@ -109,6 +112,7 @@ class HessianSpectrum(ProbeCallback):
 
     namespace: ClassVar[str] = "curvature"
     way_out: ClassVar[str] = "return the loss from training_step"
+    looks_on_all_ranks: ClassVar[bool] = True  # the step may gather tensors from all ranks
     compatibility: ClassVar[Compatibility] = ProbeCallback.compatibility.but(
         compiled=yes("Compiled modules run eagerly in a look."),
         sparse_gradients=no("differentiates gradients, and {} has sparse ones", "Set sparse=False for it"),
@@ -166,12 +170,14 @@ class HessianSpectrum(ProbeCallback):
         like = torch.cat([parameter.detach().flatten()[:1] for parameter in parameters])  # dtype and device of all
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         try:
-            product = HessianProduct(self._loss(look), parameters)
-            start, *others = self._vectors(product.size, like)
-            found = lanczos(product, start, self.lanczos_steps, self.num_eigenvalues)
-            scalars = self._scalars(found, look)
-            if others:
-                scalars["trace"], scalars["trace_error"] = hutchinson_trace(product, others)
+            with sdpa_kernel(SDPBackend.MATH):  # other kernels have no second derivative; checkpoints run again later
+                hessian = HessianProduct(self._loss(look), parameters)
+                product = self._shared(hessian, look)
+                vectors = self._vectors(hessian.size, like)
+                found = lanczos(product, next(vectors), self.lanczos_steps, self.num_eigenvalues)
+                scalars = self._eigenvalues(product, found)
+                if self.probes:
+                    scalars["trace"], scalars["trace_error"] = hutchinson_trace(product, vectors)
         except RuntimeError as error:
             if not any(words in str(error) for words in _NO_SECOND_DERIVATIVE):
                 raise
@@ -180,21 +186,23 @@ class HessianSpectrum(ProbeCallback):
                 f"none: {str(error).splitlines()[0]} If the module chooses a kernel of attention itself, choose "
                 "SDPBackend.MATH in eval mode; otherwise drop the callback."
             ) from None
-        if not self.density:
-            return Reading(scalars)
+        scalars |= self._edge(look)
+        return self._with_density(found, hessian.size, scalars, look) if self.density else Reading(scalars)
+
+    def _with_density(self, found: Ritz, size: int, scalars: Mapping[str, float], look: ProbeLook) -> Reading:
         at, values = spectral_density([found])
-        title = f"{self.display_name}, epoch {look.epoch}, step {look.step}: density of {product.size:,} eigenvalues"
-        drawn = partial(
-            draw_density, at, values, product.size, self._largest(found), scalars.get("stability_edge"), title
-        )
-        pictures = {"density": drawn} if self.figure else {}
-        kept = {"at": at.float(), "density": values.float(), "size": torch.tensor(product.size)}
-        return Reading(scalars, pictures=pictures, kept=kept)
+        kept = {"at": at.float(), "density": values.float(), "size": torch.tensor(size)}
+        if not self.figure:
+            return Reading(scalars, kept=kept)
+        largest = [scalars[name] for name in scalars if name.startswith("eigenvalue_") and name[11:].isdecimal()]
+        title = f"{self.display_name}, epoch {look.epoch}, step {look.step}: density of {size:,} eigenvalues"
+        drawn = partial(draw_density, at, values, size, largest, scalars.get("stability_edge"), title)
+        return Reading(scalars, pictures={"density": drawn}, kept=kept)
 
     def _loss(self, look: ProbeLook) -> Tensor:
         """Return the mean loss of the samples, with its graph."""
         count, total = len(look.indices), torch.zeros(())
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+        with torch.enable_grad():
             for part in look.parts():
                 ways_out = f"{self.display_name} differentiates it. {look.asked.advice}"
                 loss = trained_loss(part.run(), ways_out).squeeze()
@@ -203,22 +211,23 @@ class HessianSpectrum(ProbeCallback):
             raise ValueError(f"{self.display_name} found no curvature, because the loss is {float(total.detach())}.")
         return total
 
-    def _vectors(self, size: int, like: Tensor) -> list[Tensor]:
+    def _shared(self, product: HessianProduct, look: ProbeLook) -> Callable[[Tensor], Tensor]:
+        """Average products over ranks, so that all take the same number of them: each may run collectives of the step."""
+        return lambda vector: cast(Tensor, look.trainer.strategy.reduce(product(vector), reduce_op="mean"))
+
+    def _vectors(self, size: int, like: Tensor) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        return [random_signs(size, generator, like) for _ in range(1 + self.probes)]
+        return (random_signs(size, generator, like) for _ in range(1 + self.probes))
 
-    def _largest(self, found: Ritz) -> list[float]:
-        return found.values.flip(0)[: self.num_eigenvalues].tolist()
+    def _eigenvalues(self, product: Callable[[Tensor], Tensor], found: Ritz) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(self.seed + 1)  # the vectors of the trace stay the same in each look
+        largest, errors = largest_eigenvalues(product, found, self.num_eigenvalues, generator, self.lanczos_steps)
+        numbered = {f"eigenvalue_{number}": value for number, value in enumerate(largest, 1)}
+        return {**numbered, "eigenvalue_min": float(found.values[0]), "eigenvalue_error": max(errors)}
 
-    def _scalars(self, found: Ritz, look: ProbeLook) -> dict[str, float | Tensor]:
-        largest = self._largest(found)
-        scalars: dict[str, float | Tensor] = {f"eigenvalue_{i}": value for i, value in enumerate(largest, 1)}
-        scalars["eigenvalue_min"] = float(found.values[0])
-        scalars["eigenvalue_error"] = float(found.errors[-len(largest) :].max())
+    def _edge(self, look: ProbeLook) -> dict[str, float]:
         edges = [stability_edge(optimizer) for optimizer in look.trainer.optimizers]
-        if len(edges) == 1 and edges[0] is not None:
-            scalars["stability_edge"] = edges[0]
-        return scalars
+        return {"stability_edge": edges[0]} if len(edges) == 1 and edges[0] is not None else {}
 
     @override
     def draw(self, record: RunRecord) -> Figure:

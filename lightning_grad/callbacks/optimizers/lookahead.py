@@ -103,6 +103,10 @@ class Lookahead(AveragingCallback, OptimizerCallback):
             "shows slow weights in validation and checkpoints, and {} would replace them by an average of the fast ones",
             "Set eval_weights='fast', or remove one of the two callbacks",
         ),
+        local_steps=no(
+            "pulls each rank back to its own slow weights, and so away from what {} has averaged",
+            "Remove Lookahead (an exchange of {value} is such a step, over all ranks), or use strategy='ddp'",
+        ),
         **WHOLE_WEIGHTS,
     )
     trial: ClassVar[Mapping[str, Any]] = {"k": 4, "alpha": 0.5}

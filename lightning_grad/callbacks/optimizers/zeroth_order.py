@@ -103,6 +103,10 @@ class ZerothOrder(OptimizerCallback):
         fused_fp16=_NO_SCALER,
         ddp=yes("Ranks draw the same directions and average the derivative."),
         late_gradients=no("has no backward pass whose gradients {} could exchange", "Train with strategy='ddp'"),
+        local_steps=no(
+            "exchanges one number in every step, and {} exists to exchange nothing for many",
+            "Train with strategy='ddp'",
+        ),
         **manual(no("replaces the backward pass, which {} calls itself", "Use automatic optimization")),
         **WHOLE_WEIGHTS,
     )

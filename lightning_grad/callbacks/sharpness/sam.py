@@ -33,6 +33,11 @@ _ON_THEIR_OWN = {  # classes of libraries
     "BSAM": "is SAM already",
 }
 
+_NO_MEAN = no(
+    "with sync_ascent=True moves along the mean gradient, which ranks of {} do not exchange",
+    "Set sync_ascent=False, or train with strategy='ddp'",
+)
+
 
 class SAM(OptimizerCallback):
     r"""Step by the gradient at the worst nearby weights, which leads to flat minima (SAM, ASAM).
@@ -111,6 +116,7 @@ class SAM(OptimizerCallback):
             "evaluates each step twice, and {} would compress both gradients and add the error of the first to the second",
             "Train with strategy='ddp'",
         ),
+        local_steps=yes("Each rank moves along its own gradient; `sync_ascent=True` raises."),
         sparse_gradients=no(
             "needs dense gradients, and {} creates sparse ones",
             "Build it with sparse=False, or exclude it: exclude=[{value}]",
@@ -144,6 +150,10 @@ class SAM(OptimizerCallback):
         self.sync_ascent = sync_ascent
         self.include = as_names(include)
         self.exclude = as_names(exclude)
+
+    @override
+    def works_with(self) -> Compatibility:
+        return self.compatibility.but(local_steps=_NO_MEAN) if self.sync_ascent else self.compatibility
 
     # The fit begins.
 

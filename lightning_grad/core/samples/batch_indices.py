@@ -1,5 +1,6 @@
 """Which samples of the data set each training batch holds, without choosing them."""
 
+import operator
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,14 +14,14 @@ from lightning_grad.core.undo import UndoList
 
 
 class _Drawn(Iterator[Any]):
-    """Iterator over batches of indices that notes them. Workers draw ahead, but batches leave the loader in this order."""
+    """Iterator over batches of indices that notes them for its sampler. Workers draw ahead, but in the same order."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
-        self._batches = batches
+    def __init__(self, batches: Iterator[Any], sampler: Any = None) -> None:
+        self.batches, self.sampler = batches, sampler
         self.waiting: deque[Any] = deque()
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
+        batch = next(self.batches)
         self.waiting.append(batch)
         return batch
 
@@ -33,7 +34,7 @@ class _NotingSampler(Sampler[Any]):
         self.latest = _Drawn(iter(()))
 
     def __iter__(self) -> Iterator[Any]:
-        self.latest = _Drawn(iter(self.inner))
+        self.latest = _Drawn(iter(self.inner), self)
         return self.latest
 
     def __len__(self) -> int:
@@ -98,9 +99,18 @@ class BatchIndices:
             replace_sampler(loader, self._sampler)
 
     def _remove(self) -> None:
-        if self._loader is not None and self._sampler is not None:
-            replace_sampler(self._loader, self._sampler.inner)
+        """Take the noting sampler out of the loader, in which those of others may lie around it."""
+        loader, own = self._loader, self._sampler
         self._loader = self._sampler = None
+        if loader is None or own is None:
+            return
+        outer = getattr(loader, slot_of(loader))
+        if outer is own:
+            replace_sampler(loader, own.inner)
+        while isinstance(outer, _NotingSampler) and outer is not own:
+            if outer.inner is own:
+                outer.inner = own.inner
+            outer = outer.inner
 
     def of_batch(self, batch_idx: int) -> list[int]:
         """Return the indices in the batch that begins; empty if they are unknown. Call it once for each batch.
@@ -127,10 +137,14 @@ class BatchIndices:
         loaders = self._trainer.fit_loop._combined_loader
         live = getattr(getattr(loaders, "_iterator", None), "iterators", None) or [None]
         drawn = getattr(live[0], "_sampler_iter", None)
+        while isinstance(drawn, _Drawn) and drawn.sampler is not self._sampler:  # that of another technique
+            drawn = drawn.batches
         return drawn if isinstance(drawn, _Drawn) else self._sampler.latest
 
 
 def _as_indices(batch: Any) -> list[int]:
     found = batch.tolist() if hasattr(batch, "tolist") else batch
-    found = list(found) if isinstance(found, (list, tuple)) else [found]
-    return found if all(isinstance(index, int) for index in found) else []
+    try:
+        return [operator.index(index) for index in (found if isinstance(found, (list, tuple)) else [found])]
+    except TypeError:  # keys of another kind
+        return []

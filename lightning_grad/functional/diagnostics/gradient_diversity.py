@@ -32,7 +32,7 @@ def vendi_score(gradients: Tensor) -> tuple[float, Tensor]:
 
     References:
         Jung et al., "Prismatic Synthesis: Gradient-based Data Diversification Boosts Generalization in LLM Reasoning", 2025,
-        arXiv 2505.20161, section 3.
+        arXiv 2505.20161.
         Friedman and Dieng, "The Vendi Score: A Diversity Evaluation Metric for Machine Learning", 2022, arXiv 2210.02410.
     """
     gradients = gradients.cpu().double()  # they are few and short, and Apple's GPU has no float64
@@ -66,7 +66,7 @@ def gradsign_score(module: nn.Module, compute_losses: Callable[[], Tensor]) -> f
         2.0
 
     References:
-        Zhang and Jia, "GradSign: Model Performance Inference with Theoretical Insights", 2021, arXiv 2110.08616, eq. 8.
+        Zhang and Jia, "GradSign: Model Performance Inference with Theoretical Insights", 2021, arXiv 2110.08616.
     """
     sums: dict[str, Tensor] = {}
 

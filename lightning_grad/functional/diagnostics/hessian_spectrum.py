@@ -5,12 +5,14 @@ vector by a symmetric matrix.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_grad.functional.gradients.autograd import REENTRANT, nodes_of
 
 Product = Callable[[Tensor], Tensor]
 
@@ -30,6 +32,9 @@ class HessianProduct:
     Attributes:
         size: Number of entries of a vector.
 
+    Raises:
+        RuntimeError: If the graph contains a reentrant activation checkpoint.
+
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
         >>> HessianProduct(x[0] ** 2 * x[1], [x])(torch.tensor([1.0, 0.0]))
@@ -39,6 +44,11 @@ class HessianProduct:
     def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
         self.size = sum(parameter.numel() for parameter in self._parameters)
+        if any(node.name() == REENTRANT for node in nodes_of(loss)):  # autograd would take its parameters for unused
+            raise RuntimeError(
+                "HessianProduct cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). Set "
+                "use_reentrant=False."
+            )
         found = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
         # A gradient without a graph does not depend on any parameter, and adds nothing to the product.
         self._gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
@@ -57,24 +67,35 @@ class HessianProduct:
 
 @dataclass(frozen=True)
 class Ritz:
-    """What a Lanczos iteration found of a symmetric matrix: float64, on the CPU, in ascending order.
+    """What a Lanczos iteration found of a symmetric matrix: numbers in float64, on the CPU, in ascending order.
 
     Args:
         values: Approximate eigenvalues, (steps,); those at both ends are the most exact.
         weights: Share of the start vector in the direction of each, (steps,); they add up to 1.
         errors: Bound of the distance from each value to the nearest eigenvalue, (steps,).
+        largest: Approximate eigenvectors of the largest values, (n,) each, in ascending order of the values.
     """
 
     values: Tensor
     weights: Tensor
     errors: Tensor
+    largest: Sequence[Tensor]
 
 
-def lanczos(product: Product, start: Tensor, steps: int, num_eigenvalues: int = 1, tolerance: float = 1e-4) -> Ritz:
+def lanczos(
+    product: Product,
+    start: Tensor,
+    steps: int,
+    num_eigenvalues: int = 1,
+    tolerance: float = 1e-4,
+    excluded: Sequence[Tensor] = (),
+    above: float = -math.inf,
+) -> Ritz:
     r"""Approximate the eigenvalues of a symmetric matrix at both ends of its spectrum.
 
     The iteration builds an orthonormal basis of :math:`v, H v, H^2 v, \ldots`, in which H is tridiagonal. Each vector is
-    orthogonalized against all earlier ones, so no eigenvalue appears twice. It holds up to ``steps`` vectors.
+    orthogonalized against all earlier ones, so rounding does not create copies of eigenvalues. An eigenvalue with several
+    eigenvectors is found once: see :func:`largest_eigenvalues`. It holds one vector for each product.
 
     Args:
         product: Multiplies a vector (n,) by the matrix.
@@ -82,6 +103,8 @@ def lanczos(product: Product, start: Tensor, steps: int, num_eigenvalues: int = 
         steps: Largest number of products.
         num_eigenvalues: Stop, after at least ten products, once that many of the largest eigenvalues are exact.
         tolerance: Relative error at which an eigenvalue counts as exact.
+        excluded: Orthonormal eigenvectors; their eigenvalues are ignored.
+        above: Stop after ten products, too, if no larger eigenvalue has appeared.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
@@ -91,23 +114,73 @@ def lanczos(product: Product, start: Tensor, steps: int, num_eigenvalues: int = 
     References:
         Golub and Van Loan, "Matrix Computations", 4th edition, section 10.1.
     """
-    basis = torch.empty(min(steps, len(start)), len(start), dtype=start.dtype, device=start.device)
-    basis[0] = start / start.norm()
+    first = _orthogonal(start, excluded)
+    basis = [first / first.norm()]
     diagonal, off_diagonal = list[float](), list[float]()
-    for step in range(len(basis)):
-        image = product(basis[step])
-        diagonal.append(_dot(basis[step], image))
-        for _ in range(2):  # once is not enough in float32
-            image = image - basis[: step + 1].mT @ (basis[: step + 1] @ image)
+    most = min(steps, len(start) - len(excluded))
+    while True:
+        image = product(basis[-1])
+        diagonal.append(_dot(basis[-1], image))
+        image = _orthogonal(image, [*excluded, *basis])
         off_diagonal.append(float(image.norm()))
-        found = _ritz(diagonal, off_diagonal)
-        scale = max(map(abs, (*diagonal, *off_diagonal)))
-        top = found.errors[-num_eigenvalues:] <= tolerance * found.values[-num_eigenvalues:].abs()
-        is_exact = step + 1 >= max(_LEAST_STEPS, num_eigenvalues) and bool(top.all())
-        if is_exact or off_diagonal[-1] <= _BREAKDOWN * scale or step + 1 == len(basis):
+        values, vectors = _tridiagonal_eigh(diagonal, off_diagonal[:-1])
+        errors = off_diagonal[-1] * vectors[-1].abs()
+        is_exact = bool((errors <= tolerance * values.abs())[-num_eigenvalues:].all())
+        is_enough = len(basis) >= max(_LEAST_STEPS, num_eigenvalues) and (is_exact or float(values[-1]) <= above)
+        is_exhausted = off_diagonal[-1] <= _BREAKDOWN * max(map(abs, (*diagonal, *off_diagonal)))
+        if is_enough or is_exhausted or len(basis) == most:
             break
-        basis[step + 1] = image / off_diagonal[-1]
-    return found
+        basis.append(image / off_diagonal[-1])
+    top = vectors[:, -num_eigenvalues:].T.tolist()
+    largest = [sum((v * x for v, x in zip(basis, row, strict=True)), torch.zeros_like(start)) for row in top]
+    return Ritz(values, vectors[0].square(), errors, largest)
+
+
+def _orthogonal(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
+    for _ in range(2):  # once is not enough in float32
+        for each in basis:
+            vector = torch.addcmul(vector, each, each @ vector, value=-1)
+    return vector
+
+
+def largest_eigenvalues(
+    product: Product, found: Ritz, count: int, generator: torch.Generator, steps: int = 60, tolerance: float = 1e-4
+) -> tuple[list[float], list[float]]:
+    """Return the largest eigenvalues, each as often as it occurs.
+
+    An iteration from one vector finds only one eigenvector of each eigenvalue. So further iterations, orthogonal to the
+    eigenvectors that are known, look for larger eigenvalues than the smallest known one, until there is none. The first
+    of them usually ends after ten products.
+
+    Args:
+        product: Multiplies a vector (n,) by the matrix.
+        found: Result of :func:`lanczos` with ``num_eigenvalues=count``.
+        count: Number of eigenvalues; fewer are returned if the matrix is smaller.
+        generator: Draws the start vectors.
+        steps: Largest number of products of each iteration.
+        tolerance: Relative error at which an eigenvalue counts as exact.
+
+    Returns:
+        tuple: The eigenvalues, in descending order, and bounds of their errors.
+
+    Example:
+        >>> matrix, generator = torch.diag(torch.tensor([1.0, 5.0, 5.0])), torch.Generator().manual_seed(0)
+        >>> found = lanczos(matrix.mv, torch.ones(3), 3, num_eigenvalues=2)
+        >>> [round(value, 3) for value in largest_eigenvalues(matrix.mv, found, 2, generator)[0]]
+        [5.0, 5.0]
+    """
+    ends = zip(found.values.tolist()[-count:], found.errors.tolist()[-count:], found.largest[-count:], strict=True)
+    known = sorted(ends, key=lambda each: -each[0])
+    size = len(known[0][2])
+    while count > 1 and len(known) < size:
+        least = known[-1][0] + tolerance * abs(known[0][0]) if len(known) >= count else -math.inf
+        start = random_signs(size, generator, known[0][2])
+        more = lanczos(product, start, steps, 1, tolerance, [vector for *_, vector in known], least)
+        if float(more.values[-1]) <= least:
+            break
+        known.append((float(more.values[-1]), float(more.errors[-1]), more.largest[-1]))
+        known = sorted(known, key=lambda each: -each[0])[:count]
+    return [value for value, *_ in known], [error for _, error, _ in known]
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
@@ -115,11 +188,11 @@ def _dot(one: Tensor, other: Tensor) -> float:
     return float(one.to(kind) @ other.to(kind))
 
 
-def _ritz(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> Ritz:
-    off = torch.tensor(off_diagonal[:-1], dtype=torch.float64)
+def _tridiagonal_eigh(diagonal: Sequence[float], off_diagonal: Sequence[float]) -> tuple[Tensor, Tensor]:
+    off = torch.tensor(off_diagonal, dtype=torch.float64)
     matrix = torch.tensor(diagonal, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1)
     values, vectors = torch.linalg.eigh(matrix)
-    return Ritz(values, vectors[0].square(), off_diagonal[-1] * vectors[-1].abs())
+    return values, vectors
 
 
 def random_signs(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -128,12 +201,12 @@ def random_signs(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
     return signs.to(like.device).to(like.dtype).mul_(2).sub_(1)
 
 
-def hutchinson_trace(product: Product, vectors: Sequence[Tensor]) -> tuple[float, float]:
+def hutchinson_trace(product: Product, vectors: Iterable[Tensor]) -> tuple[float, float]:
     r"""Estimate the trace of a matrix, :math:`\frac 1 m \sum_i z_i^T H z_i`, from vectors of random signs.
 
     Args:
         product: Multiplies a vector (n,) by the matrix.
-        vectors: :math:`z_i`, (n,) each.
+        vectors: :math:`z_i`, (n,) each; a generator keeps only one of them in memory.
 
     Returns:
         tuple: The estimate and its standard error, which is nan for a single vector.
@@ -169,7 +242,7 @@ def spectral_density(found: Sequence[Ritz], points: int = 256, width: float = 0.
 
     References:
         Ghorbani, Krishnan and Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density", 2019,
-        arXiv 1901.10159, section 2.
+        arXiv 1901.10159.
     """
     low = min(float(each.values[0]) for each in found)
     high = max(float(each.values[-1]) for each in found)
@@ -186,13 +259,14 @@ def stability_edge(optimizer: Optimizer) -> float | None:
     r"""Return the largest curvature at which gradient descent on a quadratic function is stable.
 
     It is :math:`2 / \eta` for SGD with learning rate :math:`\eta`, :math:`(2 + 2 \beta) / \eta` with momentum
-    :math:`\beta`, and :math:`(2 + 2 \beta) / (\eta (1 + 2 \beta))` with Nesterov momentum, each minus the weight decay.
+    :math:`\beta`, and :math:`(2 + 2 \beta) / (\eta (1 + 2 \beta))` with Nesterov momentum, each minus the largest weight
+    decay of a group.
 
     Args:
         optimizer: Any optimizer.
 
     Returns:
-        float | None: ``None`` if it is not SGD, has dampening or maximizes, or if its groups differ.
+        float | None: ``None`` if it is not SGD, has dampening or maximizes, or if its groups differ in more than weight decay.
 
     Example:
         >>> stability_edge(torch.optim.SGD([torch.zeros(1)], lr=0.5)), stability_edge(torch.optim.Adam([torch.zeros(1)]))
@@ -200,14 +274,14 @@ def stability_edge(optimizer: Optimizer) -> float | None:
 
     References:
         Cohen et al., "Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability", 2021, arXiv
-        2103.00065, section 2 and appendix B.
+        2103.00065.
     """
     if type(optimizer).__name__ != "SGD":
         return None
-    names = ("lr", "momentum", "nesterov", "dampening", "weight_decay", "maximize")
+    names = ("lr", "momentum", "nesterov", "dampening", "maximize")
     found = {tuple(float(group.get(name, 0.0)) for name in names) for group in optimizer.param_groups}
-    lr, momentum, nesterov, dampening, weight_decay, maximize = next(iter(found))
+    lr, momentum, nesterov, dampening, maximize = next(iter(found))
     if len(found) > 1 or lr == 0 or dampening or maximize:
         return None
     edge = (2 + 2 * momentum) / lr / ((1 + 2 * momentum) if nesterov else 1.0)
-    return edge - weight_decay
+    return edge - max(float(group.get("weight_decay", 0.0)) for group in optimizer.param_groups)

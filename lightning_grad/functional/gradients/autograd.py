@@ -4,6 +4,7 @@ A test checks that the installed torch has each of them, so it shows what a new 
 """
 
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,10 @@ from torch import Tensor
 Node = Any  # nodes written in C++ are not instances of torch.autograd.graph.Node
 Edge = tuple[Node, int]
 
+REENTRANT = (
+    "CheckpointFunctionBackward"  # a node of checkpoint(..., use_reentrant=True); it hides the operations inside
+)
+
 _BUILT_IN = re.compile(r"(\w+)Backward\d+")
 _WITHOUT_NUMBER = {"CopySlices": "CopySlices", "CopyBackwards": "Copy"}
 
@@ -21,6 +26,21 @@ def edge_of(tensor: Tensor) -> Edge:
     """Return the edge of the graph to a tensor that requires grad."""
     node = tensor.grad_fn
     return (node, tensor.output_nr) if node is not None else torch.autograd.graph.get_gradient_edge(tensor)[:2]
+
+
+def nodes_of(tensor: Tensor) -> Iterator[Node]:
+    """Yield all nodes of the graph of a tensor."""
+    waiting = [tensor.grad_fn]
+    seen = {*waiting, None}
+    while waiting:
+        node: Node = waiting.pop()
+        if node is None:
+            continue
+        yield node
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
 def output_shape(node: Node, number: int) -> tuple[int, ...]:

@@ -118,3 +118,27 @@ def test_samples_without_a_gradient_are_counted() -> None:
     zeros = sum(int(data()[index][1]) == 0 for index in (0, 3, 6, 10, 13, 16))
     assert probe.record.last["zero_gradients"] == zeros > 0
     assert probe.record.last["share"] <= 1
+
+
+class Vanishing(ByHand):
+    """In eval mode, no loss has a gradient that is finite and not zero."""
+
+    factor = 0.0
+
+    def losses(self, batch: Any) -> Tensor:
+        return (self.net(batch[0]) * (1 if self.training else self.factor)).square().sum(1)
+
+
+@pytest.mark.parametrize("factor", [0.0, float("nan")])
+def test_samples_without_any_direction_are_refused(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Vanishing, "factor", factor)
+    probe = GradientDiversity(4, dim=64)
+    with pytest.raises(ValueError, match="needs two samples with a gradient, but only 0 of 4 have one"):
+        run(probe, Vanishing)
+    assert not probe.record.count, "nothing is logged half"
+
+
+@pytest.mark.parametrize("samples", [1, [3]])
+def test_one_sample_has_no_diversity(samples: Any) -> None:
+    with pytest.raises(ValueError, match=r"samples must be at least 2.*got 1"):
+        GradientDiversity(samples)

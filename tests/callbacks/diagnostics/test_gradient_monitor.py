@@ -633,6 +633,27 @@ def test_the_suspect_is_the_parameter_whose_gradient_grew(tmp_path):
     assert rows[1]["parameter"] != "second.weight", "where all grow alike, the first in the forward pass is named"
 
 
+def test_a_value_that_backward_made_bad_is_found_in_the_layer_next_to_it(tmp_path):
+    class Root(Scaled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.third = nn.Linear(3, 3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y, factor = batch
+            hidden = self.second(self.first(x).tanh())
+            if factor.max() > 1:
+                hidden = hidden + (hidden - hidden.detach()).abs().sqrt()  # adds 0; its derivative is not finite
+            return F.cross_entropy(self.third(hidden), y)
+
+    monitor = GradientMonitor(logits=False, histograms=False)
+    pl.seed_everything(1, verbose=False)
+    trainer = make_trainer(callbacks=[SkipNonFinite(max_warnings=0), monitor], max_epochs=1, log_every_n_steps=5)
+    with pytest.warns(UserWarning, match="4 bad parameters, starting with second.weight"):
+        trainer.fit(Root(), DataLoader(spiky(2000.0), 4))
+    assert monitor.spikes.kept[0]["parameter"] == "second.weight"
+
+
 @pytest.mark.filterwarnings("ignore:GradientMonitor. the gradient was not finite")
 def test_samples_of_a_bad_step_are_those_of_all_its_batches(tmp_path):
     monitor = monitor_spikes(spiky(math.nan), tmp_path, accumulate_grad_batches=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import HessianSpectrum
 from lightning_grad.functional import HessianProduct
-from lightning_grad.testing import make_trainer
+from lightning_grad.testing import make_trainer, on_ranks
 
 CLASSES = 3
 
@@ -52,6 +54,24 @@ class Attends(Classifies):
         return F.cross_entropy(self.net[4](mixed.flatten(1)), batch[1])
 
 
+class Recomputes(Attends):
+    """Attention whose forward pass is repeated in the backward pass."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return checkpoint(super().training_step, batch, batch_idx, use_reentrant=False)
+
+
+class Regresses(Classifies):
+    """Every eigenvalue of its Hessian occurs three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, CLASSES)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.mse_loss(self.net(batch[0]), batch[0][:, :CLASSES])
+
+
 class ByHand(Classifies):
     """A loss that cannot be separated into samples, in the middle of a dictionary."""
 
@@ -83,19 +103,20 @@ def dense_of(module: Any, indices: list[int], parts: int = 4) -> Tensor:
     return torch.stack([product(row) for row in torch.eye(product.size)]).double()
 
 
-@pytest.mark.parametrize("kind", [Classifies, ByHand, Attends])
+@pytest.mark.parametrize("kind", [Classifies, ByHand, Attends, Recomputes, Regresses])
 def test_curvature_is_that_of_the_dense_hessian(kind: Any) -> None:
-    probe = HessianSpectrum(samples=[3, 7, 8, 11, 19, 1], num_eigenvalues=2, probes=40)
+    probe = HessianSpectrum(samples=[3, 7, 8, 11, 19, 1], probes=40)
     module = run(probe, kind)
     with sdpa_kernel(SDPBackend.MATH):
         dense = dense_of(module, [3, 7, 8, 11, 19, 1])
     values, found = torch.linalg.eigvalsh(dense), probe.record.last
-    assert [found["eigenvalue_1"], found["eigenvalue_2"]] == pytest.approx(values.flip(0)[:2].tolist(), rel=1e-3)
+    largest = [found[f"eigenvalue_{number}"] for number in (1, 2, 3)]
+    assert largest == pytest.approx(values.flip(0)[:3].tolist(), rel=1e-3)
     assert found["eigenvalue_min"] == pytest.approx(float(values[0]), rel=0.05, abs=1e-3)
     assert abs(found["trace"] - float(dense.trace())) < 3.5 * found["trace_error"]
     assert found["stability_edge"] == pytest.approx(20)
     assert set(found) == {
-        *("epoch", "step", "eigenvalue_1", "eigenvalue_2", "eigenvalue_min", "eigenvalue_error"),
+        *("epoch", "step", "eigenvalue_1", "eigenvalue_2", "eigenvalue_3", "eigenvalue_min", "eigenvalue_error"),
         *("trace", "trace_error", "stability_edge"),
     }
     module.train()
@@ -139,6 +160,44 @@ def test_files_and_what_is_kept(tmp_path: Path) -> None:
     assert float(first["density"].sum() * width) == pytest.approx(1, abs=1e-2)
     assert not torch.equal(first["density"], second["density"])
     assert int(first["size"]) == sum(p.numel() for p in Classifies().parameters())
+
+
+class Gathers(Classifies):
+    """A loss over the samples of all ranks, so each pass of any rank needs the others."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Lightning uses a function that newer torch deprecates
+            logits: Any = self.all_gather(self.net(batch[0]), sync_grads=True)
+            labels: Any = self.all_gather(batch[1])
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def on_both(kinds: list[type]) -> list[dict[str, Any]]:
+    probes = [HessianSpectrum(samples=8) for _ in kinds]
+    for probe, kind in zip(probes, kinds, strict=True):
+        run(probe, kind, strategy="ddp", devices=2)
+    return [probe.record.last for probe in probes]
+
+
+def test_a_step_that_gathers_samples_from_all_ranks() -> None:
+    one, other = on_ranks(2, on_both, [Classifies, Gathers], limit=60.0)
+    assert one == other
+    plain, gathered = one
+    assert gathered == pytest.approx(plain, rel=1e-3), "all ranks read the same samples"
+    assert gathered["eigenvalue_1"] > 0
+
+
+def test_the_legend_of_the_looks_is_read_row_by_row() -> None:
+    probe = HessianSpectrum(samples=4)
+    for step in range(7):
+        probe.record.add({"epoch": step, "step": step, "eigenvalue_1": 1.0, "eigenvalue_min": -3.0 - step})
+        density = {"at": torch.linspace(0, 1, 9), "density": torch.ones(9), "size": torch.tensor(5)}
+        probe.kept_looks.add({"epoch": step, "step": step, **density})
+    curves, densities = probe.draw(probe.record).axes
+    columns = [text.get_text() for text in densities.get_legend().get_texts()]
+    assert columns == [f"step {step}" for step in (0, 5, 1, 6, 2, 3, 4)]
+    assert curves.get_ylim()[0] < -9
 
 
 class Broken(Classifies):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.callbacks import InputGradientLogger
 from lightning_grad.functional import input_saliency
-from lightning_grad.testing import make_trainer
+from lightning_grad.testing import make_trainer, on_ranks
 
 CLASSES = 3
 
@@ -145,3 +146,26 @@ def test_refusals() -> None:
 
     with pytest.raises(TypeError, match=r"InputGradientLogger needs an input with a gradient.*Set input_key"):
         run(Casts(4, CLASSES), InputGradientLogger(3), bytes_only)
+
+
+class Gathers(Classifies):
+    """A step that all ranks must run, because it collects their losses."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # Lightning uses a function that newer torch deprecates
+            self.losses: Any = self.all_gather(loss.detach())
+        return loss
+
+
+def record_of_a_rank() -> dict[str, Any]:
+    probe = InputGradientLogger(samples=4, split="train", figure=False)
+    trainer = make_trainer(strategy="ddp", devices=2, callbacks=[probe], max_epochs=1, log_every_n_steps=1)
+    trainer.fit(Gathers(convnet()), DataLoader(images(), 6))
+    return probe.record.last
+
+
+def test_a_step_that_all_ranks_must_run() -> None:
+    one, other = on_ranks(2, record_of_a_rank, limit=60.0)
+    assert one == other

@@ -9,11 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lightning_grad.functional import (
     HessianProduct,
     hutchinson_trace,
     lanczos,
+    largest_eigenvalues,
     random_signs,
     spectral_density,
     stability_edge,
@@ -72,6 +74,62 @@ def test_the_iteration_ends_where_nothing_is_left() -> None:
     assert zero.values.tolist() == [0.0]
     matrix = torch.diag(torch.tensor([-3.0, 1.0, 1.0, 4.0]))
     assert lanczos(matrix.mv, torch.ones(4), 4).values.tolist() == pytest.approx([-3, 1, 4], abs=1e-5)
+
+
+@cases(
+    "values",
+    [
+        [5.0] * 3 + [3.0, *torch.linspace(-1, 1, 196).tolist()],
+        [2.0] * 4,
+        [0.0] * 6,
+        [-1.0, -2.0, -3.0, -4.0],
+        [-9.0, 1.0],
+        [7.0, 4.0, 4.0, *torch.linspace(-2, 0, 97).tolist()],
+    ],
+)
+def test_eigenvalues_are_found_as_often_as_they_occur(values: list[float]) -> None:
+    generator, size = torch.Generator().manual_seed(0), len(values)
+    turned = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    matrix = (turned * torch.tensor(values, dtype=torch.float64)) @ turned.mT
+    start = random_signs(size, generator, matrix)
+    found = lanczos(matrix.mv, start, 60, num_eigenvalues=3)
+    largest, errors = largest_eigenvalues(matrix.mv, found, 3, generator)
+    expected = sorted(values, reverse=True)[:3]
+    assert largest == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert max(errors) < 1e-3
+    if expected == [5.0] * 3:
+        assert found.values[-3] == pytest.approx(3), "one iteration does not find all of them"
+
+
+def test_without_repeated_eigenvalues_ten_more_products_suffice(trained: Any) -> None:
+    product, dense = trained
+    calls = []
+
+    def counted(vector: Tensor) -> Tensor:
+        calls.append(vector)
+        return product(vector)
+
+    generator = torch.Generator().manual_seed(0)
+    found = lanczos(product, random_signs(product.size, generator, torch.zeros(1)), 60, num_eigenvalues=3)
+    largest, _ = largest_eigenvalues(counted, found, 3, generator)
+    assert largest == pytest.approx(torch.linalg.eigvalsh(dense).flip(0)[:3].tolist(), rel=1e-3)
+    assert len(calls) == 10
+    assert largest_eigenvalues(counted, found, 1, generator)[0] == largest[:1]
+    assert len(calls) == 10, "the largest one needs no search"
+
+
+def test_checkpoints_are_seen_unless_they_are_reentrant() -> None:
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    parameters = list(net.parameters())
+    vector = torch.randn(21, dtype=torch.float64)
+    expected = HessianProduct(net(x).square().mean(), parameters)(vector)
+    found = HessianProduct(net[2](checkpoint(net[:2], x, use_reentrant=False)).square().mean(), parameters)(vector)
+    torch.testing.assert_close(found, expected)
+    loss = net[2](checkpoint(net[:2], x, use_reentrant=True)).square().mean()
+    assert torch.autograd.grad(loss, parameters[0], create_graph=True, allow_unused=True) == (None,), "taken for unused"
+    with pytest.raises(RuntimeError, match=r"cannot see into.*Set use_reentrant=False"):
+        HessianProduct(loss, parameters)
 
 
 def test_a_loss_that_is_linear_in_a_parameter_or_does_not_use_it() -> None:
@@ -149,3 +207,5 @@ def test_other_optimizers_have_no_edge() -> None:
     assert stability_edge(torch.optim.SGD(weights, 0.1, momentum=0.5, dampening=0.5)) is None
     assert stability_edge(torch.optim.SGD([{"params": weights[:1], "lr": 0.2}, {"params": weights[1:]}], 0.1)) is None
     assert stability_edge(torch.optim.SGD(weights, 0.0)) is None
+    decayed = [{"params": weights[:1], "weight_decay": 0.5}, {"params": weights[1:]}]
+    assert stability_edge(torch.optim.SGD(decayed, 0.1)) == pytest.approx(19.5), "biases often have no weight decay"

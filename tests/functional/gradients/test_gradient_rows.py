@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_grad.functional import (
     PerSampleGradients,
@@ -16,7 +18,7 @@ from lightning_grad.functional import (
     per_sample_gradient_norms,
     project_gradients,
 )
-from lightning_grad.functional.gradients._ghost import contributions
+from lightning_grad.functional.gradients._ghost import contributions, gradient_rows
 from lightning_grad.functional.gradients.gradient_rows import _signs
 
 
@@ -56,6 +58,7 @@ def test_blocks_are_as_small_as_the_limit_and_cover_everything_once(case, monkey
     net, losses = case
     expected, limit = all_rows(net, losses()), 60
     monkeypatch.setattr(contributions, "CHUNK", limit)
+    monkeypatch.setattr(gradient_rows, "BLOCK", limit)
     seen: dict[str, list[tuple[int, Tensor]]] = {}
     gradients = PerSampleGradients(net)
     gradients.stream(losses, lambda name, start, rows: seen.setdefault(name, []).append((start, rows.clone())))
@@ -68,6 +71,43 @@ def test_blocks_are_as_small_as_the_limit_and_cover_everything_once(case, monkey
     assert len(seen["tied.weight"]) == 7
     torch.testing.assert_close(gradients(losses), per_sample_gradient_norms(net, losses))
     assert all(p.grad is None for p in net.parameters())
+
+
+class Largest(TorchDispatchMode):
+    """Find the largest tensor that operations return, in entries of float32."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        found = [leaf.untyped_storage().nbytes() // 4 for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.entries = max(self.entries, *found, 0)
+        return result
+
+
+def test_memory_does_not_grow_with_samples_times_parameters() -> None:
+    torch.manual_seed(0)
+    net, x, y = (
+        nn.Sequential(nn.Linear(512, 1024), nn.Tanh(), nn.Linear(1024, 3)),
+        torch.randn(64, 512),
+        torch.arange(64) % 3,
+    )
+    limit = gradient_rows.BLOCK
+    with Largest() as largest:
+        found = project_gradients(net, lambda: F.cross_entropy(net(x), y, reduction="none"), dim=64)
+    assert largest.entries <= limit
+    weights = {name: value.detach() for name, value in net.named_parameters()}
+
+    def loss(weights: dict[str, Tensor], one: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(net, weights, one), label)
+
+    with Largest() as naive:
+        rows = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
+    assert naive.entries > 3 * limit, "the usual way stores one gradient for each sample"
+    product = RademacherProjection(64, 64)
+    for name, gradients in rows.items():
+        product.add(name, 0, gradients.flatten(1))
+    torch.testing.assert_close(found, product.values, atol=1e-4, rtol=1e-3)
 
 
 def test_a_receiver_that_raises_leaves_the_object_usable(case) -> None:
@@ -137,3 +177,16 @@ def test_inner_products_are_kept_up_to_the_stated_error() -> None:
         assert errors[-1] < 1.2 * (2 / dim) ** 0.5
         assert abs(float(error.mean())) < errors[-1]
     assert errors[1] < 0.4 * errors[0]
+
+
+def test_projections_are_added_up_in_float32_whatever_the_default_type() -> None:
+    rows = torch.randn(2, 3000)
+    expected = RademacherProjection(2, 64)
+    expected.add("w", 0, rows)
+    torch.set_default_dtype(torch.bfloat16)  # as in a run with precision="bf16-true"
+    try:
+        projection = RademacherProjection(2, 64)
+        projection.add("w", 0, rows)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(projection.values, expected.values)

@@ -26,10 +26,10 @@ class Contribution(Protocol):
         """Return the gradients of a range of samples, (stop - start, ...), in the order of the parameter's entries."""
 
 
-def chunks(of: Tensor, entries: int) -> Iterator[tuple[int, int]]:
+def chunks(of: Tensor, entries: int, on_cpu: int | None = None) -> Iterator[tuple[int, int]]:
     """Split the samples of a tensor into ranges, to limit a temporary with this many entries per sample."""
     samples = len(of)
-    step = max(1, (CHUNK if of.device.type == "cpu" else CHUNK_ON_DEVICE) // max(1, entries))
+    step = max(1, ((on_cpu or CHUNK) if of.device.type == "cpu" else CHUNK_ON_DEVICE) // max(1, entries))
     return ((start, min(start + step, samples)) for start in range(0, samples, step))
 
 

@@ -11,6 +11,8 @@ from lightning_grad.functional.gradients._ghost.graph import rows_of_jacobian
 from lightning_grad.functional.gradients._ghost.sums import carried, connected
 from lightning_grad.functional.gradients._ghost.tracer import Source, Use
 
+BLOCK = 1 << 23  # entries of a block on a CPU: a projection draws its signs once for each block
+
 Receive = Callable[[str, int, Tensor], None]
 
 
@@ -58,11 +60,11 @@ class GradientRows:
         names = sorted(frozenset().union(*(source.roots for source, _ in parts)))
         leaves = [self._parameters[name] for name in names]
         if len(parts) == 1 and parts[0][0].tensor is leaves[0]:
-            for start, stop in chunks(self._like, leaves[0].numel()):
+            for start, stop in chunks(self._like, leaves[0].numel(), BLOCK):
                 self._receive(names[0], start, add_up(parts[0][1], start, stop))
             return
         entries = sum(source.tensor.numel() for source, _ in parts) + sum(leaf.numel() for leaf in leaves)
-        for start, stop in chunks(self._like, entries) if parts else ():
+        for start, stop in chunks(self._like, entries, BLOCK) if parts else ():
             sums = [self._like.new_zeros(stop - start, *leaf.shape) for leaf in leaves]
             for source, contributions in parts:
                 rows = add_up(contributions, start, stop).view(stop - start, *source.tensor.shape)

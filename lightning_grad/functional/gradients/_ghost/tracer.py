@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_grad.functional.gradients._ghost.contributions import Binding, Term
 from lightning_grad.functional.gradients._ghost.layouts import Layout
 from lightning_grad.functional.gradients._ghost.rules import find_binding
+from lightning_grad.functional.gradients.autograd import REENTRANT, leaf_of, nodes_of
 from lightning_grad.functional.plain_tensors import dressed, plain_tensor, tensors_in
 
 Key = tuple[str, tuple[str, ...], int]  # operation, parameters, number of earlier calls of these
@@ -79,9 +80,6 @@ class Use:
 OnGradient = Callable[[Use, Tensor], None]
 
 
-_REENTRANT = "CheckpointFunctionBackward"  # the graph does not contain the operations inside
-
-
 @dataclass
 class Leaf:
     """A leaf of the graph, and the names of the operations that use it."""
@@ -93,26 +91,18 @@ class Leaf:
 def leaves(outputs: Tensor) -> dict[int, Leaf]:
     """Return the leaf tensors of the graph of some outputs, by id."""
     found: dict[int, Leaf] = {}
-    start = outputs.grad_fn
-    if start is None:
+    if outputs.grad_fn is None:
         return {id(outputs): Leaf(outputs)} if outputs.requires_grad else found
-    seen, waiting = {start}, [start]
-    while waiting:
-        node = waiting.pop()
-        if node.name() == _REENTRANT:
+    for node in nodes_of(outputs):
+        if node.name() == REENTRANT:
             raise RuntimeError(
                 "Per-sample gradient norms cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). "
                 "Turn activation checkpointing off while measuring."
             )
         for following, _ in node.next_functions:
-            if following is None:
-                continue
-            variable = getattr(following, "variable", None)
+            variable = None if following is None else leaf_of(following)
             if variable is not None:
                 found.setdefault(id(variable), Leaf(variable)).users.add(node.name())
-            elif following not in seen:
-                seen.add(following)
-                waiting.append(following)
     return found
 
 
