@@ -29,7 +29,7 @@ FIGURE = HERE.parent / "docs/images/communication_slow_link.png"
 def command_of(script: str, options: argparse.Namespace) -> list[str]:
     """Return the command that runs one script."""
     command = [sys.executable, str(HERE / f"{script}.py"), "--out", str(RESULTS / f"{script}.json")]
-    if script == "communication" and not options.quick:
+    if script == "several_machines" and not options.quick:
         command += ["--figure", str(FIGURE)]
     if options.quick:
         return [*command, "--quick"]

@@ -1,4 +1,4 @@
-"""Cost and gain of compressed gradients: bytes, time of a step, and time until a network has learned over a slow link.
+"""Cost and gain of compressed gradients: bytes and time of a step, also over a slow link.
 
 Every part compares with a baseline of the same run:
 
@@ -6,18 +6,15 @@ Every part compares with a baseline of the same run:
 - ``step``: steps of two ranks on this machine, where nothing is gained: the cost of compression. The variants take turns in
   one pair of processes.
 - ``link``: the same steps of two ranks in network namespaces, over a link of 100 Mbit/s and of 1 Gbit/s; see ``slow_link.py``.
-- ``accuracy``: a network learns digits over a link of 100 Mbit/s, and over one of 20 Mbit/s that delays every packet by
-  20 ms. Accuracy after each epoch, by seconds since the first step without validation, and by megabytes that rank 0 passed
-  to collectives; and the megabytes that the interface of rank 0 sent, which include acknowledgements.
 
-The last two parts need Linux and root, and are skipped elsewhere. Results are medians of wall-clock time, which other
+The last part needs Linux and root, and is skipped elsewhere. Results are medians of wall-clock time, which other
 processes disturb; rows that repeat a baseline show by how much. ``topk_selection.py`` measures the selectors alone.
 
 ::
 
     python benchmarks/communication.py --quick
     python benchmarks/communication.py --parts payload step
-    python benchmarks/communication.py --out communication.json --figure communication_slow_link.png
+    python benchmarks/communication.py --out communication.json
 """
 
 from __future__ import annotations
@@ -28,10 +25,9 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -41,15 +37,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import nn
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from plain_project import Digits, ImageClassifier
 
 from benchmarks import network, slow_link
 from benchmarks.common import (
@@ -62,25 +56,16 @@ from benchmarks.common import (
     silence,
     timed_fit,
 )
-from benchmarks.network import Quality
 from benchmarks.rows import AGAIN, Results, Row
 from benchmarks.slow_link import RANKS, STRATEGIES, WIDTHS, Perceptron, WallClock, build_strategy, noise
 from lightning_grad.strategies import CompressedDDPStrategy
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    pass
 
 RATIO = 1e-3
-LIMIT_S = 600.0
 SETTLE = 2  # uncounted steps after WARM_STEPS: torch's PowerSGD starts dense
-GOAL = 0.95
 SLOW = 100.0  # Mbit/s
-BATCH, WIDTH, RATE = 128, 768, 0.05
-ACCURACY: dict[str, Quality] = {
-    f"Digits over {SLOW:g} Mbit/s": Quality(SLOW),
-    "Digits over 20 Mbit/s and 20 ms": Quality(20.0, delay_ms=20.0),
-}
 
 # Networks of the part payload: widths of a perceptron, and whether it has biases.
 NETS: dict[str, tuple[tuple[int, ...], bool]] = {
@@ -111,25 +96,6 @@ COMPRESSED = ("dgc", "powersgd")
 FASTER = {SLOW: 10.0, 1000.0: 2.0}  # least speedup of a DGC step over DDP, by Mbit/s
 
 
-def _diloco(every: int, **settings: Any) -> dict[str, Any]:
-    arguments = {"sync_every_n_steps": every, **settings}
-    return {"class_path": "lightning_grad.strategies.DiLoCoStrategy", "init_args": arguments}
-
-
-LEARNERS: dict[str, dict[str, Any]] = {
-    "dense": STRATEGIES["ddp"],
-    "fp16": STRATEGIES["fp16"],
-    "PowerSGD rank 4": STRATEGIES["powersgd"],
-    DGC: {"class_path": "lightning_grad.strategies.DGCStrategy", "init_args": {"ratio": RATIO}},
-    **{f"DiLoCo, H = {every}": _diloco(every) for every in (10, 30, 100)},
-    "DiLoCo, H = 30, int8": _diloco(30, compression="int8"),
-    "DiLoCo, H = 30, top 3 %": _diloco(30, compression="topk", ratio=0.03),
-}
-PALETTE = ("#555555", "#999999", "#d55e00", "#0072b2", "#7fcdb5", "#009e73", "#00493a", "#e69f00", "#cc79a7")
-COLOURS = dict(zip(LEARNERS, PALETTE, strict=True))
-MARKERS = dict(zip(LEARNERS, "osD^v<>Px", strict=True))
-
-
 @dataclass(frozen=True)
 class Sizes:
     """Sizes of the measurements.
@@ -138,21 +104,15 @@ class Sizes:
         rounds: Rounds of steps without a slow link.
         steps: Counted steps of such a round.
         links: Rounds and counted steps, by Mbit/s of the link.
-        epochs: Epochs of each training over a link.
-        learned: Links of these trainings, by the title of their table.
-        figure: File for the figure of the trainings over the first link.
     """
 
     rounds: int
     steps: int
     links: Mapping[float, tuple[int, int]]
-    epochs: int
-    learned: Mapping[str, Quality] = field(default_factory=lambda: ACCURACY)
-    figure: Path | None = None
 
 
-FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (1, 8)}, 24)
-QUICK = Sizes(2, 6, {1000.0: (1, 3)}, 4, dict([*ACCURACY.items()][:1]))
+FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (1, 8)})
+QUICK = Sizes(2, 6, {1000.0: (1, 3)})
 
 
 Tables = dict[str, list[Row]]
@@ -310,186 +270,9 @@ def link_is_unavailable() -> bool:
     return reason is not None
 
 
-# Accuracy over a slow link.
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """State of a training after an epoch.
-
-    Args:
-        epoch: Number of the epoch, from 1.
-        accuracy: Accuracy on the validation images.
-        seconds: Seconds since the first step, without validation.
-        megabytes: Megabytes that rank 0 has passed to collectives to exchange gradients or weights.
-        wire: Megabytes that the interface of rank 0 has sent since then, if they are counted.
-    """
-
-    epoch: int
-    accuracy: float
-    seconds: float
-    megabytes: float
-    wire: float = 0.0
-
-
-class Follow(Callback):
-    """Record accuracy, time and bytes after each epoch. The clock pauses during validation, until all ranks are done.
-
-    Args:
-        itemsize: Bytes of a dense gradient entry on the wire. The strategies of this package count their own bytes.
-        wire: Returns the bytes that the interface of this rank has sent.
-    """
-
-    def __init__(self, itemsize: int, wire: Callable[[], int] = int) -> None:
-        self.epochs: list[Epoch] = []
-        self._itemsize, self._wire = itemsize, wire
-        self._seconds, self._before = 0.0, 0
-        self._since: float | None = None
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._since is None:
-            trainer.strategy.barrier()
-            self._before = self._wire()
-            self._since = time.perf_counter()
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._since is not None
-        self._seconds += time.perf_counter() - self._since
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        accuracy = float(trainer.callback_metrics["val_acc"])
-        sent = self._sent(trainer, pl_module) / 1e6
-        wire = (self._wire() - self._before) / 1e6
-        self.epochs.append(Epoch(trainer.current_epoch + 1, accuracy, self._seconds, sent, wire))
-        trainer.strategy.barrier()
-        self._since = time.perf_counter()
-
-    def _sent(self, trainer: Trainer, module: LightningModule) -> int:
-        if hasattr(trainer.strategy, "ledger"):
-            return int(trainer.strategy.ledger.sent_bytes)
-        return trainer.global_step * self._itemsize * sum(p.numel() for p in module.parameters())
-
-
-def perceptron() -> nn.Sequential:
-    """Build the network of the part accuracy."""
-    layers = (nn.Linear(64, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
-    return nn.Sequential(nn.Flatten(), *layers)
-
-
-def learn(gradients: str, epochs: int, wire: Callable[[], int] = int, **arguments: Any) -> list[Epoch]:
-    """Train as one rank, and return its state after each epoch.
-
-    Args:
-        gradients: Way of sending gradients or weights, one of ``LEARNERS``.
-        epochs: Number of epochs.
-        wire: Returns the bytes that the interface of this rank has sent.
-        arguments: Arguments of the Trainer.
-    """
-    seed_everything(0, verbose=False)
-    module = ImageClassifier(perceptron(), optimizer="sgd", lr=RATE, weight_decay=5e-4)
-    follow = Follow(2 if gradients == "fp16" else 4, wire)
-    trainer = quiet_trainer(
-        "cpu",
-        strategy=build_strategy(LEARNERS[gradients]),
-        max_epochs=epochs,
-        callbacks=[follow],
-        num_sanity_val_steps=0,
-        **arguments,
-    )
-    trainer.fit(module, Digits(BATCH // RANKS))
-    return follow.epochs
-
-
-def accuracy(sizes: Sizes) -> Tables:
-    """Learn digits over slow links, and measure time and bytes until the goal accuracy."""
-    if link_is_unavailable():
-        return {title: [] for title in sizes.learned}
-    tables: Tables = {}
-    for title, quality in sizes.learned.items():
-        found = learn_all(sizes.epochs, quality)
-        if sizes.figure is not None and not tables:
-            draw_accuracies(found).savefig(sizes.figure, dpi=140)
-        tables[title] = accuracy_rows(found)
-    return tables
-
-
-def learn_all(epochs: int, quality: Quality) -> dict[str, list[Epoch]]:
-    """Train with each of the learners over a slow link."""
-    found: dict[str, list[Epoch]] = {}
-    with network.slow_link(quality) as joined:
-        for name in LEARNERS:
-            work = partial(learn, name, epochs, network.sent_bytes, num_nodes=RANKS)
-            found[name] = joined.call(work, LIMIT_S)[0]
-    return found
-
-
-def reached(epochs: Sequence[Epoch]) -> Epoch | None:
-    """Return the first epoch that reaches the goal accuracy."""
-    return next((epoch for epoch in epochs if epoch.accuracy >= GOAL), None)
-
-
-def accuracy_rows(found: Mapping[str, Sequence[Epoch]]) -> list[Row]:
-    """Return time and bytes until the goal accuracy, and the end of each training; the ratio says how much sooner."""
-    goal, baseline = f"{100 * GOAL:g} %", reached(next(iter(found.values())))
-    rows = []
-    for name, epochs in found.items():
-        first, last = reached(epochs), epochs[-1]
-        ratio = baseline.seconds / first.seconds if first and baseline else None
-        columns = {
-            f"s to {goal}": first.seconds if first else "never",
-            f"MB to {goal}": first.megabytes if first else "never",
-            "s in all": last.seconds,
-            "MB in all": last.megabytes,
-            "MB on the wire": last.wire,
-            "accuracy, %": 100 * last.accuracy,
-        }
-        rows.append(Row(name, None, ratio, columns=columns))
-    return rows
-
-
-def parameters() -> int:
-    """Return the number of parameters of the network."""
-    return sum(parameter.numel() for parameter in perceptron().parameters())
-
-
-def draw_accuracies(found: Mapping[str, Sequence[Epoch]]) -> Figure:
-    """Draw accuracy by megabytes sent and by seconds."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
-    by_bytes, by_time = figure.subplots(1, 2, sharey=True)
-    for name, epochs in found.items():
-        _draw_line(by_bytes, name, [epoch.megabytes for epoch in epochs], epochs)
-        _draw_line(by_time, name, [epoch.seconds for epoch in epochs], epochs)
-    by_bytes.set(xscale="log", xlabel="MB sent by each rank", ylabel="validation accuracy, %")
-    by_bytes.xaxis.set_major_formatter("{x:g}")
-    by_time.set(xscale="log", xlabel="seconds since the first step, without validation")
-    by_time.xaxis.set_major_formatter("{x:g}")
-    for axes in (by_bytes, by_time):
-        axes.axhline(100 * GOAL, color="black", linestyle=":", linewidth=1, zorder=1)
-        axes.grid(color="#eeeeee", linewidth=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-    size = f"{parameters() / 1e6:.2f} M parameters, {len(epochs)} epochs"
-    title = f"Digits learned by two ranks over {SLOW:g} Mbit/s, {size}; large marks: {100 * GOAL:g} % reached"
-    figure.suptitle(title, fontsize=11)
-    figure.legend(*by_bytes.get_legend_handles_labels(), loc="outside lower center", ncols=len(found), frameon=False)
-    return figure
-
-
-def _draw_line(axes: Axes, name: str, places: Sequence[float], epochs: Sequence[Epoch]) -> None:
-    heights, colour, marker = [100 * epoch.accuracy for epoch in epochs], COLOURS[name], MARKERS[name]
-    axes.plot(places, heights, color=colour, marker=marker, markersize=3.5, linewidth=1.6, label=name)
-    if (first := reached(epochs)) is not None:
-        at = epochs.index(first)
-        axes.plot(places[at], heights[at], marker, color=colour, markersize=10, markeredgecolor="white", zorder=3)
-
-
 # Command line.
 
-PARTS: dict[str, Callable[[Sizes], Tables]] = {"payload": payload, "step": step, "link": link, "accuracy": accuracy}
+PARTS: dict[str, Callable[[Sizes], Tables]] = {"payload": payload, "step": step, "link": link}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -502,12 +285,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)"
     )
     parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
-    parser.add_argument("--figure", type=Path, help="file for the figure of the last part")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
     prepare()
     print(machine(), flush=True)
-    sizes = replace(QUICK if options.quick else FULL, figure=options.figure)
+    sizes = QUICK if options.quick else FULL
     tables: Tables = {}
     for name in options.parts:
         found = PARTS[name](sizes)

@@ -19,6 +19,7 @@ SCRIPTS = (
     "data_pruning",
     "adversarial",
     "communication",
+    "several_machines",
     "topk_selection",
     "small_layers",
     "memory",

@@ -16,7 +16,6 @@ from torch import Tensor
 from lightning_grad.strategies._ledger import ByteLedger, Stopwatch
 from lightning_grad.strategies._lost_ranks import explain_loss
 
-_RESTART = "Start the run again from its last checkpoint."
 _SIGNS = r"gloo/|nccl|processgroup|pair closure"
 
 
@@ -89,7 +88,7 @@ class Collectives:
                 yield
         except RuntimeError as error:
             step = f"could not exchange the {self._exchanged} of step {self._ledger.steps + 1}, because"
-            words = f"{self._display_name}: rank {self.rank} {step} {explain_loss()}. {_RESTART}"
+            words = f"{self._display_name}: rank {self.rank} {step} {explain_loss()}"
             raise RuntimeError(f"{words} ({error})") from error
 
 
@@ -101,8 +100,8 @@ def explain_lost_rank(error: BaseException, display_name: str) -> None:
         display_name: Name of the strategy.
     """
     text = str(error)
-    if isinstance(error, RuntimeError) and _RESTART not in text and re.search(_SIGNS, text, re.IGNORECASE):
-        error.args = (f"{text}\n{display_name}: {explain_loss()}. {_RESTART}", *error.args[1:])
+    if isinstance(error, RuntimeError) and f"{display_name}: " not in text and re.search(_SIGNS, text, re.IGNORECASE):
+        error.args = (f"{text}\n{display_name}: {explain_loss()}", *error.args[1:])
 
 
 @contextmanager

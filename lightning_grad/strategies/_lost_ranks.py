@@ -19,15 +19,22 @@ _KEY, _TAG = "lightning_grad/failed", 0x6C67
 
 
 def explain_loss() -> str:
-    """Return what was lost, as a clause. Takes a few seconds, and never raises."""
-    unknown = "another rank has stopped or cannot be reached; see its log"
+    """Return what was lost and what to do, to follow the word "because". Takes a few seconds, and never raises."""
     if not dist.is_initialized():
-        return unknown
+        return (
+            "the ranks could not connect. On every machine, set GLOO_SOCKET_IFNAME (with GPUs NCCL_SOCKET_IFNAME) to the "
+            "interface that leads to the others, and open the firewall between them."
+        )
+    return f"{_loss()}. Start the run again from its last checkpoint."
+
+
+def _loss() -> str:
     ranks = dist.get_world_size()
     lost = _within(2 * _GRACE_SECONDS, lambda: _lost(dist.get_rank(), ranks))
     if lost is None:
         return (
-            f"{unknown}. The ranks' store does not answer either, so rank 0 or the machine at MASTER_ADDR may be lost"
+            "another rank has stopped or cannot be reached; see its log. The ranks' store does not answer either, so rank 0 "
+            "or the machine at MASTER_ADDR may be lost"
         )
     if not lost:
         return (

@@ -5,7 +5,7 @@ and on four. The batch of all ranks together is the same for every number of ran
 :data:`STRATEGIES`, and has its own learning rate, chosen on a seed that is not reported.
 
 Bytes are those that a rank passes to collectives. Seconds are those of this machine, without validation: the ranks share its
-memory, so sending less saves little time here. ``benchmarks/communication.py`` measures time over slow links.
+memory, so sending less saves little time here. ``benchmarks/several_machines.py`` measures time over slow links.
 """
 
 from __future__ import annotations
