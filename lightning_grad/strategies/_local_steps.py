@@ -70,7 +70,7 @@ class LocalStepsDDP(RankSavingDDP):
     """
 
     kept: ClassVar[str] = "local states"
-    exchanged: ClassVar[str] = "weights"
+    exchanged: ClassVar[str] = "weights of round"
     when_neutral: ClassVar[str] = "is plain DDP now"
 
     compatibility: ClassVar[Compatibility] = Compatibility(

@@ -222,7 +222,7 @@ class OuterModel:
         values = {name: parts.pop(0).view_as(self.memory[name][OUTER]) for name in floats}
         tail = parts.pop(0) if parts else torch.zeros(0)
         changed = tail[: len(exchange.buffers)]
-        self._first_round = self._first_round or (exchange.buffers, changed)
+        self._first_round = self._first_round or (exchange.buffers, changed.clone())  # not a view of the message
         self._replace_floats(values, dict(zip(exchange.buffers, changed, strict=True)))
         self._replace_integers(integers, arrived)
         if moves:
