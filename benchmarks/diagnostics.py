@@ -45,7 +45,7 @@ from benchmarks.common import (
     transformer,
     write_tables,
 )
-from benchmarks.rows import AGAIN, Row
+from benchmarks.rows import AGAIN, LOOKS, Row
 from lightning_grad.callbacks import (
     GradCAMLogger,
     GradientDiversity,
@@ -64,9 +64,8 @@ SMALLEST = "the smallest step"
 STEPS = {SMALLEST: 300, "a residual convnet": 30, "a transformer": 12}
 Fit = Callable[[], list[Callback]]
 
-LOOKS = "Looks of probes"
 STEP, EVALUATION = "a training step of 32 images", "a batch of 32 images in evaluation"
-LOOKS_OF_A_ROUND = 3
+LOOKS_OF_A_ROUND, STEPS_OF_A_ROUND = 3, 12
 MAPS_BUDGET = 3.0  # batches in evaluation for the maps of eight images
 LOOKED_AT = 128  # images in the data set of the probes
 PROBES: dict[str, tuple[Callable[[], ProbeCallback], str, float | None]] = {
@@ -81,8 +80,8 @@ PROBES: dict[str, tuple[Callable[[], ProbeCallback], str, float | None]] = {
         EVALUATION,
         MAPS_BUDGET,
     ),
-    "GradientDiversity, 32 images": (lambda: GradientDiversity(samples=32, every_n_steps=1), STEP, None),
-    "HessianSpectrum, 32 images": (lambda: HessianSpectrum(samples=32, every_n_steps=1), STEP, None),
+    "GradientDiversity, 100 images": (lambda: GradientDiversity(every_n_steps=1), STEP, None),
+    "HessianSpectrum, 100 images": (lambda: HessianSpectrum(every_n_steps=1), STEP, None),
 }
 """Each probe with what a look is compared with, and the budget."""
 
@@ -200,13 +199,13 @@ def _seconds_of(name: str, clock: Clock) -> list[float]:
     seed_everything(0, verbose=False)
     module, batch = convnet()
     if name.startswith(STEP):
-        return timed_fit(module, batch, LOOKS_OF_A_ROUND, [], clock)
+        return timed_fit(module, batch, STEPS_OF_A_ROUND, [], clock)
     data = TensorDataset(torch.randn(LOOKED_AT, 3, 32, 32), torch.randint(10, (LOOKED_AT,)))
     if name == EVALUATION:
         module.eval().to(clock.device)
         images = data[:32][0].to(clock.device)
         with torch.inference_mode():
-            return [clock.seconds(lambda: module(images)) for _ in range(1 + LOOKS_OF_A_ROUND)][1:]
+            return [clock.seconds(lambda: module(images)) for _ in range(1 + STEPS_OF_A_ROUND)][1:]
     probe, times = PROBES[name][0](), list[float]()
     take: Callable[..., Any] = probe._take
 

@@ -48,7 +48,8 @@ from lightning_grad import callbacks, strategies
 from lightning_grad.cli.check.memory import can_fork, peak_of
 from lightning_grad.functional.plain_tensors import is_opaque
 
-LAYERS, WIDTH, CLASSES, TOKENS, BATCH = 4, 512, 10, 4, 8
+LAYERS, WIDTH, CLASSES, BATCH = 4, 512, 10, 8
+CHANNELS, SIZE, PATCH = 2, 32, 16  # of the images; a patch has WIDTH entries
 BATCHES, EPOCHS = 6, 3
 LOG_EVERY = 4  # steps
 PLAIN, DDP = "plain", "DDP"
@@ -62,7 +63,7 @@ POWER: dict[str, Any] = {"rank": 4, **BUCKETS}
 
 
 class Classifier(LightningModule):
-    """A transformer that classifies short sequences.
+    """A transformer that classifies images by their patches.
 
     Args:
         optimizer: ``adamw``, or ``sgd`` with momentum.
@@ -77,7 +78,8 @@ class Classifier(LightningModule):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.encoder(x).mean(1))
+        tokens = F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2)
+        logits: Tensor = self.head(self.encoder(tokens).mean(1))
         return logits
 
     @override
@@ -150,7 +152,7 @@ def watched_fit(extra: Sequence[Callback], optimizer: str = "adamw", **arguments
     seed_everything(0, verbose=False)
     watch = Watch()
     samples = BATCH * BATCHES * arguments.get("devices", 1)
-    data = TensorDataset(torch.randn(samples, TOKENS, WIDTH), torch.randint(CLASSES, (samples,)))
+    data = TensorDataset(torch.randn(samples, CHANNELS, SIZE, SIZE), torch.randint(CLASSES, (samples,)))
     trainer = quiet_trainer(
         "cpu",
         max_epochs=EPOCHS,

@@ -27,6 +27,7 @@ SCRIPTS = (
 RESULTS = Path(__file__).parent / "results"
 AGAIN = ", again"
 HELD, MOST, PEAK = "between steps", "at a log step", "peak"  # columns of memory.py, which cards quote
+LOOKS = "Looks of probes"  # a table of diagnostics.py, which cards quote
 OK, NOISE, MISSED = "ok", "within the noise", "missed"
 
 

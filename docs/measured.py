@@ -20,6 +20,7 @@ from benchmarks import rows
 from benchmarks.rows import (
     AGAIN,
     HELD,
+    LOOKS,
     MISSED,
     MOST,
     NOISE,
@@ -141,12 +142,24 @@ def _noise(noise: float | None) -> str:
     return "" if noise is None else f"{noise:.3f}"
 
 
-# Memory, in the cards.
+# Memory and the cost of looks, in the cards.
 
 
 def memory_of(technique: type[Any]) -> Iterator[str]:
-    """Yield the line of a card about memory."""
+    """Yield the line of a card about memory, and for a probe that about the time of a look."""
     yield textwrap.fill(f"**Memory.** {_memory(technique.__name__)}", 120) + "\n"
+    looks = list(_looks(technique.__name__))
+    if looks:
+        yield textwrap.fill(f"**Time.** {' '.join(looks)} ([measured](../benchmarks.md#looks-of-probes))", 120) + "\n"
+
+
+def _looks(name: str) -> Iterator[str]:
+    """Yield a sentence for each way of looking that was measured."""
+    found = results().get("diagnostics")
+    for row in [] if found is None else found.tables.get(LOOKS, ()):
+        probe, _, samples = row.name.partition(", ")
+        if probe == name and row.ratio is not None:
+            yield f"A look ({samples}) takes {row.ratio:.3g} times as long as {row.baseline}."
 
 
 def _memory(name: str) -> str:

@@ -22,7 +22,7 @@ from benchmarks import (
     topk_selection,
 )
 from benchmarks.rows import RESULTS, SCRIPTS, Results, Row, marker_of
-from lightning_grad.callbacks import NMSparsity, ZClip
+from lightning_grad.callbacks import GradCAMLogger, HessianSpectrum, NMSparsity, ZClip
 
 CLIPPING, PRUNING = tuple(clipping.SHAPES), (data_pruning.CONVNET, data_pruning.RESNET, data_pruning.TRANSFORMER)
 TITLES = {
@@ -102,6 +102,15 @@ def test_parts_say_what_was_measured():
     line = " ".join("".join(measured.memory_of(ZClip)).split())
     assert "less than 0.05 times the bytes of the weights between steps, and 0.40 times around a log step" in line
     assert "The peak of the process is 0.20 times these bytes higher" in line
+
+
+@pytest.mark.usefixtures("_folder")
+def test_the_card_of_a_probe_says_what_a_look_costs(tmp_path):
+    found = [Row("GradCAMLogger, 8 images", 1.0, 0.814, baseline="a step"), Row("a step", 2.0, 1.0)]
+    Results("a machine", 3, {rows.LOOKS: found}).write(tmp_path / "diagnostics.json")
+    line = " ".join("".join(measured.memory_of(GradCAMLogger)).split())
+    assert "**Time.** A look (8 images) takes 0.814 times as long as a step." in line
+    assert "**Time.**" not in "".join(measured.memory_of(HessianSpectrum))
 
 
 @pytest.mark.usefixtures("_folder")

@@ -25,7 +25,7 @@ class Hoard(pl.Callback):
 
 @pytest.fixture
 def _small(monkeypatch):
-    for name, value in {"LAYERS": 1, "WIDTH": 256, "TOKENS": 2, "BATCH": 2}.items():
+    for name, value in {"LAYERS": 1, "WIDTH": 256, "CHANNELS": 1, "BATCH": 2}.items():
         monkeypatch.setattr(memory, name, value)
     fit = memory.watched_fit
 
