@@ -233,6 +233,8 @@ def strategy_rows(only: Sequence[str]) -> list[Row]:
         "DGCStrategy, error feedback": (partial(dgc, **DGC, correction="error_feedback"), "adamw"),
         "PowerSGDStrategy": (partial(power, **POWER), "adamw"),
     }
+    for name in ("LocalSGDStrategy", "DiLoCoStrategy"):
+        compressing[name] = (partial(getattr(strategies, name), sync_every_n_steps=2, **BUCKETS), "adamw")
     fits |= {name: fit for name, fit in compressing.items() if not only or name.partition(",")[0] in only}
     found = {name: memory_of_ranks(*fit) for name, fit in fits.items()}
     baselines = {name: f"{DDP}, {optimizer}" for name, (_, optimizer) in fits.items()}

@@ -307,7 +307,7 @@ _IN_A_RUN: _Finders = {
     ),
     "gradient_clip_val": _clipping,
     "late_gradients": partial(_strategy_with, "gradient_is_compressed"),
-    "local_steps": partial(_strategy_with, "gradient_is_local"),
+    "local_steps": partial(_strategy_with, "has_local_steps"),
 }
 _IN_AN_OPTIMIZER: _Finders = {
     "fused_fp16": lambda trainer, optimizer: _if(

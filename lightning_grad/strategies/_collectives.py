@@ -28,7 +28,7 @@ class Collectives:
         ranks: Number of ranks.
         ledger: Counts the bytes.
         watch: Paused while ranks wait for each other.
-        exchanged: What is exchanged, in the plural, for errors.
+        exchanged: What is exchanged, in the plural, and the unit that is counted, for errors.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Collectives:
             with self._watch.paused():
                 yield
         except RuntimeError as error:
-            step = f"could not exchange the {self._exchanged} of step {self._ledger.steps + 1}, because"
+            step = f"could not exchange the {self._exchanged} {self._ledger.steps + 1}, because"
             words = f"{self._display_name}: rank {self.rank} {step} {explain_loss()}"
             raise RuntimeError(f"{words} ({error})") from error
 

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -68,7 +70,7 @@ class LocalStepsDDP(RankSavingDDP):
     """
 
     kept: ClassVar[str] = "local states"
-    exchanged: ClassVar[str] = "weights"
+    exchanged: ClassVar[str] = "weights of round"
     when_neutral: ClassVar[str] = "is plain DDP now"
 
     compatibility: ClassVar[Compatibility] = Compatibility(
@@ -146,9 +148,14 @@ class LocalStepsDDP(RankSavingDDP):
         return self.dense_fraction >= 1.0
 
     @property
-    def gradient_is_local(self) -> bool:
-        """Whether ``.grad`` is the gradient of this rank alone."""
+    def has_local_steps(self) -> bool:
+        """Whether ranks train apart at any time in the run."""
         return not self.is_neutral
+
+    @property
+    def gradient_is_local(self) -> bool:
+        """Whether ``.grad`` is now the gradient of this rank alone."""
+        return self.has_local_steps and not self._is_dense
 
     @override
     def works_with(self) -> Compatibility:
@@ -246,11 +253,13 @@ class LocalStepsDDP(RankSavingDDP):
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        if self.is_neutral or self._is_dense:
+        if self.is_neutral:
             return
-        self._outer.learn_constants()
-        if self._choose() or not self.memory:
-            self._adopt()
+        has_others = self._choose()
+        if not self._is_dense:
+            self._outer.learn_constants()
+            if has_others or not self.memory:
+                self._adopt()
 
     def _choose(self) -> bool:
         """Note which parameters take part, and return whether they are others than before.
@@ -276,9 +285,18 @@ class LocalStepsDDP(RankSavingDDP):
         self._outer.adopt(self._chosen, self._buffers())
 
     def _buffers(self) -> dict[str, Tensor]:
+        """Return the buffers to exchange: those in the module's state; all others can be derived, and stay on their rank."""
+        return self._saved_buffers() if self._sends_buffers else {}
+
+    def _saved_buffers(self) -> dict[str, Tensor]:
         assert self.lightning_module is not None
-        named = self.lightning_module.named_buffers() if self._sends_buffers else ()
-        return {clean_name(name): buffer for name, buffer in named if not buffer.is_complex()}
+        found: dict[int, tuple[str, Tensor]] = {}
+        for place, module in self.lightning_module.named_modules():
+            for name in module._buffers.keys() - module._non_persistent_buffers_set:
+                buffer = module._buffers[name]
+                if buffer is not None and not buffer.is_complex():
+                    found.setdefault(id(buffer), (clean_name(f"{place}.{name}" if place else name), buffer))
+        return dict(sorted(found.values(), key=lambda pair: pair[0]))
 
     @override
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -309,6 +327,8 @@ class LocalStepsDDP(RankSavingDDP):
     def _leave_ddp(self) -> None:
         """Train apart from now on. Ranks have equal weights, and rank 0's buffers are sent once more."""
         self._is_dense = False
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model._remove_autograd_hooks()  # type: ignore[no-untyped-call]
         self.model = self.lightning_module
         assert self.model is not None
         _sync_module_states(self.model)
@@ -353,7 +373,7 @@ class LocalStepsDDP(RankSavingDDP):
 
     @override
     def named_tensors(self) -> dict[str, Tensor]:
-        return {**super().named_tensors(), **self._buffers()}
+        return {**super().named_tensors(), **self._saved_buffers()}
 
     @property
     @override
@@ -383,8 +403,7 @@ class LocalStepsDDP(RankSavingDDP):
     @override
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
         self.ledger.load_state_dict(shared["ledger"])
-        super_load = super(RankSavingDDP, self).load_optimizer_state_dict
-        super_load({"optimizer_states": own["optimizers"]})
+        DDPStrategy.load_optimizer_state_dict(self, {"optimizer_states": own["optimizers"]})
         if not self.is_global_zero:
             for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
                 if callback.state_key in own["callbacks"]:

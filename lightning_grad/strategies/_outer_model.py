@@ -2,7 +2,7 @@
 
 Between two exchanges each rank trains its own copy. The outer model is what the last exchange left; validation and
 checkpoints have it. An exchange sends what each rank moved since the round began, and the outer model takes one step
-along the mean (``functional/communication/outer_step.py``). Weights travel as moves, so that a weight that nobody moved
+along the mean (``functional/communication/outer_step.py``). Weights travel as moves, so a weight that no rank moved
 keeps its bits; float buffers travel as values, because the mean of moves could make a variance negative; integer
 buffers come from rank 0.
 """
@@ -222,7 +222,7 @@ class OuterModel:
         values = {name: parts.pop(0).view_as(self.memory[name][OUTER]) for name in floats}
         tail = parts.pop(0) if parts else torch.zeros(0)
         changed = tail[: len(exchange.buffers)]
-        self._first_round = self._first_round or (exchange.buffers, changed)
+        self._first_round = self._first_round or (exchange.buffers, changed.clone())  # not a view of the message
         self._replace_floats(values, dict(zip(exchange.buffers, changed, strict=True)))
         self._replace_integers(integers, arrived)
         if moves:

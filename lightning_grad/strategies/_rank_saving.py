@@ -57,7 +57,7 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
     Class attributes:
 
     - ``kept``: what a rank keeps, in the plural, for messages.
-    - ``exchanged``: what ranks exchange, in the plural, for messages.
+    - ``exchanged``: what ranks exchange, in the plural, and the unit that is counted, for messages.
     - ``when_neutral``: a clause for a setting with which a rank keeps nothing.
 
     Args:
@@ -77,7 +77,7 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
     """
 
     kept: ClassVar[str] = "unsent gradients"
-    exchanged: ClassVar[str] = "gradients"
+    exchanged: ClassVar[str] = "gradients of step"
     when_neutral: ClassVar[str] = "compresses nothing now"
 
     namespace: ClassVar[str] = "comm"

@@ -144,7 +144,7 @@ class Scheme(Entry):
     @property
     def is_local(self) -> bool:
         """Whether ranks train apart and exchange weights."""
-        return bool(getattr(self.build(), "gradient_is_local", False))
+        return bool(getattr(self.build(), "has_local_steps", False))
 
     @property
     def syncs(self) -> str:

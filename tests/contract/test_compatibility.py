@@ -116,7 +116,7 @@ SITUATIONS: Mapping[str, Callable[[Entry], Situation]] = {
     "weight_averaging": lambda _: (make_classifier(), {"callbacks": [EMAWeightAveraging()]}),
     "gradient_clip_val": lambda _: (make_classifier(), {"gradient_clip_val": 0.5}),
     "late_gradients": lambda _: _stand_in("Compressing", gradient_is_compressed=True),
-    "local_steps": lambda _: _stand_in("LocalSteps", gradient_is_local=True),
+    "local_steps": lambda _: _stand_in("LocalSteps", has_local_steps=True),
     "no_second_moment": lambda _: (make_classifier(optimizer="sgd"), {}),
     "sparse_gradients": _sparse,
     "complex_parameters": _complex,

@@ -8,6 +8,7 @@ from typing import Any
 import adversarial
 import communication
 import diagnostics
+import local_steps
 import optimizers
 import plain_project
 import probes
@@ -31,7 +32,7 @@ from lightning_grad.callbacks import (
     ZClip,
 )
 from lightning_grad.functional import is_nm
-from lightning_grad.strategies import DGCStrategy
+from lightning_grad.strategies import DGCStrategy, DiLoCoStrategy
 
 EXAMPLES = Path(plain_project.__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -153,6 +154,19 @@ def test_two_processes_send_less(
     check_files(tmp_path, "dgc_strategy.csv", "dgc_strategy.png", "dgc_strategy_layers.csv")
 
 
+def test_two_processes_train_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forked(every: int, start_method: str) -> DiLoCoStrategy:
+        assert start_method == "spawn"
+        return DiLoCoStrategy(every, start_method="fork")
+
+    monkeypatch.setattr(local_steps, "DiLoCoStrategy", forked)
+    local_steps.main(["--every", "4", "--steps", "8", "--output", str(tmp_path)])
+    assert "Each process sent 3.9 times less than the gradients of all steps." in capsys.readouterr().out
+    check_files(tmp_path, "di_lo_co_strategy.csv", "di_lo_co_strategy.png", "metrics.csv")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
 @pytest.mark.parametrize(
     ("family", "kind", "figure"),
@@ -226,6 +240,15 @@ def test_sparsity_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (callback.pattern, callback.recipe) == ("1:8", "mdgf-exponential")
     assert is_nm(cli.model.net.encoder.layers[0].linear1.weight.detach(), 1, 8)
     check_files(tmp_path / "runs/nm_sparsity_yaml/version_0", "nm_sparsity.csv", "nm_sparsity.png")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse
+def test_local_steps_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["--trainer.max_steps=4", "--trainer.max_epochs=-1", "--trainer.strategy.start_method=fork"]
+    cli = run_yaml("local_steps", monkeypatch, tmp_path, *short, "--trainer.limit_val_batches=0")
+    assert cli.trainer.strategy.sync_every_n_steps == 10
+    assert cli.trainer.callback_metrics["comm/ratio"] > 1
+    check_files(tmp_path / "runs/local_steps_yaml/version_0", "di_lo_co_strategy.png")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # LightningCLI's use of jsonargparse

@@ -116,7 +116,7 @@ class _Statistics(nn.Module):
         super().__init__()
         self.norm = nn.BatchNorm1d(32)
         self.register_buffer("mask", torch.full((50,), -torch.inf))
-        self.register_buffer("table", TABLE.clone(), persistent=False)
+        self.register_buffer("table", TABLE.clone())
         self.head = nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ def _hang(folder: Path, is_short: bool) -> str:
 
 def _assert_named(name: str, words: str) -> None:
     """Raise unless the others say which rank was lost; DDP says so in torch's words."""
-    said = re.findall(rf"RuntimeError: {name}: rank \d could not exchange the \w+ of step \d, because (.*?) \(", words)
+    said = re.findall(rf"RuntimeError: {name}: rank \d could not exchange the \w+ of \w+ \d, because (.*?) \(", words)
     expected = "rank 3 has stopped or cannot be reached; see its log. Start the run again from its last checkpoint."
     assert set(said) == (set() if name == "DDPStrategy" else {expected}), words
 
