@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import rows
 from benchmarks.rows import (
+    AGAIN,
     HELD,
     LOOKS,
     MISSED,
@@ -35,6 +36,7 @@ from benchmarks.rows import (
 
 PAGE = "docs/benchmarks.md"
 NOT_YET = "Not measured yet.\n"
+_OVER = "Digits over "
 _SMALL = 0.05  # times the weights: what the tables of memory call nothing
 
 
@@ -69,6 +71,33 @@ def table(name: str) -> Iterator[str]:
         yield "This machine could not measure it.\n"
     else:
         yield table_of(found) + "\n"
+
+
+def which_strategy() -> Iterator[str]:
+    """Yield time and traffic of each strategy over each link side by side, and the soonest over each."""
+    found = results().get("several_machines")
+    links = {} if found is None else {t: list(r) for t, r in found.tables.items() if t.startswith(_OVER) and r}
+    if not links:
+        yield NOT_YET
+        return
+    header = ["Strategy", *(f"{what} over {title.removeprefix(_OVER)}" for title in links for what in ("s", "MB"))]
+    names = [row.name for row in next(iter(links.values())) if not row.name.endswith(AGAIN)]
+    cells = {(title, row.name): row.columns for title, table in links.items() for row in table}
+    lines = [
+        [name, *(_short(cells[title, name][column]) for title in links for column in list(cells[title, name])[:2])]
+        for name in names
+    ]
+    yield rows.markdown_table(header, lines) + "\n"
+    for title in links:
+        seconds = {name: next(iter(cells[title, name].values())) for name in names}
+        reached = {name: value for name, value in seconds.items() if not isinstance(value, str)}
+        soonest = sorted(reached, key=lambda name: reached[name])[:3]
+        text = ", ".join(f"{name} ({_short(reached[name])} s)" for name in soonest)
+        yield textwrap.fill(f"**Soonest over {title.removeprefix(_OVER)}:** {text}.", 120) + "\n"
+
+
+def _short(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.1f}"
 
 
 def machine() -> Iterator[str]:

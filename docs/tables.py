@@ -231,6 +231,7 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         ("docs/troubleshooting.md", "raised"): raised,
         ("docs/compatibility.md", "compatibility"): compatibility,
         ("docs/testing_callbacks.md", "checks"): checks,
+        ("docs/several_machines.md", "which_strategy"): measured.which_strategy,
         ("docs/clipping.md", "roles"): clipping_roles,
         ("docs/clipping.md", "thresholds"): clipping_thresholds,
     }
