@@ -1,12 +1,12 @@
 """The study of local steps: bytes are those of the messages, and everything that is promised is written."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from studies.claim import Run
 from studies.claims import CLAIMS
-from studies.claims.local_steps import LocalSteps
+from studies.claims.local_steps import BATCH, LocalSteps, build_data, build_module
 from studies.common import read_table
 from studies.figures.local_steps import print_table
 from studies.report import write
@@ -47,16 +47,9 @@ def test_digits_are_learned_and_bytes_are_those_of_the_messages(
     assert max(map(len, printed.splitlines())) <= 80
 
 
-def test_characters_are_learned_on_several_ranks(tmp_path: Path) -> None:
-    claim = replace(
-        CLAIMS["local-steps-characters-2"],
-        arms=["diloco-30-int8"],
-        rates=(1e-3,),
-        steps=2,
-        seeds=1,
-        output=tmp_path,
-        start_method="fork",
-    )
-    (result,) = train_all(claim, 1)
-    assert result.test_accuracy == result.validation_accuracy
-    assert result.ratio > 6  # nearly a quarter of the bytes, in one exchange after two steps
+def test_ranks_share_a_batch_of_characters() -> None:
+    claim = CLAIMS["local-steps-characters-4"]
+    data = build_data(claim.model, Run("dense", 0, 1e-3), BATCH // claim.ranks)
+    assert data.batch_size == 16
+    module = build_module(claim.model, Run("dense", 0, 1e-3), data)
+    assert (module.lr, module.context) == (1e-3, data.context)
