@@ -15,18 +15,23 @@ import torch
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.averaging import techniques_that_average
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import Compatibility, manual, no
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.progress import run_progress
 from lightning_grad.strategies._collectives import interrupts_deferred
+from lightning_grad.strategies._local_refusals import (
+    refuse_averages,
+    refuse_endless,
+    refuse_synchronized_statistics,
+    refuse_uneven_batches,
+)
 from lightning_grad.strategies._move_codecs import Int8, MoveCodec, TopK
 from lightning_grad.strategies._outer_model import OuterModel, OuterRule
 from lightning_grad.strategies._rank_files import State
@@ -48,10 +53,6 @@ Compression = Literal["none", "topk", "int8"]
 _NO_SCALER = no(
     "lets each rank train on its own, and {} would change its scale and skip steps on each rank alone",
     "Use precision='bf16-mixed', or strategy='ddp'",
-)
-_AVERAGES = (
-    "averages the weights of each rank after its own steps, so ranks would validate different models. The outer model of "
-    "this strategy is an average already. Remove it, or use strategy='ddp'"
 )
 
 
@@ -168,13 +169,7 @@ class LocalStepsDDP(RankSavingDDP):
         super().refuse(trainer)
         if self.is_neutral:
             return
-        layers = [name for name, one in trainer.lightning_module.named_modules() if isinstance(one, nn.SyncBatchNorm)]
-        if layers or self._layer_sync is not None:
-            which = f" ({layers[0]})" if layers else ""
-            raise ValueError(
-                f"{self.display_name} lets ranks train apart, and SyncBatchNorm{which} exchanges statistics in every "
-                "forward pass. Use BatchNorm, whose statistics the strategy averages: set sync_batchnorm=False."
-            )
+        refuse_synchronized_statistics(self.display_name, trainer.lightning_module, self._layer_sync is not None)
 
     @override
     def configure_ddp(self) -> None:
@@ -231,22 +226,10 @@ class LocalStepsDDP(RankSavingDDP):
         super().on_train_start()
         if self.is_neutral:
             return
-        trainer = self._trainer
-        for name in techniques_that_average(trainer):
-            raise ValueError(f"{self.display_name} does not work with {name}, which {_AVERAGES}.")
-        if self._is_dense and trainer.max_epochs == trainer.max_steps == -1:
-            raise ValueError(
-                f"{self.display_name}(dense_fraction={self.dense_fraction:g}) needs the length of the run, and this run has "
-                "no known end. Set max_epochs or max_steps of the Trainer, or dense_fraction=0."
-            )
-        batches = trainer.num_training_batches
-        own = torch.tensor([batches, -batches], dtype=torch.float64, device=self.root_device)
-        most, least = self.ranks.maximum_(own, counted=False).tolist()
-        if most != -least:
-            raise ValueError(
-                f"{self.display_name} needs the same number of batches on every rank, but they have {-least:g} to {most:g}. "
-                "Use a sampler that divides the data evenly, or set limit_train_batches."
-            )
+        refuse_averages(self.display_name, self._trainer)
+        if self._is_dense:
+            refuse_endless(self.display_name, self._trainer, self.dense_fraction)
+        refuse_uneven_batches(self.display_name, self._trainer, self.ranks)
 
     # One step.
 

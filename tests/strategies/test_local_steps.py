@@ -15,11 +15,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.callbacks import Lookahead, SkipNonFinite
+from lightning_grad.callbacks import Lookahead, NMSparsity, SkipNonFinite, ZClip
 from lightning_grad.strategies import DGCStrategy, DiLoCoStrategy, LocalSGDStrategy
 from lightning_grad.strategies._move_codecs import Int8, MoveCodec, TopK
 from lightning_grad.testing import StopAt, make_classifier, on_ranks
-from tests.strategies.fits import finish, train_on_ranks
+from tests.contract.test_strategies_checkpoints import RememberLogits, assert_computes_what_was_validated
+from tests.strategies.fits import finish, outcome, train_on_ranks
 from tests.strategies.ranks import BATCH, BATCHES, Task, assert_close, assert_same, fit, said, samples
 
 pytestmark = [
@@ -402,3 +403,41 @@ def test_a_checkpoint_goes_to_another_strategy_without_the_local_states(tmp_path
     (lines,) = on_ranks(1, _go_on_as_another, tmp_path)
     assert any("the checkpoint was saved by DiLoCoStrategy" in line for line in lines), lines
     assert any("DiLoCoStrategy is plain DDP now: the local states of DiLoCoStrategy are lost" in line for line in lines)
+
+
+def _beside(folder: Path, ranks_save_callbacks: bool) -> list[str]:
+    """Clip by what each rank has seen, prune, and validate in mid-round; return what a resumed run ends with."""
+
+    class Strategy(DiLoCoStrategy):
+        def state_beyond(self, checkpoint: Any) -> dict[str, Any]:
+            state = super().state_beyond(checkpoint)
+            return state if ranks_save_callbacks else {**state, "callbacks": {}}
+
+    def build() -> tuple[Any, list[pl.Callback]]:
+        clipping = ZClip(z_threshold=0.1, alpha=0.5, warmup_steps=2)
+        return Strategy(4, overlap=True, compression="int8", min_numel=1), [clipping, NMSparsity(**NMSparsity.trial)]
+
+    strategy, callbacks = build()
+    saving = ModelCheckpoint(folder, save_top_k=-1, monitor="val_loss")
+    seen = RememberLogits()
+    trainer, module = train_on_ranks(strategy, [*callbacks, seen, saving], make_classifier())
+    expected = outcome(trainer, module)
+    if dist.get_world_size() == 1:
+        for path in folder.glob("*.ckpt"):
+            assert_computes_what_was_validated(path, seen.by_step)
+    dist.barrier()
+    for path in sorted(folder.glob("*.ckpt"))[:1]:
+        strategy, callbacks = build()
+        resumed = outcome(*train_on_ranks(strategy, callbacks, make_classifier(), ckpt=path))
+        assert_same(resumed["module"], expected["module"])
+        assert_same(resumed["memory"], expected["memory"])
+    return [path.name for path in folder.glob("*.ckpt")]
+
+
+def test_callbacks_resume_on_each_rank_with_what_it_has_seen(tmp_path):
+    """Also under a view of the weights, while a message is on its way; the checkpoint has what was validated."""
+    for ranks in (1, 2):
+        (found, *_) = on_ranks(ranks, _beside, tmp_path / str(ranks), True)
+        assert len(found) == 3
+    with pytest.raises(AssertionError):
+        on_ranks(2, _beside, tmp_path / "lost", False)
