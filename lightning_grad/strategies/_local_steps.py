@@ -188,6 +188,8 @@ class LocalStepsDDP(RankSavingDDP):
             self.undo.push(wrap_method(trainer, "save_checkpoint", self._show))
 
     def _show(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.memory:
+            self._adopt()  # a module may have replaced buffers by new ones since
         with self._outer.shown(self._taken > 0):
             return inner(*args, **kwargs)
 
@@ -239,10 +241,8 @@ class LocalStepsDDP(RankSavingDDP):
         if self.is_neutral:
             return
         has_others = self._choose()
-        if not self._is_dense:
-            self._outer.learn_constants()
-            if has_others or not self.memory:
-                self._adopt()
+        if not self._is_dense and (has_others or not self.memory):
+            self._adopt()
 
     def _choose(self) -> bool:
         """Note which parameters take part, and return whether they are others than before.
@@ -334,7 +334,9 @@ class LocalStepsDDP(RankSavingDDP):
         if self._taken:
             self._exchange(last=True)
         elif self.memory:
-            self._outer.finish()
+            with interrupts_deferred():
+                self._adopt()
+                self._outer.finish(self.ranks)
         if self._is_unlogged:
             self._log_step(self._trainer)
         return inner()

@@ -4,7 +4,8 @@ Between two exchanges each rank trains its own copy. The outer model is what the
 checkpoints have it. An exchange sends what each rank moved since the round began, and the outer model takes one step
 along the mean (``functional/communication/outer_step.py``). Weights travel as moves, so a weight that no rank moved
 keeps its bits; float buffers travel as values, because the mean of moves could make a variance negative; integer
-buffers come from rank 0.
+buffers come from rank 0. Constant buffers are not sent: each message says which buffers changed, and one that never did
+before follows at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from lightning_grad.strategies._move_codecs import MoveCodec
 OUTER, VELOCITY, RESIDUAL, START, WEIGHT = "outer", "velocity", "residual", "start", "weight"
 _SHARED = (OUTER, VELOCITY)  # equal on all ranks
 _DENSE, _PACKED, _INTEGERS = "dense", "packed", "integers"
+_NAMES = ("names", "buffers", "watched")  # of an Exchange
 
 Memory = dict[str, dict[str, Tensor]]
 
@@ -47,13 +49,15 @@ class Exchange:
 
     Args:
         names: The weights in it, in order.
-        buffers: The buffers in it.
+        buffers: The buffers whose values are in it.
+        watched: The buffers of which it says whether they changed.
         own: The message of this rank, for a checkpoint that is saved meanwhile; empty if none can be.
         finish: Functions that wait for the results.
     """
 
     names: Sequence[str]
     buffers: Sequence[str]
+    watched: Sequence[str]
     own: Mapping[str, Tensor]
     finish: Mapping[str, Callable[[], Tensor]]
 
@@ -79,8 +83,7 @@ class OuterModel:
         self.buffers: dict[str, Tensor] = {}
         self.pending: Exchange | None = None
         self.statistics: Tensor | None = None
-        self._moving: list[str] | None = None  # buffers that changed in the first round; None before it
-        self._first_round: tuple[Sequence[str], Tensor] | None = None  # buffers, and whether they changed
+        self._moving: list[str] = []  # buffers that have changed in any round
         self._hidden: dict[str, Tensor] = {}
 
     # The tensors.
@@ -114,13 +117,7 @@ class OuterModel:
         if not self._rule.delayed:
             kept.pop(START, None)
         elif START not in kept:
-            kept[START] = _exact(weight).clone()
-
-    def learn_constants(self) -> None:
-        """Note after the first round which buffers did not change, and are not sent again. Once, it waits for the device."""
-        if self._moving is None and self._first_round is not None:
-            names, changed = self._first_round
-            self._moving = [name for name, share in zip(names, changed.tolist(), strict=True) if share > 0]
+            kept[START] = self._start(outer, weight).clone()  # also if a run resumes with a delay in mid-round
 
     # The exchange.
 
@@ -128,26 +125,43 @@ class OuterModel:
     def exchange(self, ranks: Collectives, last: bool) -> None:
         """Send what this rank moved, and move the outer model; ``last`` waits for the message even if it may be late."""
         own = self._moves()
-        self._settle()
+        self._settle(ranks)
         is_late = self._rule.delayed and not last
         self.pending = self._launch(ranks, own, is_late)
         if is_late:
             self._continue_from(own)
         else:
-            self.finish()
+            self.finish(ranks)
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self, ranks: Collectives) -> None:
         """Wait for the message that is on its way, if any, and return to the outer model."""
-        self._settle()
+        self._settle(ranks)
         self._give(self.weights, [self.memory[name][OUTER] for name in self.weights])
         self._give(self.buffers, [self.memory[name][OUTER] for name in self.buffers])
         self._mark_start()
 
-    def _settle(self) -> None:
+    def _settle(self, ranks: Collectives) -> None:
         exchange, self.pending = self.pending, None
         if exchange is not None:
-            self._apply(exchange, {key: finish() for key, finish in exchange.finish.items()})
+            changed = self._apply(exchange, {key: finish() for key, finish in exchange.finish.items()})
+            self._catch_up(ranks, changed)
+
+    def _catch_up(self, ranks: Collectives, changed: Mapping[str, Tensor]) -> None:
+        """Exchange buffers that have changed for the first time. Waits for the device if some never did."""
+        still = [name for name in changed if name not in self._moving]
+        shares = torch.stack([changed[name] for name in still]).tolist() if still else []
+        begun = [name for name, share in zip(still, shares, strict=True) if share > 0 and name in self.buffers]
+        self._moving += begun
+        floats, integers = self._kinds(begun)
+        message = self._integers(integers)
+        if floats:
+            message[_DENSE] = torch.cat([_exact(self.buffers[name]).reshape(-1) for name in floats])
+        arrived = {key: finish() for key, finish in _begin(ranks, message).items()}
+        if floats:
+            parts = torch.split(arrived[_DENSE], [self.memory[name][OUTER].numel() for name in floats])
+            self._replace_floats(dict(zip(floats, parts, strict=True)), changed)
+        self._replace_integers(integers, arrived)
 
     def _continue_from(self, own: Mapping[str, Tensor]) -> None:
         """Go on from the outer model as it is known, and what this rank has just moved, which the others do not know."""
@@ -166,35 +180,33 @@ class OuterModel:
             torch._foreach_copy_(starts, [weight.detach() for weight in self.weights.values()])
 
     def _moves(self) -> dict[str, Tensor]:
-        starts = [self._start(name, weight) for name, weight in self.weights.items()]
+        kept = [(self.memory[name], weight) for name, weight in self.weights.items()]
+        starts = [one[START] if START in one else self._start(one[OUTER], weight) for one, weight in kept]
         now = [_exact(weight) for weight in self.weights.values()]
         return dict(zip(self.weights, torch._foreach_sub(starts, now) if now else [], strict=True))
 
-    def _start(self, name: str, weight: Tensor) -> Tensor:
-        kept = self.memory[name]
-        if START in kept:
-            return kept[START]
-        # A weight in half precision began at the rounded outer weight.
-        return kept[OUTER] if weight.dtype == kept[OUTER].dtype else kept[OUTER].to(weight.dtype).to(kept[OUTER].dtype)
+    @staticmethod
+    def _start(outer: Tensor, weight: Tensor) -> Tensor:
+        """Return where a weight began the round; one in half precision began at the rounded outer weight."""
+        return outer if weight.dtype == outer.dtype else outer.to(weight.dtype).to(outer.dtype)
 
     def _launch(self, ranks: Collectives, own: Mapping[str, Tensor], is_late: bool) -> Exchange:
-        buffers = [name for name in self.buffers if self._moving is None or name in self._moving]
+        watched = list(self.buffers)
+        buffers = [name for name in watched if name in self._moving]
         message = self._message(own, buffers)
         kept = {key: part.clone() for key, part in message.items()} if is_late else {}
-        return Exchange(list(own), buffers, kept, _begin(ranks, message))
+        return Exchange(list(own), buffers, watched, kept, _begin(ranks, message))
 
     def _message(self, own: Mapping[str, Tensor], buffers: Sequence[str]) -> dict[str, Tensor]:
         packed = {name: move for name, move in own.items() if RESIDUAL in self.memory[name]}
         floats, integers = self._kinds(buffers)
         parts = [move.reshape(-1) for name, move in own.items() if name not in packed]
         parts += [_exact(self.buffers[name]).reshape(-1) for name in floats]
-        message = {}
+        message = self._integers(integers)
         if packed:
             assert self._codec is not None
             message[_PACKED] = self._codec.pack({n: (move, self.memory[n][RESIDUAL]) for n, move in packed.items()})
-        if integers:
-            message[_INTEGERS] = torch.cat([self.buffers[name].reshape(-1).long() for name in integers])
-        tail = [(self.buffers[name] != self.memory[name][OUTER]).any().float() for name in buffers]
+        tail = [(buffer != self.memory[name][OUTER]).any().float() for name, buffer in self.buffers.items()]
         if own:
             size = _squared_norm(list(own.values()))
             unsent = [self.memory[name][RESIDUAL] for name in packed]
@@ -202,13 +214,16 @@ class OuterModel:
         dense = torch.cat([*parts, *(value.view(1) for value in tail)]) if parts or tail else None
         return message if dense is None else {**message, _DENSE: dense}
 
+    def _integers(self, buffers: Sequence[str]) -> dict[str, Tensor]:
+        return {_INTEGERS: torch.cat([self.buffers[name].reshape(-1).long() for name in buffers])} if buffers else {}
+
     def _kinds(self, buffers: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return the names of float buffers and of others."""
         floats = [name for name in buffers if self.memory[name][OUTER].is_floating_point()]
         return floats, [name for name in buffers if name not in floats]
 
-    def _apply(self, exchange: Exchange, arrived: Mapping[str, Tensor]) -> None:
-        """Move the outer model along the mean move."""
+    def _apply(self, exchange: Exchange, arrived: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Move the outer model along the mean move, and return the share of ranks on which each buffer changed."""
         packed = [name for name in exchange.names if RESIDUAL in self.memory[name]]
         plain = [name for name in exchange.names if name not in packed]
         floats, integers = self._kinds(exchange.buffers)
@@ -219,15 +234,15 @@ class OuterModel:
             assert self._codec is not None
             shapes = {name: self.memory[name][OUTER].shape for name in packed}
             moves |= self._codec.mean(arrived[_PACKED], shapes)
-        values = {name: parts.pop(0).view_as(self.memory[name][OUTER]) for name in floats}
+        values = {name: parts.pop(0) for name in floats}
         tail = parts.pop(0) if parts else torch.zeros(0)
-        changed = tail[: len(exchange.buffers)]
-        self._first_round = self._first_round or (exchange.buffers, changed.clone())  # not a view of the message
-        self._replace_floats(values, dict(zip(exchange.buffers, changed, strict=True)))
+        changed = dict(zip(exchange.watched, tail[: len(exchange.watched)], strict=True))
+        self._replace_floats(values, changed)
         self._replace_integers(integers, arrived)
         if moves:
             self.statistics = torch.cat([tail[-2:].float(), _squared_norm(list(moves.values())).view(1)])
             self._step(moves)
+        return changed
 
     def _step(self, moves: Mapping[str, Tensor]) -> None:
         kept = [self.memory[name] for name in moves]
@@ -238,7 +253,7 @@ class OuterModel:
     def _replace_floats(self, floats: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
         for name, mean in floats.items():
             outer = self.memory[name][OUTER]  # the mean of equal values may differ from them by rounding
-            outer.copy_(torch.where(changed[name] > 0, mean.to(outer.dtype), outer))
+            outer.copy_(torch.where(changed[name] > 0, mean.view_as(outer).to(outer.dtype), outer))
 
     def _replace_integers(self, integers: Sequence[str], arrived: Mapping[str, Tensor]) -> None:
         if integers:
@@ -269,7 +284,6 @@ class OuterModel:
 
     def state(self, is_apart: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the state of this rank, and the state that all ranks share."""
-        self.learn_constants()
         own: Memory = {
             n: {k: v.clone() for k, v in kept.items() if k not in _SHARED} for n, kept in self.memory.items()
         }
@@ -277,9 +291,10 @@ class OuterModel:
             for name, tensor in {**self.weights, **self.buffers}.items():
                 own[name][WEIGHT] = self._hidden.get(name, tensor).detach().clone()
         sent = self.pending
-        pending = sent and {"names": list(sent.names), "buffers": list(sent.buffers), "message": dict(sent.own)}
+        names: dict[str, Any] = {key: list(getattr(sent, key)) for key in _NAMES} if sent else {}
+        pending = sent and {**names, "message": dict(sent.own)}
         shared = {n: {k: v.clone() for k, v in kept.items() if k in _SHARED} for n, kept in self.memory.items()}
-        return {"memory": own, "pending": pending}, {"outer": shared, "moving": self._moving}
+        return {"memory": own, "pending": pending}, {"outer": shared, "moving": list(self._moving)}
 
     @torch.no_grad()
     def load(self, own: Mapping[str, Any], shared: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -291,13 +306,14 @@ class OuterModel:
             self.memory[name] = {key: value.to(device) for key, value in kept.items()}
             if weight is not None:
                 tensors[name].detach().copy_(weight)
-        self._moving = shared["moving"]
+        self._moving = list(shared["moving"])
 
     def send_again(self, ranks: Collectives, pending: Mapping[str, Any], device: torch.device) -> None:
         """Send the message again that was on its way when the run was saved. Its bytes are already counted."""
         message = {key: part.to(device) for key, part in pending["message"].items()}
         kept = {key: part.clone() for key, part in message.items()}
-        self.pending = Exchange(pending["names"], pending["buffers"], kept, _begin(ranks, message, counted=False))
+        names: dict[str, list[str]] = {key: pending[key] for key in _NAMES}
+        self.pending = Exchange(**names, own=kept, finish=_begin(ranks, message, counted=False))
 
 
 def _begin(ranks: Collectives, message: Mapping[str, Tensor], counted: bool = True) -> dict[str, Callable[[], Tensor]]:

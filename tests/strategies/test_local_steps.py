@@ -172,7 +172,7 @@ def test_validation_in_mid_round_has_the_model_of_the_last_exchange():
         assert_same(first["after"][0], second["after"][0])
     assert_same(first["local"][11], first["after"][1])
     assert_same(second["local"][11], first["local"][11])
-    # Statistics are those of all ranks, and buffers that nobody changes keep their bits, and are sent once.
+    # Statistics are those of all ranks, and buffers that nobody changes keep their bits, and are never sent.
     statistics = [seen["local"][2]["net.norm.running_mean"] for seen in (first, second, third)]
     assert not torch.equal(statistics[0], statistics[1])
     assert torch.equal(first["local"][3]["net.norm.num_batches_tracked"], torch.tensor(4))
@@ -180,7 +180,42 @@ def test_validation_in_mid_round_has_the_model_of_the_last_exchange():
         assert torch.equal(end["net.mask"], torch.full((50,), -torch.inf))
         assert torch.equal(end["net.table"], TABLE)
     moving, tail = 32 + 32 + 4 * 32 + 4 + 64, 2
-    assert sent == 3 * (4 * (moving + tail + 3) + 8) + 4 * (2 * 50 + 2)
+    assert sent == 3 * (4 * (moving + tail + 5) + 8)
+
+
+class _Late(_Statistics):
+    """Uses fixed statistics in the first epoch, and puts a new buffer in place of the old one in each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.center = self.center.lerp(x.mean(0), 0.5)
+        return super().forward(x)
+
+
+class _ThawsNorm(pl.Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        pl_module.net.norm.train(trainer.current_epoch > 0)
+
+
+def _late(overlap: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    seen, module = _Seen(), _Validated(_Late(), **OPTIONS)
+    loader = DataLoader(TensorDataset(*samples()), BATCH)
+    module.val_dataloader = lambda: loader  # type: ignore[method-assign]
+    weights = fit(LocalSGDStrategy(4, overlap=overlap), module, [seen, _ThawsNorm()], num_sanity_val_steps=0)["weights"]
+    return [state["net.center"] for state in seen.shown], weights
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_buffers_that_change_late_or_are_replaced_are_exchanged(overlap):
+    (shown, weights), (others, end) = on_ranks(2, _late, overlap)
+    assert_same(shown, others)  # in mid-round: a new tensor is hidden too
+    assert_same(weights, end)
+    assert weights["net.norm.num_batches_tracked"] == BATCHES
+    assert weights["net.norm.running_mean"].abs().min() > 0
 
 
 def _early() -> dict[str, Tensor]:
@@ -363,6 +398,20 @@ def _save_in_mid_round(folder: Path, overlap: bool = False) -> None:
 def _go_on(folder: Path, **changes: Any) -> dict[str, Any]:
     arguments = {"module": make_classifier(), "ckpt": folder / "mid.ckpt", "max_epochs": 3}
     return finish(DiLoCoStrategy(3, **changes), **arguments)
+
+
+def _turn_on_overlap(folder: Path) -> list[dict[str, Tensor]]:
+    saving = ModelCheckpoint(folder, "mid", every_n_train_steps=5)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        train_on_ranks(LocalSGDStrategy(3), [saving, StopAt(6)])
+    runs = [finish(LocalSGDStrategy(3, overlap=overlap), ckpt=folder / "mid.ckpt") for overlap in (False, True)]
+    return [run["module"] for run in runs]
+
+
+def test_overlap_that_begins_in_mid_round_keeps_the_steps_of_that_round(tmp_path):
+    """On one rank, local SGD is SGD, with overlap or without."""
+    ((plain, overlapped),) = on_ranks(1, _turn_on_overlap, tmp_path)
+    assert_close(overlapped, plain)
 
 
 def _go_on_on_three(folder: Path) -> tuple[Any, list[str]]:
