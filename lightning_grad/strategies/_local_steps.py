@@ -184,8 +184,12 @@ class LocalStepsDDP(RankSavingDDP):
         super().setup(trainer)
         if trainer.strategy is self and trainer.state.fn == "fit" and not self.is_neutral:
             self.undo.push(wrap_method(trainer.fit_loop, "on_run_end", self._before_the_end))
-            self.undo.push(wrap_method(trainer.fit_loop.epoch_loop.val_loop, "run", self._show))
+            self.undo.push(wrap_method(trainer.fit_loop.epoch_loop.val_loop, "run", self._show_everywhere))
             self.undo.push(wrap_method(trainer, "save_checkpoint", self._show))
+
+    def _show_everywhere(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._catch_up()
+        return self._show(inner, *args, **kwargs)
 
     def _show(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.memory:
@@ -241,8 +245,11 @@ class LocalStepsDDP(RankSavingDDP):
         if self.is_neutral:
             return
         has_others = self._choose()
-        if not self._is_dense and (has_others or not self.memory):
-            self._adopt()
+        if not self._is_dense:
+            if self._outer.misses_constants:
+                self._catch_up()
+            if has_others or not self.memory:
+                self._adopt()
 
     def _choose(self) -> bool:
         """Note which parameters take part, and return whether they are others than before.
@@ -299,6 +306,7 @@ class LocalStepsDDP(RankSavingDDP):
             if self._taken >= self.sync_every_n_steps or progress >= 1.0:
                 self._exchange(last=progress >= 1.0)
         if self._is_unlogged and (is_log_step(self._trainer) or progress >= 1.0):
+            self._catch_up()
             self._log_step(self._trainer)
 
     def _count_dense_step(self) -> None:
@@ -329,14 +337,23 @@ class LocalStepsDDP(RankSavingDDP):
             if len(self._chosen) > len(self._held):
                 self._held = []  # look again for parameters that were frozen meanwhile
 
+    def _catch_up(self) -> None:
+        """Exchange buffers that began to change, at a time when waiting for the device does no harm."""
+        if self.memory:
+            with interrupts_deferred():
+                before = self.ledger.step_sent
+                self._adopt()  # a module may have replaced buffers by new ones since
+                self._outer.catch_up(self.ranks, self._taken > 0)
+                self.ledger.sent_bytes += self.ledger.step_sent - before
+
     def _before_the_end(self, inner: Callable[[], Any]) -> Any:
         """Bring the ranks together before anything that runs at the end of the training."""
         if self._taken:
             self._exchange(last=True)
         elif self.memory:
-            with interrupts_deferred():
-                self._adopt()
-                self._outer.finish(self.ranks)
+            self._adopt()
+            self._outer.finish()
+        self._catch_up()
         if self._is_unlogged:
             self._log_step(self._trainer)
         return inner()

@@ -4,8 +4,8 @@ Between two exchanges each rank trains its own copy. The outer model is what the
 checkpoints have it. An exchange sends what each rank moved since the round began, and the outer model takes one step
 along the mean (``functional/communication/outer_step.py``). Weights travel as moves, so a weight that no rank moved
 keeps its bits; float buffers travel as values, because the mean of moves could make a variance negative; integer
-buffers come from rank 0. Constant buffers are not sent: each message says which buffers changed, and one that never did
-before follows at once.
+buffers come from rank 0. Each message says which buffers changed. One that never did is not sent after the first round;
+if it changes later, it follows when the host reads that: at a log step, before a validation or at the end.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,7 +83,8 @@ class OuterModel:
         self.buffers: dict[str, Tensor] = {}
         self.pending: Exchange | None = None
         self.statistics: Tensor | None = None
-        self._moving: list[str] = []  # buffers that have changed in any round
+        self._moving: list[str] | None = None  # buffers that are known to change; None in the first round
+        self._changed: dict[str, Tensor] = {}  # of the others, since it was read: shares of ranks
         self._hidden: dict[str, Tensor] = {}
 
     # The tensors.
@@ -119,49 +120,64 @@ class OuterModel:
         elif START not in kept:
             kept[START] = self._start(outer, weight).clone()  # also if a run resumes with a delay in mid-round
 
-    # The exchange.
+    @property
+    def misses_constants(self) -> bool:
+        """Whether the first round is over, and nobody has read which buffers it changed."""
+        return self._moving is None and bool(self._changed)
 
     @torch.no_grad()
-    def exchange(self, ranks: Collectives, last: bool) -> None:
-        """Send what this rank moved, and move the outer model; ``last`` waits for the message even if it may be late."""
-        own = self._moves()
-        self._settle(ranks)
-        is_late = self._rule.delayed and not last
-        self.pending = self._launch(ranks, own, is_late)
-        if is_late:
-            self._continue_from(own)
-        else:
-            self.finish(ranks)
+    def catch_up(self, ranks: Collectives, is_apart: bool) -> None:
+        """Read on the host which buffers began to change, and exchange them."""
+        if not self._changed:
+            return
+        names, shares = list(self._changed), torch.stack(list(self._changed.values())).tolist()
+        self._changed = {}
+        begun = [name for name, share in zip(names, shares, strict=True) if share > 0 and name in self.buffers]
+        if self._moving is not None:
+            self._send_values(ranks, begun)
+            if not (is_apart or self.pending is not None):
+                self._give({name: self.buffers[name] for name in begun}, [self.memory[name][OUTER] for name in begun])
+        self._moving = [*(self._moving or ()), *begun]
 
-    @torch.no_grad()
-    def finish(self, ranks: Collectives) -> None:
-        """Wait for the message that is on its way, if any, and return to the outer model."""
-        self._settle(ranks)
-        self._give(self.weights, [self.memory[name][OUTER] for name in self.weights])
-        self._give(self.buffers, [self.memory[name][OUTER] for name in self.buffers])
-        self._mark_start()
-
-    def _settle(self, ranks: Collectives) -> None:
-        exchange, self.pending = self.pending, None
-        if exchange is not None:
-            changed = self._apply(exchange, {key: finish() for key, finish in exchange.finish.items()})
-            self._catch_up(ranks, changed)
-
-    def _catch_up(self, ranks: Collectives, changed: Mapping[str, Tensor]) -> None:
-        """Exchange buffers that have changed for the first time. Waits for the device if some never did."""
-        still = [name for name in changed if name not in self._moving]
-        shares = torch.stack([changed[name] for name in still]).tolist() if still else []
-        begun = [name for name, share in zip(still, shares, strict=True) if share > 0 and name in self.buffers]
-        self._moving += begun
-        floats, integers = self._kinds(begun)
+    def _send_values(self, ranks: Collectives, names: Sequence[str]) -> None:
+        floats, integers = self._kinds(names)
         message = self._integers(integers)
         if floats:
             message[_DENSE] = torch.cat([_exact(self.buffers[name]).reshape(-1) for name in floats])
         arrived = {key: finish() for key, finish in _begin(ranks, message).items()}
         if floats:
             parts = torch.split(arrived[_DENSE], [self.memory[name][OUTER].numel() for name in floats])
-            self._replace_floats(dict(zip(floats, parts, strict=True)), changed)
+            for name, mean in zip(floats, parts, strict=True):
+                self.memory[name][OUTER].copy_(mean.view_as(self.memory[name][OUTER]))
         self._replace_integers(integers, arrived)
+
+    # The exchange.
+
+    @torch.no_grad()
+    def exchange(self, ranks: Collectives, last: bool) -> None:
+        """Send what this rank moved, and move the outer model; ``last`` waits for the message even if it may be late."""
+        own = self._moves()
+        self._settle()
+        is_late = self._rule.delayed and not last
+        self.pending = self._launch(ranks, own, is_late)
+        if is_late:
+            self._continue_from(own)
+        else:
+            self.finish()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Wait for the message that is on its way, if any, and return to the outer model."""
+        self._settle()
+        self._give(self.weights, [self.memory[name][OUTER] for name in self.weights])
+        sent = {name: buffer for name, buffer in self.buffers.items() if self._moving is None or name in self._moving}
+        self._give(sent, [self.memory[name][OUTER] for name in sent])
+        self._mark_start()
+
+    def _settle(self) -> None:
+        exchange, self.pending = self.pending, None
+        if exchange is not None:
+            self._apply(exchange, {key: finish() for key, finish in exchange.finish.items()})
 
     def _continue_from(self, own: Mapping[str, Tensor]) -> None:
         """Go on from the outer model as it is known, and what this rank has just moved, which the others do not know."""
@@ -192,7 +208,7 @@ class OuterModel:
 
     def _launch(self, ranks: Collectives, own: Mapping[str, Tensor], is_late: bool) -> Exchange:
         watched = list(self.buffers)
-        buffers = [name for name in watched if name in self._moving]
+        buffers = [name for name in watched if self._moving is None or name in self._moving]
         message = self._message(own, buffers)
         kept = {key: part.clone() for key, part in message.items()} if is_late else {}
         return Exchange(list(own), buffers, watched, kept, _begin(ranks, message))
@@ -222,8 +238,8 @@ class OuterModel:
         floats = [name for name in buffers if self.memory[name][OUTER].is_floating_point()]
         return floats, [name for name in buffers if name not in floats]
 
-    def _apply(self, exchange: Exchange, arrived: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Move the outer model along the mean move, and return the share of ranks on which each buffer changed."""
+    def _apply(self, exchange: Exchange, arrived: Mapping[str, Tensor]) -> None:
+        """Move the outer model along the mean move."""
         packed = [name for name in exchange.names if RESIDUAL in self.memory[name]]
         plain = [name for name in exchange.names if name not in packed]
         floats, integers = self._kinds(exchange.buffers)
@@ -234,15 +250,22 @@ class OuterModel:
             assert self._codec is not None
             shapes = {name: self.memory[name][OUTER].shape for name in packed}
             moves |= self._codec.mean(arrived[_PACKED], shapes)
-        values = {name: parts.pop(0) for name in floats}
+        values = {name: parts.pop(0).view_as(self.memory[name][OUTER]) for name in floats}
         tail = parts.pop(0) if parts else torch.zeros(0)
         changed = dict(zip(exchange.watched, tail[: len(exchange.watched)], strict=True))
+        self._note(changed)
         self._replace_floats(values, changed)
         self._replace_integers(integers, arrived)
         if moves:
             self.statistics = torch.cat([tail[-2:].float(), _squared_norm(list(moves.values())).view(1)])
             self._step(moves)
-        return changed
+
+    def _note(self, changed: Mapping[str, Tensor]) -> None:
+        """Keep which buffers changed that are not known to, until the host reads it."""
+        for name, share in changed.items():
+            if self._moving is None or name not in self._moving:
+                before = self._changed.get(name)
+                self._changed[name] = share.clone() if before is None else torch.maximum(before, share)
 
     def _step(self, moves: Mapping[str, Tensor]) -> None:
         kept = [self.memory[name] for name in moves]
@@ -253,7 +276,7 @@ class OuterModel:
     def _replace_floats(self, floats: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> None:
         for name, mean in floats.items():
             outer = self.memory[name][OUTER]  # the mean of equal values may differ from them by rounding
-            outer.copy_(torch.where(changed[name] > 0, mean.view_as(outer).to(outer.dtype), outer))
+            outer.copy_(torch.where(changed[name] > 0, mean.to(outer.dtype), outer))
 
     def _replace_integers(self, integers: Sequence[str], arrived: Mapping[str, Tensor]) -> None:
         if integers:
@@ -287,14 +310,16 @@ class OuterModel:
         own: Memory = {
             n: {k: v.clone() for k, v in kept.items() if k not in _SHARED} for n, kept in self.memory.items()
         }
-        if is_apart or self.pending is not None:
-            for name, tensor in {**self.weights, **self.buffers}.items():
-                own[name][WEIGHT] = self._hidden.get(name, tensor).detach().clone()
+        is_apart = is_apart or self.pending is not None
+        for name, tensor in {**self.weights, **self.buffers}.items():
+            value, outer = self._hidden.get(name, tensor).detach(), self.memory[name][OUTER]
+            if is_apart or (name in self.buffers and not torch.equal(value.to(outer.device), outer)):
+                own[name][WEIGHT] = value.clone()
         sent = self.pending
         names: dict[str, Any] = {key: list(getattr(sent, key)) for key in _NAMES} if sent else {}
         pending = sent and {**names, "message": dict(sent.own)}
         shared = {n: {k: v.clone() for k, v in kept.items() if k in _SHARED} for n, kept in self.memory.items()}
-        return {"memory": own, "pending": pending}, {"outer": shared, "moving": list(self._moving)}
+        return {"memory": own, "pending": pending}, {"outer": shared, "moving": self._moving}
 
     @torch.no_grad()
     def load(self, own: Mapping[str, Any], shared: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -306,7 +331,7 @@ class OuterModel:
             self.memory[name] = {key: value.to(device) for key, value in kept.items()}
             if weight is not None:
                 tensors[name].detach().copy_(weight)
-        self._moving = list(shared["moving"])
+        self._moving = shared["moving"]
 
     def send_again(self, ranks: Collectives, pending: Mapping[str, Any], device: torch.device) -> None:
         """Send the message again that was on its way when the run was saved. Its bytes are already counted."""

@@ -172,7 +172,7 @@ def test_validation_in_mid_round_has_the_model_of_the_last_exchange():
         assert_same(first["after"][0], second["after"][0])
     assert_same(first["local"][11], first["after"][1])
     assert_same(second["local"][11], first["local"][11])
-    # Statistics are those of all ranks, and buffers that nobody changes keep their bits, and are never sent.
+    # Statistics are those of all ranks, and buffers that nobody changes keep their bits, and are sent once.
     statistics = [seen["local"][2]["net.norm.running_mean"] for seen in (first, second, third)]
     assert not torch.equal(statistics[0], statistics[1])
     assert torch.equal(first["local"][3]["net.norm.num_batches_tracked"], torch.tensor(4))
@@ -180,7 +180,7 @@ def test_validation_in_mid_round_has_the_model_of_the_last_exchange():
         assert torch.equal(end["net.mask"], torch.full((50,), -torch.inf))
         assert torch.equal(end["net.table"], TABLE)
     moving, tail = 32 + 32 + 4 * 32 + 4 + 64, 2
-    assert sent == 3 * (4 * (moving + tail + 5) + 8)
+    assert sent == 3 * (4 * (moving + tail + 5) + 8) + 4 * 2 * 50
 
 
 class _Late(_Statistics):
@@ -201,17 +201,18 @@ class _ThawsNorm(pl.Callback):
         pl_module.net.norm.train(trainer.current_epoch > 0)
 
 
-def _late(overlap: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+def _late(overlap: bool, log_every_n_steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     seen, module = _Seen(), _Validated(_Late(), **OPTIONS)
     loader = DataLoader(TensorDataset(*samples()), BATCH)
     module.val_dataloader = lambda: loader  # type: ignore[method-assign]
-    weights = fit(LocalSGDStrategy(4, overlap=overlap), module, [seen, _ThawsNorm()], num_sanity_val_steps=0)["weights"]
+    options = {"num_sanity_val_steps": 0, "log_every_n_steps": log_every_n_steps}
+    weights = fit(LocalSGDStrategy(4, overlap=overlap), module, [seen, _ThawsNorm()], **options)["weights"]
     return [state["net.center"] for state in seen.shown], weights
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_buffers_that_change_late_or_are_replaced_are_exchanged(overlap):
-    (shown, weights), (others, end) = on_ranks(2, _late, overlap)
+@pytest.mark.parametrize(("overlap", "log_every_n_steps"), [(False, 1), (False, 100), (True, 100)])
+def test_buffers_that_change_late_or_are_replaced_are_exchanged(overlap, log_every_n_steps):
+    (shown, weights), (others, end) = on_ranks(2, _late, overlap, log_every_n_steps)
     assert_same(shown, others)  # in mid-round: a new tensor is hidden too
     assert_same(weights, end)
     assert weights["net.norm.num_batches_tracked"] == BATCHES

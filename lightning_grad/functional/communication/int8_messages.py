@@ -41,9 +41,10 @@ def pack_int8(values: Tensor) -> Tensor:
     scales = rows.abs().amax(1) / _LARGEST
     integers = (rows / torch.where(scales > 0, scales, 1.0).unsqueeze(1)).round_()
     # A cast of NaN to an integer has no defined value; the scale carries it.
-    integers = integers.nan_to_num_(0.0, 0.0, 0.0).to(torch.int8)
+    integers = integers.nan_to_num_(0.0, 0.0, 0.0).clamp_(-_LARGEST, _LARGEST)  # a subnormal scale is inexact
     scales = torch.where(scales.isfinite(), scales, torch.nan).float()
-    return torch.cat([scales.view(torch.uint8), integers.view(-1)[: values.numel()].view(torch.uint8)])
+    packed = integers.to(torch.int8).view(-1)[: values.numel()]
+    return torch.cat([scales.view(torch.uint8), packed.view(torch.uint8)])
 
 
 def unpack_int8(message: Tensor, numel: int) -> Tensor:

@@ -36,6 +36,11 @@ def test_bytes_come_back_up_to_half_a_scale_of_their_block(numel):
         assert (mine - theirs).abs().max() <= mine.abs().max() / 254 * (1 + 1e-5)
 
 
+def test_a_subnormal_value_does_not_change_its_sign():
+    value = torch.tensor([190 * 2.0**-149])  # its scale rounds to a third less, so it does not fit into 127 steps
+    assert 0 < unpack_int8(pack_int8(value), 1) < value
+
+
 def test_zeros_stay_zero_and_what_is_not_finite_spoils_its_block_only():
     assert torch.equal(unpack_int8(pack_int8(torch.zeros(5)), 5), torch.zeros(5))
     for bad in (torch.nan, torch.inf):
