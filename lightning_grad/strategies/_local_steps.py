@@ -401,6 +401,9 @@ class LocalStepsDDP(RankSavingDDP):
     def forget_rank_state(self) -> None:
         self.memory.clear()
         self._taken = 0
+        if self.dense_fraction > 0 and not self._is_dense:  # a learning rate finder has trained before the run
+            self._is_dense = True
+            self.configure_ddp()
 
     @override
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -101,6 +101,28 @@ def _ddp() -> None:
 def test_one_step_a_round_is_ddp_and_a_dense_share_begins_with_it():
     """SGD without momentum, up to rounding: the mean of moved weights is rounded otherwise than the mean gradient."""
     on_ranks(2, _ddp)
+
+
+def _finds_first() -> list[str]:
+    """Return what the optimizer steps of the run had as a model."""
+    models: list[str] = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.max_steps == -1:
+                models.append(type(trainer.strategy.model).__name__)
+
+    finder = LearningRateFinder(num_training_steps=10, update_attr=False)
+    module = Task(lr=0.1)
+    module.lr = 0.1  # type: ignore[assignment]
+    fit(LocalSGDStrategy(3, dense_fraction=0.5), module, [finder, Looks()])
+    return models
+
+
+def test_a_learning_rate_finder_does_not_use_up_the_dense_share():
+    (models,) = on_ranks(1, _finds_first)
+    half = STEPS // 2
+    assert models == ["DistributedDataParallel"] * (half - 1) + ["Task"] * (half + 1)
 
 
 # What others see within a round.
