@@ -1,10 +1,14 @@
 """Runs in which ranks cannot train apart. Used by ``_local_steps.py``; most others are in ``Compatibility``."""
 
+import math
+
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_grad.core.averaging import techniques_that_average
+from lightning_grad.core.progress import IN_FIRST_EPOCH
 from lightning_grad.strategies._collectives import Collectives
 
 
@@ -30,12 +34,16 @@ def refuse_averages(display_name: str, trainer: pl.Trainer) -> None:
 
 
 def refuse_endless(display_name: str, trainer: pl.Trainer, dense_fraction: float) -> None:
-    """Raise if the run has no length, of which a share could be dense."""
-    if trainer.max_epochs == trainer.max_steps == -1:
+    """Raise if the run has no length, of which a share could be dense; report if the first epoch measures it."""
+    has_length = math.isfinite(trainer.num_training_batches)
+    if trainer.max_steps != -1 or (has_length and trainer.max_epochs != -1):
+        return
+    if trainer.max_epochs in (-1, 1):
         raise ValueError(
             f"{display_name}(dense_fraction={dense_fraction:g}) needs the length of the run, and this run has no known end. "
-            "Set max_epochs or max_steps of the Trainer, or dense_fraction=0."
+            f"Set {'max_epochs or max_steps' if has_length else 'max_steps'} of the Trainer, or dense_fraction=0."
         )
+    rank_zero_info(f"{display_name} {IN_FIRST_EPOCH}; all steps of the first epoch are dense.")
 
 
 def refuse_uneven_batches(display_name: str, trainer: pl.Trainer, ranks: Collectives) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_grad.callbacks import Lookahead, NMSparsity, SkipNonFinite, ZClip
 from lightning_grad.strategies import DGCStrategy, DiLoCoStrategy, LocalSGDStrategy
@@ -389,6 +389,13 @@ def _raises(words: str, strategy: Any, callbacks: Any = (), module: Any = None, 
         train_on_ranks(strategy, callbacks, module, **arguments)
 
 
+class _Stream(IterableDataset):  # type: ignore[type-arg]
+    """The samples, without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return zip(*samples(), strict=True)
+
+
 def _refusals() -> None:
     uneven = "the same number of batches on every rank, but they have 4 to 6.*set limit_train_batches"
     _raises(uneven, LocalSGDStrategy(2), limit_train_batches=4 + 2 * dist.get_rank(), use_distributed_sampler=False)
@@ -399,6 +406,12 @@ def _refusals() -> None:
     _raises("Lookahead pulls each rank back to its own slow weights", DiLoCoStrategy(2), [Lookahead(k=2)])
     endless = {"max_epochs": -1, "limit_train_batches": 4}
     _raises("no known end. Set max_epochs or max_steps", LocalSGDStrategy(2, dense_fraction=0.5), **endless)
+    with pytest.raises(ValueError, match="no known end. Set max_steps of the Trainer"):
+        fit(LocalSGDStrategy(2, dense_fraction=0.5), data=_Stream(), epochs=1)
+    with said() as lines:
+        sent = fit(LocalSGDStrategy(3, dense_fraction=0.1), data=_Stream())["ledger"]["steps"]
+    assert any("waits for the end of the first epoch" in line for line in lines) == (dist.get_rank() == 0)
+    assert sent == BATCHES + 1 + 2
 
 
 def test_runs_that_cannot_train_apart_are_refused():
