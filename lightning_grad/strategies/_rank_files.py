@@ -120,7 +120,14 @@ class RankFiles:
         return min(found, key=lambda pair: len(pair[1]))
 
     def read(
-        self, io: CheckpointIO, path: str, manifest: Mapping[str, Any], policy: str, layouts: Parameters, agree: Agree
+        self,
+        io: CheckpointIO,
+        path: str,
+        manifest: Mapping[str, Any],
+        policy: str,
+        layouts: Parameters,
+        agree: Agree,
+        weights_only: bool = True,
     ) -> tuple[State | None, str]:
         """Return the state with which this rank continues, or ``None`` to start empty and the reason.
 
@@ -131,6 +138,8 @@ class RankFiles:
             policy: 'strict', 'mean' or 'reset'.
             layouts: Layouts of the module's parameters.
             agree: Returns the first problem of any rank, so that all ranks raise the same error or all start empty.
+            weights_only: Whether the checkpoint itself was loaded with ``weights_only``. A file may contain states of
+                optimizers and callbacks, which can be any objects.
 
         Raises:
             FileNotFoundError: If files are missing, unless the policy is 'reset'.
@@ -144,7 +153,7 @@ class RankFiles:
             problem = _OTHER_RANKS, f"it was saved on {before} rank(s), and this run has {self._ranks}"
         if problem is None:
             try:
-                state = self._load(io, files, manifest, layouts)
+                state = self._load(io, files, manifest, layouts, weights_only)
             except UnusableFileError as error:
                 problem = (_UNUSABLE, str(error))
         problem = agree(problem)
@@ -167,9 +176,16 @@ class RankFiles:
             text += f" (found files of other checkpoints next to it: save {', '.join(sorted(others))})"
         return _MISSING, text
 
-    def _load(self, io: CheckpointIO, files: list[str], manifest: Mapping[str, Any], parameters: Parameters) -> State:
+    def _load(
+        self,
+        io: CheckpointIO,
+        files: list[str],
+        manifest: Mapping[str, Any],
+        parameters: Parameters,
+        weights_only: bool,
+    ) -> State:
         def load(rank: int) -> dict[str, Any]:
-            return _load(io, files[rank], rank, manifest, parameters)
+            return _load(io, files[rank], rank, manifest, parameters, weights_only)
 
         first = load(0)
         if manifest["ranks"] == self._ranks:
@@ -178,9 +194,11 @@ class RankFiles:
         return _mean(first[OWN], (load(rank)[OWN] for rank in range(1, len(files))), len(files)), first[SHARED]
 
 
-def _load(io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], layouts: Parameters) -> dict[str, Any]:
+def _load(
+    io: CheckpointIO, file: str, rank: int, manifest: Mapping[str, Any], layouts: Parameters, weights_only: bool
+) -> dict[str, Any]:
     try:
-        content = io.load_checkpoint(file, weights_only=True)
+        content = io.load_checkpoint(file, weights_only=weights_only)
     except Exception as error:  # each CheckpointIO raises its own errors for truncated, empty or foreign files
         reason = " ".join(str(error).split())[:200]
         raise UnusableFileError(

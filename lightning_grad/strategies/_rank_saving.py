@@ -93,7 +93,7 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
     # Needed by checkpoints that are written after the fit or after an exception.
     ledger = until_next_fit.of(ByteLedger)
     _files = until_next_fit[RankFiles]()
-    _loaded_from = ""
+    _loaded_from, _weights_only = "", True
 
     def __init__(
         self,
@@ -236,7 +236,7 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
 
     @override
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        self._loaded_from = str(checkpoint_path)
+        self._loaded_from, self._weights_only = str(checkpoint_path), weights_only is not False
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @override
@@ -264,8 +264,8 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
             return
         saved = manifest.get("settings", {})
         follow_settings(self.display_name, saved, self.message_settings, {})
-        io, policy = self.checkpoint_io, self.residual_policy
-        state, why = self._files.read(io, self._loaded_from, manifest, policy, self.layouts, _first_problem)
+        given = (self._loaded_from, manifest, self.residual_policy, self.layouts, _first_problem, self._weights_only)
+        state, why = self._files.read(self.checkpoint_io, *given)
         if state is None:
             lost = f"starts without {self.kept}: the {self.kept} of the saved run are lost"
             rank_zero_warn(f"{self.display_name} {lost}, because {why}.")

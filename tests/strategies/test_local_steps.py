@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -406,7 +407,7 @@ def _refusals() -> None:
     _raises("Lookahead pulls each rank back to its own slow weights", DiLoCoStrategy(2), [Lookahead(k=2)])
     endless = {"max_epochs": -1, "limit_train_batches": 4}
     _raises("no known end. Set max_epochs or max_steps", LocalSGDStrategy(2, dense_fraction=0.5), **endless)
-    with pytest.raises(ValueError, match="no known end. Set max_steps of the Trainer"):
+    with pytest.raises(ValueError, match=r"no known end\. Set max_steps of the Trainer"):
         fit(LocalSGDStrategy(2, dense_fraction=0.5), data=_Stream(), epochs=1)
     with said() as lines:
         sent = fit(LocalSGDStrategy(3, dense_fraction=0.1), data=_Stream())["ledger"]["steps"]
@@ -448,6 +449,33 @@ def test_overlap_that_begins_in_mid_round_keeps_the_steps_of_that_round(tmp_path
     """On one rank, local SGD is SGD, with overlap or without."""
     ((plain, overlapped),) = on_ranks(1, _turn_on_overlap, tmp_path)
     assert_close(overlapped, plain)
+
+
+def _resume_a_schedule_of_numpy(folder: Path) -> int:
+    def build() -> Task:
+        module = Task()
+        optimizer = torch.optim.SGD(module.parameters(), 0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: np.cos(step / 100))
+        module.configure_optimizers = lambda: ([optimizer], [schedule])  # type: ignore[method-assign]
+        return module
+
+    saving = ModelCheckpoint(folder, "mid", every_n_train_steps=BATCHES)
+    fit(LocalSGDStrategy(4), build(), [saving], epochs=1, enable_checkpointing=True)
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=LocalSGDStrategy(4), max_epochs=2, **quiet)
+    loader = DataLoader(TensorDataset(*samples()), BATCH)
+    trainer.fit(build(), loader, ckpt_path=folder / "mid.ckpt", weights_only=False)
+    return trainer.global_step
+
+
+def test_rank_files_with_other_objects_are_read_if_the_checkpoint_may_have_them(tmp_path):
+    """A schedule that uses numpy leaves its numbers in the state of the optimizer."""
+    assert on_ranks(1, _resume_a_schedule_of_numpy, tmp_path) == [STEPS]
 
 
 def _go_on_on_three(folder: Path) -> tuple[Any, list[str]]:
