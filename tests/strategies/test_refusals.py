@@ -90,7 +90,9 @@ def with_optimizer(make: Any) -> Any:
     return build
 
 
-_CLIPPERS = [t for t in settings.CANONICAL if t.works_with.late_gradients.is_no and t.family == "clipping"]
+_CLIPPERS = [
+    t for t in settings.CANONICAL if t.works_with.late_gradients.is_no and getattr(t.kind, "role", "") == "clip"
+]
 CLIPPERS = [(clipper,) for clipper in _CLIPPERS]
 
 
