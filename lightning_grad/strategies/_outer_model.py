@@ -51,7 +51,7 @@ class Exchange:
         names: The weights in it, in order.
         buffers: The buffers whose values are in it.
         watched: The buffers of which it says whether they changed.
-        own: The message of this rank, for a checkpoint that is saved meanwhile; empty if none can be.
+        own: The message of this rank, for a checkpoint that is saved meanwhile; empty if the exchange is not late.
         finish: Functions that wait for the results.
     """
 
@@ -122,7 +122,7 @@ class OuterModel:
 
     @property
     def misses_constants(self) -> bool:
-        """Whether the first round is over, and nobody has read which buffers it changed."""
+        """Whether the first round is over, and the host has not read yet which buffers it changed."""
         return self._moving is None and bool(self._changed)
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class OuterModel:
             self._apply(exchange, {key: finish() for key, finish in exchange.finish.items()})
 
     def _continue_from(self, own: Mapping[str, Tensor]) -> None:
-        """Go on from the outer model as it is known, and what this rank has just moved, which the others do not know."""
+        """Continue from the last known outer model and this rank's latest move, which is still on its way."""
         outer = [self.memory[name][OUTER] for name in self.weights]
         self._give(self.weights, torch._foreach_sub(outer, [own[name] for name in self.weights]))
         self._mark_start()
@@ -288,7 +288,7 @@ class OuterModel:
 
     @contextmanager
     def shown(self, is_apart: bool) -> Iterator[None]:
-        """Let the module have the outer model inside the block, if this rank is apart from it."""
+        """Give the module the outer model inside the block, if this rank is apart from it."""
         if self._hidden or not (is_apart or self.pending is not None):
             yield
             return

@@ -134,7 +134,7 @@ assert not torch.equal(sum(TABLE * (1 / 3) for _ in range(3)), TABLE)  # the mea
 
 
 class _Statistics(nn.Module):
-    """A batch norm, and buffers that nobody changes: one is not finite, one would be rounded."""
+    """A batch norm, and constant buffers: one is not finite, one would be rounded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def test_validation_in_mid_round_has_the_model_of_the_last_exchange():
         assert_same(first["after"][0], second["after"][0])
     assert_same(first["local"][11], first["after"][1])
     assert_same(second["local"][11], first["local"][11])
-    # Statistics are those of all ranks, and buffers that nobody changes keep their bits, and are sent once.
+    # Statistics are those of all ranks, and constant buffers keep their bits, and are sent once.
     statistics = [seen["local"][2]["net.norm.running_mean"] for seen in (first, second, third)]
     assert not torch.equal(statistics[0], statistics[1])
     assert torch.equal(first["local"][3]["net.norm.num_batches_tracked"], torch.tensor(4))
