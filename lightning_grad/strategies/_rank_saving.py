@@ -259,7 +259,7 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
         if manifest["strategy"] != self.display_name:
             rank_zero_warn(
                 f"{self.display_name} starts without {self.kept}: the checkpoint was saved by {manifest['strategy']}, "
-                "whose residuals have another meaning and are lost."
+                "whose rank files have another meaning and are ignored."
             )
             return
         saved = manifest.get("settings", {})
