@@ -85,6 +85,7 @@ class OuterModel:
         self.statistics: Tensor | None = None
         self._moving: list[str] | None = None  # buffers that are known to change; None in the first round
         self._changed: dict[str, Tensor] = {}  # of the others, since it was read: shares of ranks
+        self._late: set[str] = set()  # buffers that the module got, or resized, after the first round began
         self._hidden: dict[str, Tensor] = {}
 
     # The tensors.
@@ -92,6 +93,7 @@ class OuterModel:
     @torch.no_grad()
     def adopt(self, weights: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Exchange these tensors from now on. New ones are equal on all ranks; of others only the object may be new."""
+        is_first = not self.memory
         self.weights, self.buffers = dict(weights), dict(buffers)
         for name, weight in weights.items():
             kept = self.memory.setdefault(name, {})
@@ -99,7 +101,9 @@ class OuterModel:
                 kept[OUTER] = _exact(weight).clone()
             self._complete(kept, weight)
         for name, buffer in buffers.items():
-            self.memory.setdefault(name, {OUTER: buffer.detach().clone()})
+            if name not in self.memory or self.memory[name][OUTER].shape != buffer.shape:
+                self.memory[name] = {OUTER: buffer.detach().clone()}
+                self._late |= set() if is_first else {name}
         for name in self.memory.keys() - weights.keys() - buffers.keys():
             del self.memory[name]
 
@@ -208,6 +212,8 @@ class OuterModel:
 
     def _launch(self, ranks: Collectives, own: Mapping[str, Tensor], is_late: bool) -> Exchange:
         watched = list(self.buffers)
+        if self._moving is not None:
+            self._moving += sorted(self._late.difference(self._moving))
         buffers = [name for name in watched if self._moving is None or name in self._moving]
         message = self._message(own, buffers)
         kept = {key: part.clone() for key, part in message.items()} if is_late else {}
@@ -222,7 +228,13 @@ class OuterModel:
         if packed:
             assert self._codec is not None
             message[_PACKED] = self._codec.pack({n: (move, self.memory[n][RESIDUAL]) for n, move in packed.items()})
-        tail = [(buffer != self.memory[name][OUTER]).any().float() for name, buffer in self.buffers.items()]
+        tail = [
+            torch.ones((), device=buffer.device)  # the outer value is still that of this rank
+            if name in self._late
+            else (buffer != self.memory[name][OUTER]).any().float()
+            for name, buffer in self.buffers.items()
+        ]
+        self._late = set()
         if own:
             size = _squared_norm(list(own.values()))
             unsent = [self.memory[name][RESIDUAL] for name in packed]

@@ -265,6 +265,28 @@ def test_a_run_that_ends_in_mid_round_ends_with_an_exchange():
     assert_same(first, second)
 
 
+class _Grows(pl.Callback):
+    """Registers a buffer in mid-run, and lets another one grow in each step."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step == 5:
+            pl_module.register_buffer("new", torch.full((3,), float(trainer.global_rank)))
+        pl_module.bank = torch.full((trainer.global_step,), float(trainer.global_rank))
+
+
+def _grown() -> list[list[float]]:
+    module = Task(lr=0.1)
+    module.register_buffer("bank", torch.zeros(1))
+    weights = fit(LocalSGDStrategy(4), module, [_Grows()])["weights"]
+    return [weights["new"].tolist(), weights["bank"].tolist()]
+
+
+def test_a_buffer_that_a_module_gets_or_resizes_in_mid_run_is_averaged():
+    first, second = on_ranks(2, _grown)
+    assert first[0] == second[0] == [0.5] * 3
+    assert len(first[1]) == STEPS  # the callback runs after the last exchange
+
+
 # Compression.
 
 
