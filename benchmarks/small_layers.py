@@ -60,6 +60,7 @@ LAYERS = {WIDE: (400, 32), FEW: (250, 8), MANY: (1000, 8)}  # number of linear l
 STEPS = 20
 # A doctor stops watching, and its first batches only count events; here it times every batch.
 SETTINGS: dict[str, dict[str, Any]] = {"TrainingDoctor": {"batches": 10**9, "host_syncs": False, "figure": False}}
+MEASURED = [name for name in callbacks.__all__ if name != "GradCAMLogger"]  # which needs images
 STEP_BUDGETS = {"NMSparsity": 1.10}
 # What adds less than this with few parameters is not in the table of growth, because the noise is as large.
 _NOTICEABLE, _NOTICEABLE_START = 0.05, 4.0  # of a plain step; milliseconds
@@ -130,7 +131,7 @@ def timed_fit(size: tuple[int, int], with_callbacks: Callable[[], list[Callback]
 def variants(only: Sequence[str]) -> dict[str, Callable[[], list[Callback]]]:
     """Return the plain fits, and one with each callback at its trial setting."""
     found: dict[str, Callable[[], list[Callback]]] = {PLAIN: list}
-    for name in callbacks.__all__:
+    for name in MEASURED:
         if not only or name in only:
             found[name] = partial(_one, getattr(callbacks, name), SETTINGS.get(name, {}))
     return {**found, AGAIN: list}

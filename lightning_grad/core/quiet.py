@@ -23,6 +23,7 @@ from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.module_state import Snapshot, buffers_of, parameters_of, put_back
 from lightning_grad.core.views.weight_view import close_windows, open_windows
 from lightning_grad.data.random_streams import generators_kept, named_generators, random_streams_kept
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 _QUIET: WeakSet[nn.Module] = WeakSet()
 _PLACES = ("name", "version", "save_dir", "log_dir", "root_dir", "sub_dir")  # a muted logger still returns these
@@ -226,7 +227,7 @@ def _parameters_checked(
 
 
 def _checksum(parameter: Tensor) -> Tensor:
-    value = parameter.detach()
+    value = plain_tensor(parameter.detach())
     kind = torch.float32 if value.device.type == "mps" else torch.float64  # half precision would overflow
     size = value.abs()
     total = size if value.is_complex() else value

@@ -37,6 +37,7 @@ from lightning_grad.functional import (
     spectral_density,
     stability_edge,
 )
+from lightning_grad.functional.plain_tensors import plain_tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,7 +168,9 @@ class HessianSpectrum(ProbeCallback):
     @override
     def probe(self, look: ProbeLook) -> Reading:
         parameters = [parameter for parameter in look.pl_module.parameters() if parameter.requires_grad]
-        like = torch.cat([parameter.detach().flatten()[:1] for parameter in parameters])  # dtype and device of all
+        like = torch.cat(
+            [plain_tensor(parameter.detach()).flatten()[:1] for parameter in parameters]
+        )  # dtype and device of all
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         try:
             with sdpa_kernel(SDPBackend.MATH):  # other kernels have no second derivative; checkpoints run again later

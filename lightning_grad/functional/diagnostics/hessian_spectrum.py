@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_grad.functional.gradients.autograd import REENTRANT, nodes_of
+from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 
 Product = Callable[[Tensor], Tensor]
 
@@ -49,7 +50,8 @@ class HessianProduct:
                 "HessianProduct cannot see into torch.utils.checkpoint.checkpoint(..., use_reentrant=True). Set "
                 "use_reentrant=False."
             )
-        found = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
+        with PlainTensors():
+            found = torch.autograd.grad(loss, self._parameters, create_graph=True, allow_unused=True)
         # A gradient without a graph does not depend on any parameter, and adds nothing to the product.
         self._gradients = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
 
@@ -58,11 +60,12 @@ class HessianProduct:
         pieces = torch.split(vector, [parameter.numel() for parameter in self._parameters])
         if not self._gradients:
             return torch.zeros_like(vector)
-        rows = [pieces[i].view_as(gradient).to(gradient) for i, gradient in self._gradients]
+        rows = [pieces[i].view(gradient.shape).to(gradient.device, gradient.dtype) for i, gradient in self._gradients]
         gradients = [gradient for _, gradient in self._gradients]
-        found = torch.autograd.grad(gradients, self._parameters, rows, retain_graph=True, allow_unused=True)
-        dense = (torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found, strict=True))
-        return torch.cat([gradient.reshape(-1) for gradient in dense]).to(vector)
+        with PlainTensors():
+            found = torch.autograd.grad(gradients, self._parameters, rows, retain_graph=True, allow_unused=True)
+            dense = (torch.zeros_like(p) if g is None else g for p, g in zip(self._parameters, found, strict=True))
+            return torch.cat([plain_tensor(gradient).reshape(-1) for gradient in dense]).to(vector)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def largest_eigenvalues(
     size = len(known[0][2])
     while count > 1 and len(known) < size:
         least = known[-1][0] + tolerance * abs(known[0][0]) if len(known) >= count else -math.inf
-        start = random_signs(size, generator, known[0][2])
+        # Not signs: few of them may lie in the span of the known eigenvectors.
+        start = torch.randn(size, generator=generator).to(known[0][2])
         more = lanczos(product, start, steps, 1, tolerance, [vector for *_, vector in known], least)
         if float(more.values[-1]) <= least:
             break

@@ -118,6 +118,14 @@ def test_without_repeated_eigenvalues_ten_more_products_suffice(trained: Any) ->
     assert len(calls) == 10, "the largest one needs no search"
 
 
+def test_eigenvalues_of_a_small_matrix_do_not_depend_on_the_seed() -> None:
+    matrix = torch.diag(torch.tensor([1.0, 5.0, 5.0]))
+    found = lanczos(matrix.mv, torch.ones(3), 3, num_eigenvalues=2)
+    for seed in range(20):  # random signs would lie in the span of the known eigenvectors for half of them
+        largest, _ = largest_eigenvalues(matrix.mv, found, 2, torch.Generator().manual_seed(seed))
+        assert largest == pytest.approx([5, 5], rel=1e-5)
+
+
 def test_checkpoints_are_seen_unless_they_are_reentrant() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
