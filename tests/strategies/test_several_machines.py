@@ -210,7 +210,7 @@ def _as_script(work: Callable[[], Any]) -> Any:
 def torchrun(link: Link, work: Callable[[], Any], *options: str) -> Iterator[list[Forked]]:
     """Start torchrun on both machines."""
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         yield [
             stack.enter_context(forked(name, partial(_torchrun, node, work, options, folder), {}))
             for node, name in enumerate(link.names)
