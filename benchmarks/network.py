@@ -32,6 +32,7 @@ from benchmarks.wire import carry, end_with_parent, enter, tun
 INTERFACE, NETWORK, ADDRESSES = "slow0", "10.77.0.0/24", ("10.77.0.1", "10.77.0.2")
 BURST_MS, LEAST_BURST, LARGEST_SEND = 1.0, 4000, 65536
 QUEUE_MS = 100
+START_S = 10.0
 GRACE_S = 5.0  # time for a process to end by itself after another one has failed
 TAIL = 3000
 _FOLDER, _PREFIX = Path("/run/netns"), "slow-"
@@ -152,9 +153,13 @@ def _wire(names: Sequence[str], quality: Quality) -> Iterator[Synchronized[int]]
         is_ready.set()
         carry(ends, quality.delay_ms / 1000, quality.jitter_ms / 1000, quality.loss, lost)
 
-    with _started(_fork.Process(target=run, daemon=True)):
-        if not is_ready.wait(10.0):
-            raise RuntimeError("the process that carries packets did not start; does this kernel have /dev/net/tun?")
+    process = _fork.Process(target=run, daemon=True)
+    with _started(process):
+        deadline = time.monotonic() + START_S
+        while not is_ready.wait(0.05):
+            if process.exitcode is not None or time.monotonic() > deadline:
+                needs = "it needs /dev/net/tun and the capability CAP_NET_ADMIN"
+                raise RuntimeError(f"the process that carries packets did not start; {needs}.")
         yield lost
 
 

@@ -7,6 +7,7 @@ forked, so they need not import everything again.
 import os
 import re
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
 from torch.multiprocessing import ProcessContext
@@ -31,6 +33,7 @@ from torch.utils.data import DataLoader
 from benchmarks.network import ADDRESSES, INTERFACE, Forked, Link, Quality, forked, sent_bytes, slow_link, wait
 from benchmarks.network import why_unavailable as why_no_link
 from benchmarks.slow_link import Perceptron, digest, noise
+from benchmarks.wire import end_with_parent
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.strategies import DGCStrategy, DiLoCoStrategy, PowerSGDStrategy, _lost_ranks
 from lightning_grad.testing import on_ranks
@@ -48,7 +51,7 @@ ENTRIES = 128 * 128 + 128 + 128 * 64 + 64
 STEPS, FAULT = 6, 3  # the fault is in the fourth step
 RANKS = 4
 LIMIT = 60.0  # seconds, for a busy machine
-TIMEOUT = timedelta(minutes=10)  # of a collective
+TIMEOUT, SHORT = timedelta(minutes=10), timedelta(milliseconds=500)  # of a collective
 STRATEGIES: dict[str, Callable[..., Any]] = {
     "DDPStrategy": DDPStrategy,
     "DGCStrategy": partial(DGCStrategy, ratio=0.01, warmup=None),
@@ -133,7 +136,7 @@ class Hangs(pl.Callback):
         group = dist.distributed_c10d._get_default_group()
         assert group._get_backend(torch.device("cpu")).options._timeout == TIMEOUT
         if self.is_short:
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+            dist.distributed_c10d._set_pg_timeout(SHORT)
 
 
 def _train(name: str, *callbacks: pl.Callback, machines: int = 2, ckpt: Path | None = None) -> str:
@@ -169,18 +172,31 @@ def _documented(node: int) -> list[str]:
     return lines[node][1:-1]
 
 
-def _torchrun(node: int, work: Callable[[], Any], options: Sequence[str]) -> Any:
+def _torchrun(node: int, work: Callable[[], Any], options: Sequence[str], folder: str) -> Any:
     """Be torchrun on one machine, and return the results of its ranks by number."""
+    tempfile.tempdir = folder  # torch leaves files of failed ranks
     os.environ |= {"GLOO_SOCKET_IFNAME": INTERFACE, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-    join = ProcessContext._join_procs_with_timeout  # it kills a rank that hangs after 30 seconds
-    ProcessContext._join_procs_with_timeout = lambda context, _: join(context, 2.0)
+    _shorten_waits()
     line = [*_documented(node), *options, "--start-method=fork", "train.py"]
     config, _, _ = config_from_args(get_args_parser().parse_args(line))
     return elastic_launch(config, _as_script)(work)
 
 
+def _shorten_waits() -> None:
+    """Let torchrun look for the other machine every 50 ms, not every second, and kill a hanging rank soon, not after 30 s."""
+    state = dynamic_rendezvous._BackendRendezvousStateHolder
+    dynamic_rendezvous._BackendRendezvousStateHolder = partial(state, cache_duration=0)
+    dynamic_rendezvous._delay = lambda seconds: time.sleep(0.05)
+    join = ProcessContext._join_procs_with_timeout
+    ProcessContext._join_procs_with_timeout = lambda context, _: join(context, 0.7)
+
+
 def _as_script(work: Callable[[], Any]) -> Any:
-    """Be a rank as a script is one: it does not inherit the handlers of torchrun, and prints its own error."""
+    """Be a rank as a script is one: it does not inherit the handlers of torchrun, and prints its own error.
+
+    torch ends it by SIGINT if the tests are killed, which a rank that waits for another does not notice.
+    """
+    end_with_parent()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -194,8 +210,9 @@ def _as_script(work: Callable[[], Any]) -> Any:
 def torchrun(link: Link, work: Callable[[], Any], *options: str) -> Iterator[list[Forked]]:
     """Start torchrun on both machines."""
     with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         yield [
-            stack.enter_context(forked(name, partial(_torchrun, node, work, options), {}))
+            stack.enter_context(forked(name, partial(_torchrun, node, work, options, folder), {}))
             for node, name in enumerate(link.names)
         ]
 
@@ -295,7 +312,7 @@ def test_a_rank_that_hangs_is_named_when_the_timeout_has_passed(clean, tmp_path)
         assert (tmp_path / "patient" / FAULTY[0]).exists()
         assert [each.code for each in patient] == [None, None], "without the timeout, they would still wait"
         others = machines[0].output
-    assert "Timed out waiting 1000ms" in others
+    assert "Timed out waiting 500ms" in others
     assert all((tmp_path / name).exists() for name in FAULTY), "a rank of each hung"
     for name in FAULTY:
         _assert_named(name, others)

@@ -98,8 +98,6 @@ def test_a_wire_delays_and_loses_packets():
     assert arrived - left > 0.25
 
 
-@pytest.mark.needs_root
-@pytest.mark.usefixtures("root")
 def test_a_link_that_cannot_exist_is_refused():
     for wrong, words in (
         ({"megabits": 0}, "megabits must be positive"),
