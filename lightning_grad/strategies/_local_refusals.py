@@ -41,7 +41,7 @@ def refuse_endless(display_name: str, trainer: pl.Trainer, dense_fraction: float
     if trainer.max_epochs in (-1, 1):
         raise ValueError(
             f"{display_name}(dense_fraction={dense_fraction:g}) needs the length of the run, and this run has no known end. "
-            f"Set {'max_epochs or max_steps' if has_length else 'max_steps'} of the Trainer, or dense_fraction=0."
+            "Set max_steps of the Trainer, max_epochs if the data has a length, or dense_fraction=0."
         )
     rank_zero_info(f"{display_name} {IN_FIRST_EPOCH}; all steps of the first epoch are dense.")
 

@@ -428,7 +428,9 @@ def _refusals() -> None:
     _raises(r"SyncBatchNorm \(norm\) exchanges statistics in every forward pass", LocalSGDStrategy(2), module=own)
     _raises("Lookahead pulls each rank back to its own slow weights", DiLoCoStrategy(2), [Lookahead(k=2)])
     endless = {"max_epochs": -1, "limit_train_batches": 4}
-    _raises("no known end. Set max_epochs or max_steps", LocalSGDStrategy(2, dense_fraction=0.5), **endless)
+    _raises(
+        "no known end. Set max_steps of the Trainer, max_epochs", LocalSGDStrategy(2, dense_fraction=0.5), **endless
+    )
     with pytest.raises(ValueError, match=r"no known end\. Set max_steps of the Trainer"):
         fit(LocalSGDStrategy(2, dense_fraction=0.5), data=_Stream(), epochs=1)
     with said() as lines:
