@@ -15,7 +15,7 @@ help:
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
 	@echo "make lint         check style and types"
-	@echo "make bench        measure speed and memory, and write docs/benchmarks.md (30 minutes); ONLY=\"clipping memory\" runs some scripts"
+	@echo "make bench        measure speed and memory, and write docs/benchmarks.md (35 minutes); ONLY=\"clipping memory\" runs some scripts"
 	@echo "make docs         write the tables, and build the documentation into docs/_build/html"
 	@echo "make dist         build the wheel and the source distribution into dist, and check them"
 
