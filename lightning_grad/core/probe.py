@@ -136,6 +136,7 @@ class ProbeCallback(GradCallback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.works_with().refuse_parameters(self.display_name, pl_module)
         count = self.samples if isinstance(self.samples, int) else len(self.samples)
         every, unit = (self.every_n_steps, "step") if self.every_n_steps else (self.every_n_epochs or 1, "epoch")
         often = f"every {unit}" if every == 1 else f"every {every} {unit}s"

@@ -576,6 +576,21 @@ def test_a_step_that_optimizes_by_itself_is_not_run() -> None:
         fit([probe], make_classifier(manual=True))
 
 
+class RealOnly(Answers):
+    compatibility = Answers.compatibility.but(
+        complex_parameters=core.no("reads real weights, and {} has others", "Drop it")
+    )
+
+
+def test_parameters_that_a_probe_does_not_work_with_are_refused_before_the_first_batch() -> None:
+    module = make_classifier()
+    module.phase = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    probe = RealOnly(4)
+    with pytest.raises(ValueError, match=r"RealOnly reads real weights, and .* has others\. Drop it\."):
+        run(probe, module=module)
+    assert not probe.seen
+
+
 # Which samples.
 
 

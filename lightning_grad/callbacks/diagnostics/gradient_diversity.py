@@ -143,11 +143,6 @@ class GradientDiversity(ProbeCallback):
     def loss_request(self) -> LossRequest:
         return LossRequest(self.display_name, self.loss_index, self.way_out, self.loss_fn)
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.works_with().refuse_parameters(self.display_name, pl_module)
-        super().on_fit_start(trainer, pl_module)
-
     # A look.
 
     @override

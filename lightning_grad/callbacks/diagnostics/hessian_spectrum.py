@@ -158,19 +158,13 @@ class HessianSpectrum(ProbeCallback):
                 "one approximate eigenvalue."
             )
 
-    @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.works_with().refuse_parameters(self.display_name, pl_module)
-        super().on_fit_start(trainer, pl_module)
-
     # A look.
 
     @override
     def probe(self, look: ProbeLook) -> Reading:
         parameters = [parameter for parameter in look.pl_module.parameters() if parameter.requires_grad]
-        like = torch.cat(
-            [plain_tensor(parameter.detach()).flatten()[:1] for parameter in parameters]
-        )  # dtype and device of all
+        # The dtype and device of all.
+        like = torch.cat([plain_tensor(parameter.detach()).flatten()[:1] for parameter in parameters])
         like = like.to(torch.promote_types(like.dtype, torch.float32))
         try:
             with sdpa_kernel(SDPBackend.MATH):  # other kernels have no second derivative; checkpoints run again later
@@ -215,7 +209,7 @@ class HessianSpectrum(ProbeCallback):
         return total
 
     def _shared(self, product: HessianProduct, look: ProbeLook) -> Callable[[Tensor], Tensor]:
-        """Average products over ranks, so that all take the same number of them: each may run collectives of the step."""
+        """Average products over ranks, so all take the same number of them: each may run collectives of the step."""
         return lambda vector: cast(Tensor, look.trainer.strategy.reduce(product(vector), reduce_op="mean"))
 
     def _vectors(self, size: int, like: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from lightning_grad.functional.plain_tensors import PlainTensors, plain_tensor
 
 Product = Callable[[Tensor], Tensor]
 
-_LEAST_STEPS = 10  # of the Lanczos iteration, so that the density has enough nodes
+_LEAST_STEPS = 10  # of the Lanczos iteration, so the density has enough nodes
 _BREAKDOWN = 1e-6  # times the largest coefficient: the Krylov space is exhausted
 
 
