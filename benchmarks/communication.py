@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the link is removed, too
     prepare()
     print(machine(), flush=True)
     sizes = QUICK if options.quick else FULL

@@ -344,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write the tables to")
     parser.add_argument("--figure", type=Path, help="file for the figure")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the link is removed, too
     prepare()
     print(machine(), flush=True)
     sizes = Sizes(epochs=4 if options.quick else EPOCHS, seeds=1 if options.quick else SEEDS, only=options.only)

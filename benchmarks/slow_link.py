@@ -286,7 +286,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table and write it."""
     options = _options(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the link is removed, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the link is removed, too
     if reason := why_unavailable():
         print(f"Skipped: {reason}.")
         return

@@ -209,10 +209,7 @@ class LocalStepsDDP(RankSavingDDP):
             RuntimeError: Before ``setup`` of a fit.
         """
         if not self._held:
-            raise RuntimeError(
-                f"{self.display_name} chooses what ranks exchange when a fit begins, and no fit has begun. Call chosen() "
-                "during fit(), for example in on_fit_start of a callback."
-            )
+            raise self.asked_too_early("what ranks exchange")
         return Chosen(self._words, "parameters", list(self._chosen))
 
     @property

@@ -228,6 +228,13 @@ class RankSavingDDP(CheckedArguments, Switchable, FitScope, DDPStrategy, ABC):
         self.works_with().refuse(self.display_name, trainer, trainer.lightning_module)
         self.works_with().refuse_parameters(self.display_name, trainer.lightning_module)
 
+    def asked_too_early(self, choice: str) -> RuntimeError:
+        """Return the error of ``chosen()`` before a fit has begun; ``choice`` is what it would return."""
+        return RuntimeError(
+            f"{self.display_name} chooses {choice} when a fit begins, and no fit has begun. Call chosen() during fit(), for "
+            "example in on_fit_start of a callback."
+        )
+
     @abstractmethod
     def announce(self) -> None:
         """Print what the strategy does in this fit."""

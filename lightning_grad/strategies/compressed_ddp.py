@@ -197,10 +197,7 @@ class CompressedDDPStrategy(SchemeDDP):
             RuntimeError: Before ``setup`` of a fit.
         """
         if not self._shapes:
-            raise RuntimeError(
-                f"{self.display_name} chooses what it compresses when a fit begins, and no fit has begun. Call chosen() "
-                "during fit(), for example in on_fit_start of a callback."
-            )
+            raise self.asked_too_early("what it compresses")
         names = [name for name in self._shapes if name in self._chosen]
         return Chosen(self._words, "parameters", names)
 

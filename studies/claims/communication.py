@@ -11,11 +11,10 @@ no time; ``benchmarks/slow_link.py`` measures time, on links of a given speed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -29,6 +28,7 @@ from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, PowerS
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers, hush, linear_network, read_table, write_table
+from studies.ranks import StartMethod, gradient_bytes, start_of_ranks
 
 IN_THE_DEMO = """\
 Compressed gradients (half a minute). Two processes train one network, each on
@@ -38,7 +38,6 @@ all entries, an approximation, or the largest entries, with one line changed:
     Trainer(devices=2, strategy=DGCStrategy(ratio=0.001))
 """
 
-StartMethod = Literal["fork", "spawn"]
 WIDTH, BATCH = 256, 64  # units of a hidden layer; digits of one step, over all ranks
 REFERENCE = "dense"
 
@@ -116,9 +115,8 @@ class Communication(Claim[Result]):
 
     @property
     def start(self) -> StartMethod:
-        """The start method of ranks: fork, which is faster, on Linux without a GPU."""
-        is_safe = sys.platform == "linux" and not torch.cuda.is_available()
-        return self.start_method or ("fork" if is_safe else "spawn")
+        """The start method of ranks."""
+        return start_of_ranks(self.start_method)
 
     @override
     def train(self, run: Run) -> Result:
@@ -187,11 +185,6 @@ def communicated(trainer: Trainer, module: LightningModule) -> tuple[float, floa
         return strategy.ledger.step_sent, strategy.ledger.sent_bytes, strategy.residual_norm()
     step_bytes = gradient_bytes(module) / (2 if isinstance(strategy, HalfPrecisionStrategy) else 1)
     return step_bytes, trainer.global_step * step_bytes, 0.0
-
-
-def gradient_bytes(module: LightningModule) -> int:
-    """Return the bytes of all gradients of a module."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 CLAIMS = (Communication(),)

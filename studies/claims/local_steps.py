@@ -10,13 +10,12 @@ memory, so sending less saves little time here. ``benchmarks/several_machines.py
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -28,8 +27,8 @@ from lightning_grad.strategies import DiLoCoStrategy, LocalSGDStrategy
 from studies import claim as base
 from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers, hush, linear_network, read_table, write_table
+from studies.ranks import StartMethod, gradient_bytes, start_of_ranks
 
-StartMethod = Literal["fork", "spawn"]
 WIDTH, BATCH, EVALUATIONS = 256, 64, 12
 REFERENCE = "dense"
 
@@ -101,8 +100,7 @@ class LocalSteps(Claim[Result]):
     @property
     def start(self) -> StartMethod:
         """The start method of ranks."""
-        is_safe = sys.platform == "linux" and not torch.cuda.is_available()
-        return self.start_method or ("fork" if is_safe else "spawn")
+        return start_of_ranks(self.start_method)
 
     @override
     def train(self, run: Run) -> Result:
@@ -194,11 +192,6 @@ class Recorder(Callback):
         if stage == "fit" and trainer.is_global_zero:
             write_table(self.folder / "evaluations.csv", self.columns, self._rows)
             finish_loggers(trainer)
-
-
-def gradient_bytes(module: LightningModule) -> int:
-    """Return the bytes of all gradients of a module."""
-    return sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
 
 
 def _characters(ranks: int, budget: float) -> LocalSteps:
