@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -53,10 +54,13 @@ def unchanged(module: Any) -> None:
 
 def _once(method: _Method) -> _Method:
     """Call a method once for the same arguments; after that, return its result or raise its error again."""
+    signature = inspect.signature(method)
 
     @functools.wraps(method)
     def call(self: Subject, *arguments: Any) -> Any:
-        key = (method.__name__, *arguments)
+        given = signature.bind(self, *arguments)
+        given.apply_defaults()  # an argument that is not given is the same as its default
+        key = (method.__name__, *given.args[1:])
         if key not in self._done:
             try:
                 self._done[key] = method(self, *arguments), None
