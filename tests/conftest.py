@@ -1,5 +1,6 @@
 """What every test shares: one thread (workers run beside each other), silence of Lightning's advice, and cheap fits."""
 
+import contextlib
 import functools
 import gc
 import importlib
@@ -100,6 +101,9 @@ def pytest_collection_finish(session: Any) -> None:
             )
             _read_a_signature_once(importlib.import_module(f"{pytorch}.utilities.signature_utils"))
             _look_for_no_default_that_is_not_set(importlib.import_module(f"{pytorch}.utilities.argparse"))
+            _note_the_running_hook_fast(importlib.import_module(f"{pytorch}.core.module"))
+            _compare_states_by_identity(importlib.import_module(f"{pytorch}.trainer.states"))
+            _time_nothing(importlib.import_module(f"{pytorch}.profilers"))
     if "torch" in sys.modules:
         _keep_no_stack_of_a_seed(sys.modules["torch"])
     if any(hasattr(getattr(item, "module", None), "on_ranks") for item in session.items):
@@ -154,6 +158,34 @@ def _look_for_no_default_that_is_not_set(argparse: Any) -> None:
         return parse(cls) if is_set else argparse.Namespace()
 
     argparse._parse_env_variables = parse_env_variables
+
+
+def _note_the_running_hook_fast(module: Any) -> None:
+    """Every call of a hook writes its name on the module, twice, which asks each time whether it is a parameter."""
+    set_attribute = module.LightningModule.__setattr__
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            set_attribute(self, name, value)
+
+    module.LightningModule.__setattr__ = __setattr__
+
+
+def _compare_states_by_identity(states: Any) -> None:
+    """Every step asks some thirty times for the state of the trainer, which compares lower-case words."""
+    for kind in (states.RunningStage, states.TrainerFn, states.TrainerStatus):
+        kind.__eq__ = _equal(kind, kind.__eq__)
+
+
+def _equal(kind: type, otherwise: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    return lambda self, other: self is other if type(other) is kind else otherwise(self, other)
+
+
+def _time_nothing(profilers: Any) -> None:
+    """The profiler that does nothing makes a generator for every call of a hook."""
+    profilers.PassThroughProfiler.profile = lambda self, action_name: contextlib.nullcontext(action_name)
 
 
 def _keep_no_stack_of_a_seed(torch: Any) -> None:
