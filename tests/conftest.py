@@ -110,6 +110,7 @@ def pytest_collection_finish(session: Any) -> None:
         _fit_before_ranks_are_forked()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 10)  # a fit leaves little that waits for a collection
 
 
 def _fit_before_ranks_are_forked() -> None:
@@ -164,13 +165,13 @@ def _note_the_running_hook_fast(module: Any) -> None:
     """Every call of a hook writes its name on the module, twice, which asks each time whether it is a parameter."""
     set_attribute = module.LightningModule.__setattr__
 
-    def __setattr__(self: Any, name: str, value: Any) -> None:
+    def note(self: Any, name: str, value: Any) -> None:
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:
             set_attribute(self, name, value)
 
-    module.LightningModule.__setattr__ = __setattr__
+    module.LightningModule.__setattr__ = note
 
 
 def _compare_states_by_identity(states: Any) -> None:

@@ -181,12 +181,15 @@ class Subject:
         run.callbacks.remove(begun)
         return run
 
-    def run_and_save(self, callbacks: Sequence[Any], kinds: Sequence[str] = _KINDS, **arguments: Any) -> Watched:
+    def run_and_save(
+        self, callbacks: Sequence[Any], kinds: Sequence[str] = _KINDS, copying: bool = True, **arguments: Any
+    ) -> Watched:
         """Fit, look at module and callback at every step, and save.
 
         Args:
             callbacks: The callbacks.
             kinds: When to save; see :meth:`Watched.saved`.
+            copying: Whether to copy module and callback on the way; without it, only validations are looked at.
             **arguments: As :meth:`Project.fit` takes them.
 
         Raises:
@@ -198,7 +201,7 @@ class Subject:
             "epochs": {"monitor": monitor, "save_last": True},
             "weights": {"monitor": monitor, "save_weights_only": True},
         }
-        watch = Watch(callbacks[0] if callbacks else None)
+        watch = Watch(callbacks[0] if callbacks else None, copying)
         savers = [Saver(folder / kind, save_top_k=-1, **ways[kind]) for kind in kinds]
         try:
             run: Watched = self.run_or_refuse(callbacks, [watch, *savers], kind=Watched, **arguments)

@@ -122,11 +122,12 @@ class Watch(Outputs):
 
     Args:
         technique: The callback under test; ``None`` in the run without one.
+        copying: Whether to look at keys and copy the technique after each step, and the module's children in validation.
     """
 
-    def __init__(self, technique: Any) -> None:
+    def __init__(self, technique: Any, copying: bool = True) -> None:
         super().__init__()
-        self.technique = technique
+        self.technique, self.copying = technique, copying
         self.keys: list[list[str]] = []
         self.copies: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
         self.pickling_errors: list[Exception] = []
@@ -134,13 +135,15 @@ class Watch(Outputs):
 
     @override
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if not self.copying:
+            return
         self.keys.append([*pl_module.state_dict(), *dict(pl_module.named_parameters())])
         with keeping(self.pickling_errors), without_links(self.technique) as technique:
             PicklerOfNoRun(io.BytesIO()).dump(technique)
 
     @override
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *arguments: Any) -> None:
-        if arguments[2] > 0:  # one batch of each validation
+        if arguments[2] > 0 or not self.copying:  # one batch of each validation
             return
         with keeping(self.copying_errors), torch.inference_mode(False), torch.no_grad():
             first = {id(child): (child, inputs, output) for child, inputs, output in reversed(self.calls)}

@@ -263,7 +263,7 @@ def test_the_sanity_check_sees_the_whole_chain_in_either_order() -> None:
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_chains_checkpoint_computes_what_was_validated(make: Any, averaged: bool) -> None:
     others = [EMAWeightAveraging(decay=0.8)] if averaged else []
-    run = PLAIN.run_and_save([*make()[::-1], *others], ["epochs"], max_epochs=2)
+    run = PLAIN.run_and_save([*make()[::-1], *others], ["epochs"], copying=False, max_epochs=2)
     assert len(run.saved("epochs")) == 2
     assert_as_validated(PLAIN, run.saved("epochs"), run.watch.of)
 

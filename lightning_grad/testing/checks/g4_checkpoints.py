@@ -107,7 +107,7 @@ def g4_with_weight_averaging(subject: Subject) -> str:
     for ema_first in (False, True):
         callbacks = [*subject.built(), averaging(decay=0.8)]
         try:
-            run = subject.run_and_save(callbacks[::-1] if ema_first else callbacks, ["epochs"])
+            run = subject.run_and_save(callbacks[::-1] if ema_first else callbacks, ["epochs"], copying=False)
         except RefusedError as refusal:
             return f"{REFUSES}{refusal}"
         assert_as_validated(subject, run.saved("epochs"), run.watch.of)

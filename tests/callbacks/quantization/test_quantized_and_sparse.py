@@ -77,7 +77,7 @@ def test_a_pair_is_exact_whatever_its_order_and_resumes_bitwise(make: Any, tmp_p
 @pytest.mark.parametrize("averaged", [False, True])
 def test_the_file_computes_what_was_validated(averaged: bool) -> None:
     others = [EMAWeightAveraging(decay=0.8)] if averaged else []
-    run = PLAIN.run_and_save([*PAIRS["2:4 and int8"]()[::-1], *others], ["epochs"], max_epochs=2)
+    run = PLAIN.run_and_save([*PAIRS["2:4 and int8"]()[::-1], *others], ["epochs"], copying=False, max_epochs=2)
     assert_as_validated(PLAIN, run.saved("epochs"), run.watch.of)
 
 
