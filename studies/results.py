@@ -152,7 +152,7 @@ def line_of(claim: Claim[Any], result: Result, seconds: float, origin: Origin) -
     """Return the line of a result."""
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     key = (result.arm, result.seed, result.rate)
-    return Line(claim.name, *key, claim.settings, result.metrics, round(seconds, 2), origin, date)
+    return Line(claim.name, *key, claim.settings_of(result.arm), result.metrics, round(seconds, 2), origin, date)
 
 
 class Store:
@@ -177,8 +177,9 @@ class Store:
             origin: If given, ignore results of other code, versions or hardware.
         """
         found: dict[Run, Line] = {}
+        wanted = {arm: freeze(claim.settings_of(arm)) for arm in claim.arms}
         for line in self.all(claim):
-            if freeze(line.settings) != freeze(claim.settings) or line.origin.device != claim.device:
+            if line.arm not in wanted or freeze(line.settings) != wanted[line.arm] or line.origin.device != claim.device:
                 continue
             if origin is None or line.origin.same == origin.same:
                 found[line.key] = line
@@ -206,7 +207,7 @@ class Store:
     @contextmanager
     def reserve(self, claim: Claim[Any], run: Run) -> Iterator[bool]:
         """Yield True if no other process runs this training. A killed process frees its trainings."""
-        words = freeze({"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings})
+        words = freeze({"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings_of(run.arm)})
         path = self.folder / ".running" / hashlib.sha256(words.encode()).hexdigest()[:16]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
