@@ -196,6 +196,10 @@ class Claim(Generic[R]):
         """What a result of one arm depends on: the settings, and what a family adds for the arm."""
         return self.settings
 
+    def code_roots(self) -> Sequence[Any]:
+        """Return what the results depend on besides the class of the claim: classes, functions, modules, and text."""
+        return ()
+
     def label(self, of: Run | R) -> str:
         """Return the name of one training, which is its folder in the output."""
         rate = f"_{of.rate:g}" if of.rate is not None else ""
