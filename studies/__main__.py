@@ -173,7 +173,7 @@ def seeds_of(text: str) -> list[int]:
 def change(claim: Claim[Any], assignments: Sequence[str]) -> Claim[Any]:
     """Return a claim with other settings."""
     general = {each.name for each in fields(Claim)} - set(GENERAL)
-    known = [each.name for each in fields(claim) if each.name not in general]
+    known = [each.name for each in claim.setting_fields if each.name not in general]
     changes = {}
     for assignment in assignments:
         name, sign, text = assignment.partition("=")

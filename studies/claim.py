@@ -186,10 +186,15 @@ class Claim(Generic[R]):
         return -math.inf if math.isnan(value) else value if self.higher else -value
 
     @property
+    def setting_fields(self) -> list[Any]:
+        """The fields that ``--set`` may change; a subclass marks others by ``field(metadata={"setting": False})``."""
+        return [each for each in fields(self) if each.metadata.get("setting", True)]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on, apart from arm, seed, rate and device."""
         general = {each.name for each in fields(Claim)}
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in general}
+        own = {each.name: getattr(self, each.name) for each in self.setting_fields if each.name not in general}
         return {**own, "data": self.data.name if self.data else None}
 
     def settings_of(self, arm: str) -> dict[str, Any]:
