@@ -103,10 +103,10 @@ class Row:
         known = [each for members in techniques().values() for each in members]
         return [each for each in known if each in own or each.__name__ in words]
 
-    @property
+    @cached_property
     def old(self) -> list[Line]:
         """The lines of other code than that of this repository."""
-        current = digest_of(self.claim)
+        current = digest_of(self.claim) if self.lines else ""
         return [line for line in self.lines if line.origin.code != current]
 
     @cached_property
@@ -157,6 +157,12 @@ def rows_of(claims: Iterable[Claim[Any]], store: Store) -> list[Row]:
     )
 
 
+def preferred(rows: Iterable[Row]) -> list[Row]:
+    """Return the decided rows on known data, or all decided rows if there are none."""
+    decided = [row for row in rows if row.is_decided]
+    return [row for row in decided if row.is_on_known_data] or decided
+
+
 def _rows(claim: Claim[Any], store: Store) -> Iterator[Row]:
     """Yield a row for each data and device of which there are results, or one without results."""
     lines = store.all(claim)
@@ -169,3 +175,24 @@ def _rows(claim: Claim[Any], store: Store) -> Iterator[Row]:
     }
     rows = [Row(each, found) for each in kinds.values() if (found := store.read(each))]
     yield from rows or [Row(replace(claim, data=None), [])]
+
+
+def telling(rows: Sequence[Row], number: int) -> list[Row]:
+    """Return the most telling decided rows, good and bad ones, in the order of the page.
+
+    A row tells more on known data than on the default, and the further its weakest comparison is from the margin. The best
+    row of each family comes first. Of the chosen rows, two are contradicted or not shown, if there are as many.
+
+    Args:
+        rows: The rows of the page.
+        number: How many to return, at least three.
+    """
+    decided = [row for row in rows if row.is_decided]
+    ranked = sorted(decided, key=lambda row: (not row.is_on_known_data, -strength(row.weakest)))
+    firsts = {row.family: row for row in reversed(ranked)}
+    ranked.sort(key=lambda row: row is not firsts[row.family])
+    good = [row for row in ranked if row.group in (HOLDS, PART)]
+    bad = [row for row in ranked if row not in good]
+    most = max(number - len(bad), min(len(good), number - 2))
+    chosen = [*good[:most], *bad[: number - len(good[:most])]]
+    return [row for row in rows if any(row is each for each in chosen)]

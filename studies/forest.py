@@ -56,10 +56,8 @@ def _comparison(comparison: Comparison, axis: Axis, scale: float, middle: float)
     label = f"{comparison.arm} against {comparison.reference}"
     yield _text(EDGE + 10, middle + 4, label if len(label) <= MOST else f"{label[: MOST - 1]}…")
     if not all(map(math.isfinite, comparison.differences)):
-        fails = sum(math.isinf(value) for value in comparison.differences)
-        yield _text(
-            axis.at(0) + 6, middle + 4, f"one of both fails in {fails} of {len(comparison.differences)} seeds", size=10
-        )
+        words = f"one of both fails in {sum(map(math.isinf, comparison.differences))} of {len(comparison.differences)} seeds"
+        yield _text(axis.at(0) + 6, middle + 4, words, size=10, colour=colour)
         return
     ends = [axis.at(scale * end) for end in _ends(comparison)]
     yield _line(ends[0], middle, ends[-1], middle, colour, width=2)
@@ -115,8 +113,16 @@ def _legend(middle: float) -> Iterator[str]:
     yield _text(left, middle + 4, "line: 95 % interval; dashed: margin, if it is not 0", size=11)
 
 
-def _text(left: float, bottom: float, words: str, weight: str = "normal", size: int = 12, anchor: str = "start") -> str:
-    style = f'font-weight="{weight}" font-size="{size}" text-anchor="{anchor}" fill="#262626"'
+def _text(
+    left: float,
+    bottom: float,
+    words: str,
+    weight: str = "normal",
+    size: int = 12,
+    anchor: str = "start",
+    colour: str = "#262626",
+) -> str:
+    style = f'font-weight="{weight}" font-size="{size}" text-anchor="{anchor}" fill="{colour}"'
     return f'<text x="{left:.1f}" y="{bottom:.1f}" {style}>{escape(words)}</text>'
 
 

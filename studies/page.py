@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning_grad.cli.catalog import family_of
 from studies import forest
 from studies.claim import plain
-from studies.evidence import NOT_RUN, ORDER, Row
+from studies.evidence import NOT_RUN, ORDER, Row, preferred
 from studies.plan import CHOICE_SEED
 from studies.report import arm_rows, is_edge, places_of, shown_unit
 from studies.results import Line
@@ -23,7 +23,7 @@ TITLES = {
     CONTRADICTED: "Contradicted",
     NOT_SHOWN: "Not shown",
     UNDECIDED: "Seeds are missing",
-    NOT_RUN: "Not run",
+    NOT_RUN: "Not run yet",
 }
 VERBS = {HOLDS: "hold", PART: "hold in part", CONTRADICTED: "are contradicted", NOT_SHOWN: "are not shown"}
 MEANINGS = {
@@ -83,9 +83,8 @@ class Page:
 
     def short(self) -> Iterator[str]:
         """Yield the verdicts, each with what it says: of claims on known data if there are any, else of all."""
-        decided = [row for row in self.rows if row.is_decided]
-        known = [row for row in decided if row.is_on_known_data] or decided
-        others = [row for row in decided if row not in known]
+        known = preferred(self.rows)
+        others = [row for row in self.rows if row.is_decided and row not in known]
         yield "## Does it help?\n"
         yield wrapped(
             f"Of {count(self.rows, 'claim')}, {' and '.join(self.counts()) or 'none is decided yet'}. The number in brackets "
@@ -98,8 +97,8 @@ class Page:
             found = [(group, [name(row) for row in others if row.group == group]) for group in ORDER]
             told = [f"*{group}*: {', '.join(names)}" for group, names in found if names]
             yield wrapped(f"**On small data that needs no download.** {'; '.join(told)}.")
-        if rows := [row for row in self.rows if not row.is_decided]:
-            yield wrapped(f"**Not decided.** {'; '.join(f'{name(row)}: {row.word}' for row in rows)}.")
+        if rows := self.of(UNDECIDED):
+            yield wrapped(f"**{TITLES[UNDECIDED]}.** {'; '.join(f'{name(row)}: {row.word}' for row in rows)}.")
 
     def group(self, group: str, rows: Sequence[Row]) -> Iterator[str]:
         """Yield the rows of one verdict."""
@@ -130,8 +129,16 @@ class Page:
         )
         yield markdown_table(
             ("Technique", "What is claimed", "Measured", "Verdict", "Command"),
-            ((self.technique(row), claimed(row), measured(row), verdict(row), f"`{row.command}`") for row in self.rows),
+            (
+                (self.technique(row), claimed(row), measured(row), verdict(row), f"`{row.command}`")
+                for row in self.rows
+                if row.lines
+            ),
         )
+        if rows := self.of(NOT_RUN):
+            yield f"**{TITLES[NOT_RUN]}.** `python -m studies --only NAME` runs a claim.\n"
+            yield from (item(f"{name(row)} ({self.technique(row)}): {row.claim.text}") for row in rows)
+            yield ""
 
     def families(self) -> Iterator[str]:
         """Yield the figure of each family, and the lines behind it."""
