@@ -17,8 +17,6 @@ from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers
 from studies.tasks import TASKS
 
-VALIDATIONS = 4  # during a training
-
 
 @dataclass(frozen=True)
 class Result(base.Result):
@@ -125,10 +123,9 @@ class OnTask(Claim[Any]):
             batches: Batches in an epoch of the data.
         """
         batches, length = self.limit_batches or batches, round(self.length * arm.longer)
+        every = max(1, length // TASKS[self.task].validations)
         if TASKS[self.task].unit == "epochs":
-            limits = {"max_epochs": length, "check_val_every_n_epoch": max(1, length // VALIDATIONS)}
-            return limits, Length(length * batches, length)
-        every = max(1, length // VALIDATIONS)
+            return {"max_epochs": length, "check_val_every_n_epoch": every}, Length(length * batches, length)
         limits = {"max_steps": length, "val_check_interval": every, "check_val_every_n_epoch": None}
         return limits, Length(length, math.ceil(length / batches))
 
