@@ -179,7 +179,11 @@ class Store:
         found: dict[Run, Line] = {}
         wanted = {arm: freeze(claim.settings_of(arm)) for arm in claim.arms}
         for line in self.all(claim):
-            if line.arm not in wanted or freeze(line.settings) != wanted[line.arm] or line.origin.device != claim.device:
+            if (
+                line.arm not in wanted
+                or freeze(line.settings) != wanted[line.arm]
+                or line.origin.device != claim.device
+            ):
                 continue
             if origin is None or line.origin.same == origin.same:
                 found[line.key] = line
@@ -207,7 +211,9 @@ class Store:
     @contextmanager
     def reserve(self, claim: Claim[Any], run: Run) -> Iterator[bool]:
         """Yield True if no other process runs this training. A killed process frees its trainings."""
-        words = freeze({"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings_of(run.arm)})
+        words = freeze(
+            {"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings_of(run.arm)}
+        )
         path = self.folder / ".running" / hashlib.sha256(words.encode()).hexdigest()[:16]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -89,10 +89,22 @@ class TestedText(Text):
 
 
 class ImageTask:
-    """Classify images: 5,000 images of CIFAR-10, or the digits, by a residual network."""
+    """Classify images: 5,000 images of CIFAR-10, or the digits, by a residual network.
+
+    Attributes:
+        unit: Unit of the length of a training.
+        validations: Validations during a training.
+        metric: What a claim compares, and by what it chooses the rates.
+    """
 
     unit, validations = "epochs", 4
-    metric = {"metric": "test_accuracy", "higher": True, "scale": 100.0, "unit": "%", "chosen_by": "validation_accuracy"}
+    metric: ClassVar[Mapping[str, Any]] = {
+        "metric": "test_accuracy",
+        "higher": True,
+        "scale": 100.0,
+        "unit": "%",
+        "chosen_by": "validation_accuracy",
+    }
 
     def name(self, folder: Path | None) -> str:
         """Return the name of the data."""
@@ -126,10 +138,16 @@ def network(data: FewImages | Digits) -> nn.Module:
 
 
 class TextTask:
-    """Predict the next character of a text by a transformer of half a million weights."""
+    """Predict the next character of a text by a transformer of half a million weights; see :class:`ImageTask`."""
 
     unit, validations = "steps", 2
-    metric = {"metric": "test_loss", "higher": False, "scale": 1.0, "unit": "nats", "chosen_by": "validation_loss"}
+    metric: ClassVar[Mapping[str, Any]] = {
+        "metric": "test_loss",
+        "higher": False,
+        "scale": 1.0,
+        "unit": "nats",
+        "chosen_by": "validation_loss",
+    }
 
     def name(self, folder: Path | None) -> str:
         """Return the name of the data."""
