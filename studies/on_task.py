@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from studies.claim import Claim, Run
 from studies.common import Follow, finish_loggers
 from studies.tasks import TASKS
 
-VALIDATIONS = 4  # during a training
+ON_PURPOSE = "keeps only the hardest"  # warnings about mistakes that claims compare with what is better
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ class OnTask(Claim[Any]):
     def train(self, run: Run) -> Any:
         """Run one training, and test the module that remains."""
         trainer, module, data, clock = self.fitted(run)
-        validation, tested = (look(trainer, module, loader) for loader in (data.val_dataloader(), data.test_dataloader()))
+        validation, tested = (
+            look(trainer, module, loader) for loader in (data.val_dataloader(), data.test_dataloader())
+        )
         finish_loggers(trainer)
         return Result(run.arm, run.seed, run.rate, *validation, *tested, trainer.global_step, clock.seconds)
 
@@ -105,6 +108,7 @@ class OnTask(Claim[Any]):
             run: The training.
             first: Callbacks of the claim, which come before those of the arm.
         """
+        warnings.filterwarnings("ignore", f".*({ON_PURPOSE})")
         arm, task, clock = self.table[run.arm], TASKS[self.task], FitClock()
         data = task.data(self.data, run.seed, self.flip)
         data.setup("fit")
@@ -125,10 +129,9 @@ class OnTask(Claim[Any]):
             batches: Batches in an epoch of the data.
         """
         batches, length = self.limit_batches or batches, round(self.length * arm.longer)
+        every = max(1, length // TASKS[self.task].validations)
         if TASKS[self.task].unit == "epochs":
-            limits = {"max_epochs": length, "check_val_every_n_epoch": max(1, length // VALIDATIONS)}
-            return limits, Length(length * batches, length)
-        every = max(1, length // VALIDATIONS)
+            return {"max_epochs": length, "check_val_every_n_epoch": every}, Length(length * batches, length)
         limits = {"max_steps": length, "val_check_interval": every, "check_val_every_n_epoch": None}
         return limits, Length(length, math.ceil(length / batches))
 
