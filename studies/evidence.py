@@ -140,10 +140,10 @@ def strength(comparison: Comparison) -> float:
 
 def data_of(claim: Claim[Any]) -> str:
     """Return the name of the data of a claim."""
-    named = claim.settings.get("data")
+    named, folder = claim.settings.get("data"), Path("folder")
     if claim.data is None:
         return named or ("characters" if getattr(claim, "model", "") == "characters" else "digits")
-    if named != claim.data.name:
+    if replace(claim, data=folder).settings["data"] != folder.name:  # the claim has its own name of the data
         return str(named)
     return "CIFAR-10" if "CIFAR-10" in claim.reads else f"the text {named}"
 
