@@ -88,8 +88,8 @@ class Page:
         yield "## Does it help?\n"
         yield wrapped(
             f"Of {count(self.rows, 'claim')}, {' and '.join(self.counts()) or 'none is decided yet'}. The number in brackets "
-            f"is a difference, positive if the technique is better, with its {100 * LEVEL:g} % interval. Of several comparisons, it "
-            "is the one that supports the verdict least."
+            f"is a difference, positive if the technique is better, with its {100 * LEVEL:g} % interval. Of several "
+            "comparisons, it is the one that supports the verdict least."
         )
         for group in ORDER[: ORDER.index(UNDECIDED)]:
             yield from self.group(group, [row for row in known if row.group == group])
@@ -349,7 +349,7 @@ def quoted(row: Row) -> str:
     found = sum(each.word == deciding for each in row.comparisons)
     several = f"{found} of {total} comparisons {VERBS[deciding]}; " if total > 1 else ""
     differs = numbers(row, row.weakest).rpartition(", n = ")[0].replace("**", "").replace("(", "[").replace(")", "]")
-    unit = "points" if row.claim.unit == "%" else shown_unit(row.claim)
+    unit = re.sub("^points of .*", "points", shown_unit(row.claim))
     return f"({several}{row.data}: {differs} {unit})"
 
 

@@ -220,7 +220,8 @@ def test_techniques_of_a_row_are_those_it_names_and_those_of_its_arms() -> None:
     assert row(PAPER).techniques == [ZClip]
     assert row(None, a=PLAIN, b=Arm(sparse)).techniques == [NMSparsity]
     assert row(None, a=Arm(clipped), b=Arm(sparse, clipped)).techniques == [NMSparsity], "both arms have the other one"
-    assert row(PAPER, a=Arm(sparse), b=PLAIN).techniques == [ZClip, NMSparsity]
+    assert row(PAPER, a=PLAIN, b=Arm(sparse)).techniques == [ZClip, NMSparsity]
+    assert row(None, a=Arm(clipped), b=Arm(sparse)).techniques == [NMSparsity], "the other one is the reference"
     assert row(None).techniques == []
 
 
