@@ -93,7 +93,7 @@ class Row:
 
     @cached_property
     def techniques(self) -> list[type[Any]]:
-        """The exported techniques that the claim is about: those that it names, and those of its arms but not of their references."""
+        """The exported techniques that the claim names, and those of its arms that their references do not share."""
         words = re.findall(r"\w+", self.claim.paper.technique) if self.claim.paper else []
         table: Mapping[str, Any] = getattr(self.claim, "table", {})
         pairs = self.claim.comparisons()
