@@ -58,5 +58,5 @@ def test_a_training_that_does_not_reach_the_goal_is_worse_than_any_that_does(
 
 def test_without_a_link_the_claim_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(communication, "why_unavailable", lambda: "it needs root")
-    with pytest.raises(ValueError, match="slow-link-digits needs a link .*: it needs root"):
+    with pytest.raises(ValueError, match=r"slow-link-digits needs a link .*: it needs root"):
         CLAIM.check()

@@ -67,7 +67,8 @@ class OverLink(Claim[Result]):
     @override
     def train(self, run: Run) -> Result:
         """Train on two machines until the goal."""
-        work = partial(learn, LEARNERS[run.arm], seed=run.seed, epochs=self.epochs, rate=run.rate)
+        rate = {} if run.rate is None else {"rate": run.rate}
+        work = partial(learn, LEARNERS[run.arm], seed=run.seed, epochs=self.epochs, **rate)
         with make_link(Quality(float(self.megabits))) as link:
             learned: Learned = link.call(work, LIMIT_S)[0]
         end = reached(learned.epochs)
