@@ -86,6 +86,10 @@ class OnTask(Claim[Any]):
         return {**self.settings, "arm": str(self.table[arm])}
 
     @override
+    def code_roots(self) -> Sequence[Any]:
+        return [each for arm in self.arms for each in self.table[arm].classes]
+
+    @override
     def comparisons(self) -> list[tuple[str, str]]:
         if self.pairs is None:
             return super().comparisons()

@@ -11,6 +11,8 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 
+from lightning_grad.callbacks import LearnedRounding
+from studies.arms import Arm, Use
 from studies.claim import Run
 from studies.claims import CLAIMS
 from studies.common import hush
@@ -21,8 +23,21 @@ KNOWN = {name: claim for name, claim in CLAIMS.items() if isinstance(claim, OnTa
 
 
 def short(claim: OnTask, folder: Path) -> OnTask:
-    """Return a claim with trainings of a few batches."""
-    return replace(claim, length=4, limit_batches=1, output=folder)
+    """Return a claim with trainings of a few batches of small networks, and few steps of what learns by itself."""
+    table = {name: small(arm, claim.task) for name, arm in claim.table.items()}
+    return replace(claim, length=4, limit_batches=1, output=folder, table=table)
+
+
+def small(arm: Arm, task: str) -> Arm:
+    """Return an arm with a small network, and with less work after the training."""
+    uses = [
+        Use(each.cls, *each.arguments, **{**each.options, "samples": 8, "steps": 2})
+        if each.cls is LearnedRounding and "steps" not in each.options
+        else each
+        for each in arm.uses
+    ]
+    width = {"width": 16, "depth": 3} if task == "text" else {}
+    return Arm(*uses, longer=arm.longer, module={**arm.module, **width}, trainer=arm.trainer)
 
 
 def trained(claim: OnTask, arm: str) -> Any:

@@ -6,6 +6,7 @@ Margins: a claim to be better holds above 0; a claim to be no worse holds above 
 from studies.claims.known import (
     adversarial,
     clipping,
+    communication,
     data,
     label_errors,
     optimizers,
@@ -14,4 +15,4 @@ from studies.claims.known import (
     sparsity,
 )
 
-FAMILIES = (sparsity, data, label_errors, sharpness, optimizers, quantization, clipping, adversarial)
+FAMILIES = (sparsity, data, label_errors, sharpness, optimizers, quantization, clipping, adversarial, communication)

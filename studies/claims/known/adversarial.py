@@ -19,7 +19,7 @@ from studies.on_task import OnTask, look
 from studies.tasks import TASKS, pixels
 
 ROBUST = "adversarial/val_acc"
-VALIDATION_STEPS, TEST_STEPS, TESTED_IMAGES = 5, 20, 2_000
+TRAINING_STEPS, VALIDATION_STEPS, TEST_STEPS, TESTED_IMAGES = 3, 5, 20, 2_000
 ENOUGH = 0.98  # target, as a share of the final robust accuracy at the constant rate
 
 
