@@ -22,7 +22,7 @@ import torch
 from lightning_grad import __version__
 from studies import ROOT
 from studies.claim import Claim, Result, Run, freeze, plain, restored
-from studies.sources import digest_of
+from studies.sources import digest_of, files_of
 
 try:
     import fcntl
@@ -32,7 +32,6 @@ except ImportError:  # Windows: start one study at a time there
 HAS_LOCKS: bool = fcntl is not None
 
 FOLDER = ROOT / "studies" / "results"
-TRAINED = ("lightning_grad", "examples/plain_project", "studies", ":!studies/results")  # what git is asked about
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Origin:
         versions: Versions of Python and of the packages.
         code: Digest of the code on which the results of the claim depend, see ``sources.py``.
         commit: Commit of the repository.
-        dirty: Whether that code had changes that were not committed.
+        dirty: Whether the files of that code had changes that were not committed.
     """
 
     device: str
@@ -73,7 +72,7 @@ def origin_of(claim: Claim[Any]) -> Origin:
     hardware = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
     packages = {name: version(name) for name in ("torch", "lightning")}
     versions = {"python": platform.python_version(), **packages, "lightning-grad": __version__}
-    return Origin(claim.device, hardware, versions, digest_of(claim), *commit())
+    return Origin(claim.device, hardware, versions, digest_of(claim), *commit(files_of(claim)))
 
 
 @cache
@@ -85,9 +84,9 @@ def cpu_name() -> str:
 
 
 @cache
-def commit() -> tuple[str, bool]:
-    """Return the commit, and whether code in the working tree differs from it."""
-    status = git("status", "--porcelain", "--", *TRAINED)
+def commit(files: tuple[str, ...]) -> tuple[str, bool]:
+    """Return the commit, and whether some files of the working tree differ from it."""
+    status = git("status", "--porcelain", "--", *files)
     return git("rev-parse", "--short=12", "HEAD") or "unknown", bool(status)
 
 

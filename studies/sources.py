@@ -30,13 +30,19 @@ Place = tuple[str, str]  # a module, and a name that it defines
 
 def digest_of(claim: Claim[Any]) -> str:
     """Return a short digest of the code on which the results of a claim depend."""
-    return _digest((type(claim), *claim.code_roots()))
+    return _code_of((type(claim), *claim.code_roots()))[0]
+
+
+def files_of(claim: Claim[Any]) -> tuple[str, ...]:
+    """Return the files of the code on which the results of a claim depend."""
+    return _code_of((type(claim), *claim.code_roots()))[1]
 
 
 @cache
-def _digest(roots: tuple[Any, ...]) -> str:
+def _code_of(roots: tuple[Any, ...]) -> tuple[str, tuple[str, ...]]:
     text = "\n".join(root for root in roots if isinstance(root, str))
-    return repository().digest((place_of(root) for root in roots if not isinstance(root, str)), text)
+    places = [place_of(root) for root in roots if not isinstance(root, str)]
+    return repository().digest(places, text), tuple(map(str, repository().files(places)))
 
 
 @cache
@@ -63,6 +69,7 @@ class Module:
 
     Args:
         name: Its dotted name.
+        path: Its file.
         package: The package in which its imports are relative.
         defined: The statements that define each name.
         imported: Where each imported name comes from.
@@ -71,6 +78,7 @@ class Module:
     """
 
     name: str
+    path: Path
     package: str
     defined: dict[str, list[ast.stmt]] = field(default_factory=dict)
     imported: dict[str, Place] = field(default_factory=dict)
@@ -111,6 +119,11 @@ class Code:
         found = self.reached(roots)
         written = [f"{'.'.join(place)}\n{''.join(map(written_out, found[place]))}" for place in sorted(found)]
         return hashlib.sha256("\n".join([text, *written]).encode()).hexdigest()[:12]
+
+    def files(self, roots: Iterable[Place]) -> list[Path]:
+        """Return the files of all code that some places use."""
+        names = sorted({module for module, _ in self.reached(roots)})
+        return [known.path for known in map(self.module, names) if known]
 
     def reached(self, roots: Iterable[Place]) -> dict[Place, list[ast.stmt]]:
         """Return the statements of all places that some places use."""
@@ -202,7 +215,7 @@ class Code:
         home, stem = self.homes.get(name.partition(".")[0]), name.replace(".", "/")
         for path in (home / f"{stem}.py", home / stem / "__init__.py") if home else ():
             if path.is_file():
-                module = Module(name, name if path.stem == "__init__" else name.rpartition(".")[0])
+                module = Module(name, path, name if path.stem == "__init__" else name.rpartition(".")[0])
                 for statement in ast.parse(path.read_bytes()).body:
                     module.add(statement)
                 return module

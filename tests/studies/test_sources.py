@@ -10,7 +10,7 @@ import pytest
 from studies import claim, common, sources
 from studies.claim import Claim
 from studies.claims import CLAIMS
-from studies.sources import Code, digest_of, place_of, repository
+from studies.sources import Code, digest_of, files_of, place_of, repository
 from tests.studies.toy import Toy
 
 FILES = {
@@ -113,6 +113,14 @@ def test_claims_depend_on_their_techniques_and_on_no_others() -> None:
 
 def test_a_claim_of_a_derived_class_depends_on_its_base() -> None:
     assert ("studies.claims.data_pruning", "Labelled") in repository().reached([place_of(type(CLAIMS["label-errors"]))])
+
+
+def test_files_are_those_of_the_code() -> None:
+    files = [Path(file) for file in files_of(CLAIMS["label-errors"])]
+    assert all(file.is_file() for file in files)
+    names = {file.name for file in files}
+    assert {"label_errors.py", "data_pruning.py", "claim.py", "common.py", "cifar10.py"} <= names
+    assert not names & {"page.py", "runner.py", "zclip.py", "results.py"}
 
 
 def test_what_a_claim_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
