@@ -21,13 +21,13 @@ from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART
 PAGE, IMAGES = "docs/evidence.md", "docs/images"
 TOLD = {HOLDS: "Holds", PART: "Holds in part", CONTRADICTED: "Contradicted", NOT_SHOWN: "Not shown"}
 NOT_YET = "Not measured yet.\n"
-_FOLDER = FOLDER  # of the results, which tests replace
+RESULTS = FOLDER
 
 
 @cache
 def page() -> Page:
     """Return the page of the committed results."""
-    return Page(rows_of(CLAIMS.values(), Store(_FOLDER)), "", "images/", title_of)
+    return Page(rows_of(CLAIMS.values(), Store(RESULTS)), "", "images/", title_of)
 
 
 def files() -> dict[str, Callable[[], str]]:

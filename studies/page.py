@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lightning_grad.cli.catalog import family_of
@@ -88,8 +88,8 @@ class Page:
         yield "## Does it help?\n"
         yield wrapped(
             f"Of {count(self.rows, 'claim')}, {' and '.join(self.counts()) or 'none is decided yet'}. The number in brackets "
-            f"is a difference, positive if the technique is better, with its {100 * LEVEL:g} % interval. Of several comparisons, it "
-            "is the one that supports the verdict least."
+            f"is a difference, positive if the technique is better, with its {100 * LEVEL:g} % interval. Of several "
+            "comparisons, it is the one that supports the verdict least."
         )
         for group in ORDER[: ORDER.index(UNDECIDED)]:
             yield from self.group(group, [row for row in known if row.group == group])
@@ -226,7 +226,7 @@ class Page:
         """Yield how to come from a row to its trainings."""
         yield "## From a row to its trainings\n"
         yield wrapped(
-            "The row of the claim NAME rests on `studies/results/NAME.jsonl`: one line of JSON for each training, with arm, "
+            "The row of the claim NAME rests on `studies/results/<NAME>.jsonl`: one line of JSON for each training, with arm, "
             "seed, rate, settings, all measurements, seconds, hardware, versions and commit. The tables above give the rate "
             "of each arm; the lines with this arm and rate, and a seed that is not "
             f"{CHOICE_SEED}, are those behind the row. This prints a claim with all its numbers and origins, and trains "
@@ -243,7 +243,7 @@ class Page:
     def technique(self, row: Row) -> str:
         """Return the techniques of a row with links to their cards, or the family of the claim."""
         links = {each.__name__: f"{self.docs}{card_of(each)}" for each in row.techniques}
-        words = row.claim.paper.technique if row.claim.paper else ""
+        words = row.claim.paper.technique.replace("`", "") if row.claim.paper else ""
         if words and not set(re.findall(r"\w+", words)) & set(links):
             words += f" ({', '.join(links)})" if links else ""
         shown = re.sub(r"\w+", lambda word: linked(word[0], links), words or ", ".join(links))
@@ -279,8 +279,8 @@ def source(words: str) -> str:
     """Return the names of papers with links to arXiv.
 
     Example:
-        >>> source("SAM, arXiv 2010.01412; a book")
-        '[SAM, arXiv 2010.01412](https://arxiv.org/abs/2010.01412); a book'
+        >>> source("SAM (2010.01412); a book")
+        '[SAM (2010.01412)](https://arxiv.org/abs/2010.01412); a book'
     """
     numbers = [(part, re.search(r"\d{4}\.\d{4,5}", part)) for part in words.split("; ")]
     return "; ".join(f"[{part}](https://arxiv.org/abs/{found[0]})" if found else part for part, found in numbers)
@@ -296,18 +296,9 @@ def measured(row: Row) -> str:
     """Return all comparisons of a row."""
     if not row.lines:
         return "-"
-    shown = [
-        f"{written(row, each.arm)} against {written(row, each.reference)}: {numbers(row, each)}"
-        for each in row.comparisons
-    ]
+    shown = [f"`{each.arm}` against `{each.reference}`: {numbers(row, each)}" for each in row.comparisons]
     device = "" if row.device == "CPU" else f", {row.device}"
     return "<br>".join([*shown, f"in {shown_unit(row.claim)}, on {row.data}{device}{margin(row)}"])
-
-
-def written(row: Row, arm: str) -> str:
-    """Return an arm as a user writes it."""
-    table = getattr(row.claim, "table", {})
-    return f"`{table.get(arm, arm)}`"
 
 
 def margin(row: Row) -> str:
@@ -346,7 +337,7 @@ def digits(row: Row) -> Callable[[float], str]:
     """Return a function that formats differences of a row, with two digits of the narrowest interval."""
     scale = row.claim.compared[1]
     widths = [scale * (each.interval[1] - each.interval[0]) / 2 for each in row.comparisons]
-    places = places_of(min((width for width in widths if 0 < width < math.inf), default=0.0))
+    places = places_of(min((width for width in widths if 0 < width < math.inf), default=0.0), least=0)
     return lambda difference: f"{scale * difference:+.{places}f}".replace("-", "\N{MINUS SIGN}")
 
 
@@ -357,15 +348,17 @@ def quoted(row: Row) -> str:
     total, deciding = len(row.comparisons), HOLDS if row.group == PART else row.group
     found = sum(each.word == deciding for each in row.comparisons)
     several = f"{found} of {total} comparisons {VERBS[deciding]}; " if total > 1 else ""
-    differs = numbers(row, row.weakest).replace("**", "").replace("(", "[").replace(")", "]")
-    return f"({several}{row.data}: {differs}, in {shown_unit(row.claim)})"
+    differs = numbers(row, row.weakest).rpartition(", n = ")[0].replace("**", "").replace("(", "[").replace(")", "]")
+    unit = re.sub("^points of .*", "points", shown_unit(row.claim))
+    return f"({several}{row.data}: {differs} {unit})"
 
 
 def arms(row: Row) -> Iterator[tuple[str, ...]]:
-    """Yield the cells of the arms of a row."""
+    """Yield the cells of the arms of a row, with the line that a user writes if the claim has one."""
+    table: Mapping[str, object] = getattr(row.claim, "table", {})
     for place, (arm, rate, mean, seeds) in enumerate(arm_rows(row.claim, row.lines)):
         unit = f" {row.claim.unit}".rstrip() if "of" not in mean else ""
-        shown = f"`{arm}`" if written(row, arm) == f"`{arm}`" else f"`{arm}`: {written(row, arm)}"
+        shown = f"`{arm}`: `{table[arm]}`" if arm in table else f"`{arm}`"
         yield name(row) if place == 0 else "", shown, rate, f"{mean}{unit}", seeds
 
 

@@ -88,14 +88,14 @@ def mean_and_error(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.{places}f} ± {error:.{places}f}"
 
 
-def places_of(width: float) -> int:
-    """Return how many decimals show two digits of a width: two to four.
+def places_of(width: float, least: int = 2) -> int:
+    """Return how many decimals show two digits of a width, at most four.
 
     Example:
-        >>> places_of(0.5), places_of(0.012), places_of(0.0)
-        (2, 3, 2)
+        >>> places_of(0.5), places_of(0.012), places_of(0.0), places_of(20.0, least=0)
+        (2, 3, 2, 0)
     """
-    return min(4, max(2, 1 - math.floor(math.log10(width)))) if width else 2
+    return min(4, max(least, 1 - math.floor(math.log10(width)))) if width else 2
 
 
 def comparison_row(claim: Claim[Any], comparison: Comparison) -> tuple[str, ...]:

@@ -295,7 +295,7 @@ CLAIMS = (
             "AdversarialTraining",
             "adversarial",
             "Training on PGD attacks makes networks resistant to attacks by gradients",
-            "Madry et al., arXiv 1706.06083",
+            "Madry et al. (1706.06083)",
         )
     ),
     AccelAT(
@@ -303,7 +303,7 @@ CLAIMS = (
             "AccuracyGradientLR",
             "schedules",
             "A rate that follows the slope of the accuracy needs fewer epochs to the same accuracy",
-            "AccelAT, arXiv 2210.06888",
+            "AccelAT (2210.06888)",
         )
     ),
 )

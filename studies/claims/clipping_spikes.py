@@ -190,7 +190,7 @@ CLAIMS = (
             "ZClip",
             "clipping",
             "A limit that follows the recent gradient norms prevents spikes of the loss",
-            "ZClip, arXiv 2504.02507",
+            "ZClip (2504.02507)",
         )
     ),
 )

@@ -193,7 +193,7 @@ CLAIMS = (
             "DGCStrategy, PowerSGDStrategy",
             "communication",
             "Gradients that are compressed a hundred times and more train to the accuracy of dense ones",
-            "DGC, arXiv 1712.01887; PowerSGD, arXiv 1905.13727",
+            "DGC (1712.01887); PowerSGD (1905.13727)",
         )
     ),
 )

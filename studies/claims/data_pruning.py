@@ -280,7 +280,7 @@ class Recorder(Callback):
         self.classes += np.bincount(labels.cpu(), minlength=CLASSES)
 
 
-_DATA_DIET = "Deep Learning on a Data Diet, arXiv 2107.07075"
+_DATA_DIET = "Deep Learning on a Data Diet (2107.07075)"
 CLAIMS = (
     Pruning(
         paper=Paper(

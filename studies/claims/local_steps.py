@@ -198,7 +198,7 @@ _DILOCO = Paper(
     "DiLoCoStrategy",
     "communication",
     "With hundreds of local steps between exchanges, training ends as well as with an exchange in each step",
-    "DiLoCo, arXiv 2311.08105",
+    "DiLoCo (2311.08105)",
 )
 
 

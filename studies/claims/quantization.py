@@ -264,13 +264,13 @@ _QUEST = Paper(
     "QuantizationAwareTraining",
     "quantization",
     "Training with few bits, down to one, is stable, and with four bits as good as dense",
-    "QuEST, arXiv 2502.05003",
+    "QuEST (2502.05003)",
 )
 _ADAROUND = Paper(
     "LearnedRounding",
     "quantization",
     "Rounding that is learned layer by layer keeps more accuracy than rounding to the nearest value",
-    "AdaRound, arXiv 2004.10568",
+    "AdaRound (2004.10568)",
 )
 
 

@@ -201,8 +201,8 @@ _ACCURATE: dict[str, Any] = {
     "unit": "%",
     "chosen_by": "validation_accuracy",
 }
-_SAM = "SAM, arXiv 2010.01412"
-_ASAM = f"{_SAM}; ASAM, arXiv 2102.11600"
+_SAM = "SAM (2010.01412)"
+_ASAM = f"{_SAM}; ASAM (2102.11600)"
 CLAIMS = (
     Sharpness(paper=Paper("SAM, ASAM", "sharpness", "Training ends in a flat minimum", _SAM)),
     Sharpness(

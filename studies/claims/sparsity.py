@@ -197,7 +197,7 @@ CLAIMS = (
             "NMSparsity",
             "sparsity",
             "At high sparsity, recipes that decay the pruned weights are more accurate than SR-STE",
-            "Progressive Gradient Flow, arXiv 2402.04744",
+            "Progressive Gradient Flow (2402.04744)",
         )
     ),
     Sparsity(
@@ -207,7 +207,7 @@ CLAIMS = (
             "NMSparsity",
             "sparsity",
             "Trained from scratch, 2:4 networks are about as accurate as dense ones",
-            "SR-STE, arXiv 2102.04010",
+            "SR-STE (2102.04010)",
         ),
         arms=("dense", "sr-ste", "mdgf-exponential"),
         reference="dense",

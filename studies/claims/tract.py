@@ -122,7 +122,7 @@ def validations_to(target: float, accuracies: Sequence[float]) -> float:
 
 _WITH_SGD: dict[str, Any] = {"model": "convolutional", "rates": (0.01, 0.03, 0.1, 0.3)}
 _TRACT = Paper(
-    "TrAct", "optimizers", "Networks reach the same accuracy in 1.25 to 4 times fewer steps", "TrAct, arXiv 2410.23970"
+    "TrAct", "optimizers", "Networks reach the same accuracy in 1.25 to 4 times fewer steps", "TrAct (2410.23970)"
 )
 CLAIMS = (
     StepsToTarget(paper=_TRACT),
