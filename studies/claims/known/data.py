@@ -11,7 +11,7 @@ from studies.claim import Paper
 from studies.on_task import OnTask
 from studies.tasks import TASKS
 
-RATES, SCORED = (0.03, 0.1, 0.3), 0.25  # share of the epochs before the samples are scored
+RATES, SCORED = (0.01, 0.03, 0.1, 0.3), 0.25  # share of the epochs before the samples are scored
 IMAGES: Mapping[str, Any] = TASKS["images"].metric
 
 

@@ -47,7 +47,7 @@ def claim(task: str, table: dict[str, Arm], budget: float) -> OnTask:
         reference="adamw",
         task=task,
         length=400 if task == "text" else 8,
-        rates=(3e-4, 1e-3, 3e-3, 1e-2),
+        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
         budget=budget,
         **settings,
     )

@@ -36,7 +36,7 @@ CLAIMS = (
         arms=("dense", *TRAINED),
         reference="dense",
         pairs=[(f"{own}-{bits}", f"ste-{bits}") for bits in (4, 2) for own in ("quest", "statsq")],
-        rates=(0.03, 0.1, 0.3),
+        rates=(0.01, 0.03, 0.1, 0.3),
         budget=14,
         **IMAGES,
     ),

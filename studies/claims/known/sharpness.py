@@ -32,7 +32,7 @@ def claim(name: str, flip: float) -> OnTask:
         reference="plain",
         pairs=[(arm, other) for other in ("plain", "plain-long") for arm in ("sam", "asam")],
         flip=flip,
-        rates=(0.03, 0.1, 0.3),
+        rates=(0.01, 0.03, 0.1, 0.3),
         budget=11,
         **settings,
     )
