@@ -15,6 +15,7 @@ from studies.evidence import NOT_RUN, ORDER, Row, preferred
 from studies.plan import CHOICE_SEED
 from studies.report import arm_rows, is_edge, places_of, shown_unit
 from studies.results import Line
+from studies.tasks import TASKS
 from studies.verdict import CONTRADICTED, HOLDS, LEVEL, NOT_SHOWN, PART, UNDECIDED, Comparison
 
 TITLES = {
@@ -167,14 +168,15 @@ class Page:
     def rules(self) -> Iterator[str]:
         """Yield the rules of the comparisons, and what they ran on."""
         comparisons = [each for row in self.rows if row.is_decided for each in row.comparisons]
-        tasks = {type(row.claim).__module__ for row in self.rows}
+        used = {getattr(row.claim, "task", "") for row in self.rows}
+        tasks = [f" *{name}*: {about(task)}" for name, task in TASKS.items() if name in used]
         yield (
-            "**Data and networks.** Each claim names its data; its settings are below the figure of its family. "
-            f"{' '.join(task_texts()) if tasks else ''} The networks are small: these are tests of what a technique "
-            "claims, at a size that one processor thread trains in seconds, not records."
+            "**Data and networks.** Each claim names its data, and its settings are below the figure of its family."
+            f"{''.join(tasks)} The networks are small: these are tests of what a technique claims, at a size that one "
+            "processor thread trains in seconds, not records."
         )
         yield (
-            f"**Rates.** Each arm has its own learning rate: the best of the grid of its claim, by validation, on seed "
+            "**Rates.** Each arm has its own learning rate: the best of the grid of its claim, by validation, on seed "
             f"{CHOICE_SEED}, which is not reported. Where the best one is at an end of the grid, the settings say so."
         )
         yield (
@@ -192,7 +194,7 @@ class Page:
             f"entirely below; *{NOT_SHOWN}*: neither. The rule was fixed before the results."
         )
         yield (
-            "**Steps and time.** Arms have equal steps. A technique that costs time is also compared with training for as "
+            "**Steps and time.** Arms have equal steps, unless a technique is there to save steps. A technique that costs time is also compared with training for as "
             "much longer without it, where its claim says so."
         )
         yield (
@@ -218,8 +220,8 @@ class Page:
         names = f" ({', '.join(name(row) for row in self.rows if row.old)})" if old else ""
         yield (
             f"**Code.** {count(lines, 'training')} at the chosen rates took {hours:.1f} h, at {count(commits, 'commit')}"
-            f"{changed}. A digest in each line follows the code that its claim uses: {len(lines) - len(old)} have the "
-            f"digest of the current code, {len(old)} that of other code{names}."
+            f"{changed}. A digest in each line follows the code that its claim uses: {len(lines) - len(old):,} have the "
+            f"digest of the current code, {len(old):,} that of other code{names}."
         )
 
     def tracing(self) -> Iterator[str]:
@@ -389,12 +391,9 @@ def machine(line: Line) -> str:
     return f"{processor} ({threads}), {', '.join(f'{name} {number}' for name, number in line.origin.versions.items())}"
 
 
-def task_texts() -> Iterator[str]:
-    """Yield what the docstrings of the shared tasks say."""
-    from studies.tasks import TASKS
-
-    for task in TASKS.values():
-        yield f"{(task.__doc__ or '').strip().splitlines()[0]}"
+def about(task: object) -> str:
+    """Return the first sentence of the docstring of a task, without what it refers to."""
+    return (task.__doc__ or "").splitlines()[0].partition(";")[0].rstrip(".") + "."
 
 
 def grouped(lines: Iterable[Line], key: Callable[[Line], object]) -> list[list[Line]]:
