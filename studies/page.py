@@ -26,7 +26,12 @@ TITLES = {
     UNDECIDED: "Seeds are missing",
     NOT_RUN: "Not run yet",
 }
-VERBS = {HOLDS: "hold", PART: "hold in part", CONTRADICTED: "are contradicted", NOT_SHOWN: "are not shown"}
+VERBS = {  # of one, and of several
+    HOLDS: ("holds", "hold"),
+    PART: ("holds in part", "hold in part"),
+    CONTRADICTED: ("is contradicted", "are contradicted"),
+    NOT_SHOWN: ("is not shown", "are not shown"),
+}
 MEANINGS = {
     HOLDS: "It helped as claimed, in all comparisons.",
     PART: "It helped as claimed in some comparisons, not in all.",
@@ -110,7 +115,8 @@ class Page:
 
     def counts(self) -> list[str]:
         """Return how many claims have each verdict."""
-        found = [f"{len(self.of(group))} {verb}" for group, verb in VERBS.items() if self.of(group)]
+        numbers = {group: len(self.of(group)) for group in VERBS}
+        found = [f"{number} {VERBS[group][number > 1]}" for group, number in numbers.items() if number]
         return [", ".join(found[:-1]), found[-1]] if len(found) > 1 else found
 
     def of(self, group: str) -> list[Row]:
@@ -194,8 +200,8 @@ class Page:
             f"entirely below; *{NOT_SHOWN}*: neither. The rule was fixed before the results."
         )
         yield (
-            "**Steps and time.** Arms have equal steps, unless a technique is there to save steps. A technique that costs time is also compared with training for as "
-            "much longer without it, where its claim says so."
+            "**Steps and time.** Arms have equal steps, unless a technique is there to save steps. A technique that costs "
+            "time is also compared with training for as much longer without it, where its claim says so."
         )
         yield (
             "**Failures.** A training that ends in nan, or never reaches the target of its claim, is worse than any other. A "
@@ -349,7 +355,7 @@ def quoted(row: Row) -> str:
         return f"({row.word})"
     total, deciding = len(row.comparisons), HOLDS if row.group == PART else row.group
     found = sum(each.word == deciding for each in row.comparisons)
-    several = f"{found} of {total} comparisons {VERBS[deciding]}; " if total > 1 else ""
+    several = f"{found} of {total} comparisons {VERBS[deciding][found > 1]}; " if total > 1 else ""
     differs = numbers(row, row.weakest).rpartition(", n = ")[0].replace("**", "").replace("(", "[").replace(")", "]")
     unit = re.sub("^points of .*", "points", shown_unit(row.claim))
     return f"({several}{row.data}: {differs} {unit})"

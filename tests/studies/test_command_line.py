@@ -167,7 +167,7 @@ def test_a_study_ends_with_the_page_of_its_results(
     assert str(page) in capsys.readouterr().out
     text = page.read_text()
     assert "Of 1 claim" not in text, "the page has all claims"
-    assert "1 hold in part" in text
+    assert "1 holds in part" in text
     (image,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
     assert (output / image).read_text().startswith("<svg")
     docs = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+\.md)[^)]*\)", text)}

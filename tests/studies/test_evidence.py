@@ -107,8 +107,8 @@ def test_numbers_are_those_of_the_lines(folder: Path) -> None:
     mean, low, high = (100 * (statistics.mean(UP) + part) for part in (0, -half, half))
     assert f"`b` against `a`: **+{mean:.1f}** (+{low:.1f} to +{high:.1f}), n = 5" in text
     assert "in points of accuracy, on digits" in text
-    assert "Of 6 claims, 1 hold, 1 hold in part, 1 are contradicted and 1 are not shown." in flat(text)
-    assert "1 of 2 comparisons are contradicted; digits: \N{MINUS SIGN}11." in flat(text)
+    assert "Of 6 claims, 1 holds, 1 holds in part, 1 is contradicted and 1 is not shown." in flat(text)
+    assert "1 of 2 comparisons is contradicted; digits: \N{MINUS SIGN}11." in flat(text)
 
 
 def flat(text: str) -> str:
