@@ -113,11 +113,11 @@ class Code:
     def __init__(self, homes: Mapping[str, Path]) -> None:
         self.homes = homes
         self._read: dict[str, Module | None] = {}
+        self._known: dict[Place, tuple[str, list[Place]]] = {}  # the text of each place, and the places that it uses
 
     def digest(self, roots: Iterable[Place], text: str = "") -> str:
         """Return a short digest of a text and of all code that some places use."""
-        found = self.reached(roots)
-        written = [f"{'.'.join(place)}\n{''.join(map(written_out, found[place]))}" for place in sorted(found)]
+        written = [f"{'.'.join(place)}\n{self.known(place)[0]}" for place in sorted(self.reached(roots))]
         return hashlib.sha256("\n".join([text, *written]).encode()).hexdigest()[:12]
 
     def files(self, roots: Iterable[Place]) -> list[Path]:
@@ -125,16 +125,22 @@ class Code:
         names = sorted({module for module, _ in self.reached(roots)})
         return [known.path for known in map(self.module, names) if known]
 
-    def reached(self, roots: Iterable[Place]) -> dict[Place, list[ast.stmt]]:
-        """Return the statements of all places that some places use."""
-        found: dict[Place, list[ast.stmt]] = {}
+    def reached(self, roots: Iterable[Place]) -> set[Place]:
+        """Return all places that some places use, and these."""
+        found: set[Place] = set()
         todo = [place for root in roots if (place := self.find(*root))]
         while todo:
             place = todo.pop()
             if place not in found:
-                found[place] = self.statements(*place)
-                todo += self.uses(*place)
+                found.add(place)
+                todo += self.known(place)[1]
         return found
+
+    def known(self, place: Place) -> tuple[str, list[Place]]:
+        """Return the text of a place, and the places that it uses."""
+        if place not in self._known:
+            self._known[place] = "".join(map(written_out, self.statements(*place))), list(self.uses(*place))
+        return self._known[place]
 
     def statements(self, module: str, name: str) -> list[ast.stmt]:
         """Return the statements of a place."""
