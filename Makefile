@@ -11,7 +11,8 @@ OLDEST_INSTALLED := $(OLDEST)/.installed
 
 help:
 	@echo "make demo         train small networks with sparse weights, a bad batch, wrong labels, attacked inputs and compressed gradients (three minutes)"
-	@echo "make study        train what the claims in studies/ miss, and print their verdicts; BUDGET=20 stops after 20 minutes"
+	@echo "make study        train what the claims in studies/ miss, and write the page of evidence; BUDGET=20 stops after 20 minutes,"
+	@echo "                  DATA=FOLDER trains on CIFAR-10 and a text, ONLY=\"clipping data-pruning\" runs some claims, RESULTS=FOLDER keeps them apart"
 	@echo "make test         run the tests"
 	@echo "make test-oldest  run the tests with the oldest supported versions, in an environment of their own (2.3 GB)"
 	@echo "make lint         check style and types"
@@ -31,7 +32,7 @@ demo: $(INSTALLED)
 	@$(BIN)/python studies/demo.py
 
 study: $(INSTALLED)
-	@$(BIN)/python -m studies $(if $(BUDGET),--budget $(BUDGET))
+	@$(BIN)/python -m studies $(if $(BUDGET),--budget $(BUDGET)) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY)) $(if $(RESULTS),--results $(RESULTS))
 
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest

@@ -159,7 +159,12 @@ def perceptron() -> nn.Sequential:
 
 
 def learn(
-    strategy: Mapping[str, Any], stop_at: float | None = GOAL, seed: int = 0, epochs: int = EPOCHS, **arguments: Any
+    strategy: Mapping[str, Any],
+    stop_at: float | None = GOAL,
+    seed: int = 0,
+    epochs: int = EPOCHS,
+    rate: float = RATE,
+    **arguments: Any,
 ) -> Learned:
     """Train as one rank.
 
@@ -168,11 +173,12 @@ def learn(
         stop_at: Accuracy at which the training ends; None trains to the end.
         seed: Seed of the network and of the order of the images.
         epochs: Largest number of epochs.
+        rate: Peak learning rate.
         arguments: Arguments of the Trainer, instead of two machines.
     """
     prepare()
     seed_everything(seed, verbose=False)
-    module = ImageClassifier(perceptron(), optimizer="sgd", lr=RATE, weight_decay=5e-4)
+    module = ImageClassifier(perceptron(), optimizer="sgd", lr=rate, weight_decay=5e-4)
     data, follow = Digits(BATCH // RANKS), Follow(stop_at)
     trainer = quiet_trainer(
         "cpu",

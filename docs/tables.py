@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, get_args
 
+import evidence
 import measured
 from catalog import write_catalog, write_llms
 from exported import (
@@ -240,17 +241,22 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterable[str]]]:
         written |= {(f"docs/{card_of(cls)}", "works_with"): partial(card_works_with, cls) for cls in members}
         written |= {(f"docs/{card_of(cls)}", "memory"): partial(measured.memory_of, cls) for cls in members}
     markers = [name for name, _ in PART.findall(_read(measured.PAGE))]
+    written |= evidence.parts()
     return written | {(measured.PAGE, name): write for name, write in measured.parts(markers).items()}
 
 
 def files() -> dict[str, Callable[[], str]]:
     """Return the functions that write each whole file."""
     pages = {f"docs/api/{family}.md": partial(api_page, family) for family in techniques()}
-    return pages | {
-        "docs/techniques.json": write_catalog,
-        "docs/llms.txt": write_llms,
-        "examples/quickstart.ipynb": write_notebook,
-    }
+    return (
+        pages
+        | evidence.files()
+        | {
+            "docs/techniques.json": write_catalog,
+            "docs/llms.txt": write_llms,
+            "examples/quickstart.ipynb": write_notebook,
+        }
+    )
 
 
 # Reading and writing.

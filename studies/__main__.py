@@ -7,12 +7,16 @@
     python -m studies --only clipping 'data-pruning*' --seeds 10
     python -m studies --only clipping --set factor=nan steps=60 --figures
 
+At its end, it writes the page of evidence of all results in the folder, ``runs/studies/evidence.md``. ``make docs`` writes
+``docs/evidence.md`` from ``studies/results``.
+
 Stop a study at any time: the same command continues it. Two commands at the same time share the work.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -23,8 +27,11 @@ from typing import Any
 
 import torch
 
+from studies import ROOT
 from studies.claim import Claim, freeze, plain
 from studies.claims import CLAIMS
+from studies.evidence import rows_of
+from studies.page import Page, write
 from studies.plan import CHOICE_SEED
 from studies.report import print_estimate, print_report, show_family
 from studies.results import FOLDER, Store
@@ -54,7 +61,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_report(study.plan())
         if options.figures:
             show_family(study.plan())
+    print(f"\nAll claims, and what they rest on: {write_page(options.results, options.output)}")
     return code
+
+
+def write_page(results: Path, folder: Path) -> Path:
+    """Write the page of evidence of all results in a folder, and return its path."""
+    docs = Path(os.path.relpath(ROOT / "docs", folder)).as_posix() + "/"
+    rows = rows_of(CLAIMS.values(), Store(results))
+    return write(Page(rows, docs, "", lambda family: family.replace("_", " ").capitalize()), folder)
 
 
 def build_parser() -> ArgumentParser:
@@ -81,7 +96,12 @@ def build_parser() -> ArgumentParser:
         metavar="FOLDER",
         help="folder of the results (default: studies/results)",
     )
-    add("--output", type=Path, default=Path("runs/studies"), help="folder of logs and figures (default: runs/studies)")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs/studies"),
+        help="folder of logs, figures and the page of evidence (default: runs/studies)",
+    )
     add("--wandb", nargs="?", const="offline", choices=("offline", "online"), help="also log each training to W&B")
     return parser
 
@@ -173,7 +193,7 @@ def seeds_of(text: str) -> list[int]:
 def change(claim: Claim[Any], assignments: Sequence[str]) -> Claim[Any]:
     """Return a claim with other settings."""
     general = {each.name for each in fields(Claim)} - set(GENERAL)
-    known = [each.name for each in fields(claim) if each.name not in general]
+    known = [each.name for each in claim.setting_fields if each.name not in general]
     changes = {}
     for assignment in assignments:
         name, sign, text = assignment.partition("=")

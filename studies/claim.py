@@ -58,6 +58,23 @@ class Result:
 R = TypeVar("R", bound=Result)
 
 
+@dataclass(frozen=True)
+class Paper:
+    """What a paper says about a technique, for the page of evidence.
+
+    Args:
+        technique: The technique, as the documentation calls it.
+        family: Name of its family, as in ``docs/``.
+        says: What the paper claims, in one short sentence.
+        source: Name of the paper and its arXiv number.
+    """
+
+    technique: str
+    family: str
+    says: str
+    source: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim(Generic[R]):
     """A claim about techniques that trainings can confirm or contradict.
@@ -69,6 +86,7 @@ class Claim(Generic[R]):
     Args:
         name: Name on the command line and of the file of results.
         text: The claim, in one sentence.
+        paper: What a paper says about it; ``None`` for a claim of this project alone.
         arms: What is trained.
         reference: The arm with which the others are compared.
         metric: Name of the compared measurement.
@@ -93,6 +111,7 @@ class Claim(Generic[R]):
     least: ClassVar[Mapping[str, int]] = {}  # smallest values of integer settings, by default 1
     name: str
     text: str
+    paper: Paper | None = None
     arms: Sequence[str]
     reference: str
     metric: str
@@ -167,11 +186,24 @@ class Claim(Generic[R]):
         return -math.inf if math.isnan(value) else value if self.higher else -value
 
     @property
+    def setting_fields(self) -> list[Any]:
+        """The fields that ``--set`` may change; a subclass marks others by ``field(metadata={"setting": False})``."""
+        return [each for each in fields(self) if each.metadata.get("setting", True)]
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a result depends on, apart from arm, seed, rate and device."""
         general = {each.name for each in fields(Claim)}
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in general}
+        own = {each.name: getattr(self, each.name) for each in self.setting_fields if each.name not in general}
         return {**own, "data": self.data.name if self.data else None}
+
+    def settings_of(self, arm: str) -> dict[str, Any]:
+        """What a result of one arm depends on: the settings, and what a family adds for the arm."""
+        return self.settings
+
+    def code_roots(self) -> Sequence[Any]:
+        """Return what the results depend on besides the class of the claim: classes, functions, modules, and text."""
+        return ()
 
     def label(self, of: Run | R) -> str:
         """Return the name of one training, which is its folder in the output."""

@@ -75,14 +75,27 @@ def mean_and_error(values: Sequence[float]) -> str:
     """Format a mean and its standard error, if there are several values; diverged trainings are counted instead.
 
     Example:
-        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0]), mean_and_error([1.0, math.nan])
-        ('2.00 ± 1.00', '1.00', '1 of 2 diverged')
+        >>> mean_and_error([1.0, 3.0]), mean_and_error([1.0, 1.002]), mean_and_error([1.0, math.nan])
+        ('2.00 ± 1.00', '1.0010 ± 0.0010', '1 of 2 diverged')
     """
     finite = [value for value in values if math.isfinite(value)]
     if len(finite) < len(values):
         return f"{len(values) - len(finite)} of {len(values)} diverged"
-    error = f" ± {standard_error(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    error = standard_error(values)
+    places = places_of(error)
+    return f"{statistics.mean(values):.{places}f} ± {error:.{places}f}"
+
+
+def places_of(width: float, least: int = 2) -> int:
+    """Return how many decimals show two digits of a width, at most four.
+
+    Example:
+        >>> places_of(0.5), places_of(0.012), places_of(0.0), places_of(20.0, least=0)
+        (2, 3, 2, 0)
+    """
+    return min(4, max(least, 1 - math.floor(math.log10(width)))) if width else 2
 
 
 def comparison_row(claim: Claim[Any], comparison: Comparison) -> tuple[str, ...]:
@@ -96,6 +109,15 @@ def comparison_row(claim: Claim[Any], comparison: Comparison) -> tuple[str, ...]
 def number(claim: Claim[Any], difference: float) -> str:
     """Format a difference in the unit of the claim."""
     return f"{claim.compared[1] * difference:+.2f}"
+
+
+def shown_unit(claim: Claim[Any]) -> str:
+    """Return what a difference counts, in words, such as ``"points of test accuracy"``."""
+    label, metric = claim.compared[0], claim.metric.replace("_", " ")
+    unit = label.removeprefix("better by").strip()
+    if unit == label:
+        return label
+    return metric if metric.startswith(unit) else f"{unit} of {metric}"
 
 
 def is_edge(claim: Claim[Any], rate: float | None) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import platform
@@ -21,8 +20,9 @@ from typing import IO, Any
 import torch
 
 from lightning_grad import __version__
-from studies import ROOT, common
+from studies import ROOT
 from studies.claim import Claim, Result, Run, freeze, plain, restored
+from studies.sources import digest_of, files_of
 
 try:
     import fcntl
@@ -32,7 +32,6 @@ except ImportError:  # Windows: start one study at a time there
 HAS_LOCKS: bool = fcntl is not None
 
 FOLDER = ROOT / "studies" / "results"
-TRAINED = ("lightning_grad", "examples/plain_project")  # code that every result depends on
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,9 @@ class Origin:
         device: ``"cpu"`` or ``"cuda"``.
         hardware: Names of the processor and of the GPU, and the number of CPU threads.
         versions: Versions of Python and of the packages.
-        code: Digest of the code of the package, of the trained project and of the claim.
+        code: Digest of the code on which the results of the claim depend, see ``sources.py``.
         commit: Commit of the repository.
-        dirty: Whether that code had changes that were not committed.
+        dirty: Whether the files of that code had changes that were not committed.
     """
 
     device: str
@@ -73,7 +72,7 @@ def origin_of(claim: Claim[Any]) -> Origin:
     hardware = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "gpu": gpu}
     packages = {name: version(name) for name in ("torch", "lightning")}
     versions = {"python": platform.python_version(), **packages, "lightning-grad": __version__}
-    return Origin(claim.device, hardware, versions, digest(*sources(claim)), *commit())
+    return Origin(claim.device, hardware, versions, digest_of(claim), *commit(files_of(claim)))
 
 
 @cache
@@ -84,23 +83,10 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def sources(claim: Claim[Any]) -> list[str]:
-    """Return the files of a claim: those of its class and of the classes from which it derives, and what they share."""
-    classes = [each for each in type(claim).__mro__ if each.__module__.partition(".")[0] in ("studies", "tests")]
-    return [*dict.fromkeys(map(inspect.getfile, classes)), inspect.getfile(common)]
-
-
 @cache
-def digest(*files: str) -> str:
-    """Return a short digest of the code on which results depend."""
-    paths = [path for name in TRAINED for path in sorted((ROOT / name).rglob("*.py"))]
-    return hashlib.sha256(b"".join(path.read_bytes() for path in [*paths, *map(Path, files)])).hexdigest()[:12]
-
-
-@cache
-def commit() -> tuple[str, bool]:
-    """Return the commit, and whether code in the working tree differs from it."""
-    status = git("status", "--porcelain", "--", *TRAINED, "studies", ":!studies/results")
+def commit(files: tuple[str, ...]) -> tuple[str, bool]:
+    """Return the commit, and whether some files of the working tree differ from it."""
+    status = git("status", "--porcelain", "--", *files)
     return git("rev-parse", "--short=12", "HEAD") or "unknown", bool(status)
 
 
@@ -152,7 +138,7 @@ def line_of(claim: Claim[Any], result: Result, seconds: float, origin: Origin) -
     """Return the line of a result."""
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     key = (result.arm, result.seed, result.rate)
-    return Line(claim.name, *key, claim.settings, result.metrics, round(seconds, 2), origin, date)
+    return Line(claim.name, *key, claim.settings_of(result.arm), result.metrics, round(seconds, 2), origin, date)
 
 
 class Store:
@@ -177,8 +163,13 @@ class Store:
             origin: If given, ignore results of other code, versions or hardware.
         """
         found: dict[Run, Line] = {}
+        wanted = {arm: freeze(claim.settings_of(arm)) for arm in claim.arms}
         for line in self.all(claim):
-            if freeze(line.settings) != freeze(claim.settings) or line.origin.device != claim.device:
+            if (
+                line.arm not in wanted
+                or freeze(line.settings) != wanted[line.arm]
+                or line.origin.device != claim.device
+            ):
                 continue
             if origin is None or line.origin.same == origin.same:
                 found[line.key] = line
@@ -206,7 +197,9 @@ class Store:
     @contextmanager
     def reserve(self, claim: Claim[Any], run: Run) -> Iterator[bool]:
         """Yield True if no other process runs this training. A killed process frees its trainings."""
-        words = freeze({"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings})
+        words = freeze(
+            {"key": (claim.name, claim.device, run.arm, run.seed, run.rate), "settings": claim.settings_of(run.arm)}
+        )
         path = self.folder / ".running" / hashlib.sha256(words.encode()).hexdigest()[:16]
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:

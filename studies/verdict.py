@@ -11,7 +11,8 @@ from typing import Any
 from studies.claim import Claim, Result
 
 LEVEL = 0.95
-HOLDS, PART, NOT_SHOWN, CONTRADICTED = "holds", "holds in part", "does not show", "contradicted"
+HOLDS, PART, NOT_SHOWN, CONTRADICTED = "holds", "holds in part", "not shown", "contradicted"
+UNDECIDED = "undecided"  # seeds are missing
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Comparison:
         """The verdict."""
         seeds = len(self.differences)
         if seeds < self.needed:
-            return f"undecided ({seeds} of {self.needed} seeds)"
+            return f"{UNDECIDED} ({seeds} of {self.needed} seeds)"
         low, high = self.interval
         return HOLDS if low > self.margin else CONTRADICTED if high < self.margin else NOT_SHOWN
 
@@ -102,11 +103,15 @@ def difference(claim: Claim[Any], results: Mapping[str, Any], arm: str, referenc
 
 
 def judge(comparisons: Sequence[Comparison]) -> str:
-    """Return the verdict of a claim from those of its comparisons."""
+    """Return the verdict of a claim from those of its comparisons.
+
+    It holds if all comparisons do, and in part if some do. If none does, it is contradicted if a comparison is, and else not
+    shown. While seeds are missing, it is undecided.
+    """
     words = [comparison.word for comparison in comparisons]
-    undecided = [word for word in words if word.startswith("undecided")]
+    undecided = [word for word in words if word.startswith(UNDECIDED)]
     if undecided or not words:
-        return min(undecided, default="undecided (nothing is compared)")
-    if len(set(words)) == 1:
-        return words[0]
-    return PART if HOLDS in words else NOT_SHOWN
+        return min(undecided, default=f"{UNDECIDED} (nothing is compared)")
+    if HOLDS in words:
+        return HOLDS if len(set(words)) == 1 else PART
+    return CONTRADICTED if CONTRADICTED in words else NOT_SHOWN

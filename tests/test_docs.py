@@ -12,7 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ from matplotlib.figure import Figure
 
 from lightning_grad import callbacks, functional, strategies, utilities
 from lightning_grad.core.compatibility import TITLES, YES, no
+from studies.claims import CLAIMS
+from studies.plan import CHOICE_SEED
+from studies.results import Store, line_of, origin_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts)
@@ -322,6 +325,37 @@ def test_another_answer_makes_table_and_card_stale(monkeypatch: pytest.MonkeyPat
     assert number is not None
     assert f"| [`ZClip`](clipping/zclip.md) | yes | raises ({number[1]}) |" in new["docs/compatibility.md"]
     assert re.search(r"^- Raises: bf16,", new["docs/clipping/zclip.md"], re.MULTILINE)
+
+
+def test_other_results_make_page_figure_card_and_readme_stale(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The page follows the files alone: one more training changes whatever quotes it."""
+    claim = CLAIMS["tract"]
+    for seed in range(claim.seeds):
+        for arm, steps in (("plain", 200.0), ("tract", 100.0 + 10 * seed)):
+            result = claim.result(arm, seed, None, steps, 0.1, 0.9, [])
+            for rate in claim.rates:
+                lines = [replace(result, rate=rate), replace(result, rate=rate, seed=CHOICE_SEED)]
+                for each in lines:
+                    Store(tmp_path).append(claim, line_of(claim, each, 1.0, origin_of(claim)))
+    monkeypatch.setattr(tables.evidence, "RESULTS", tmp_path)
+    tables.evidence.page.cache_clear()
+    new = tables.stale()
+    tables.evidence.page.cache_clear()
+    figure = "docs/images/evidence_optimizers.svg"
+    quoted = {"README.md", "docs/evidence.md", "docs/optimizers.md", "docs/optimizers/tract.md"}
+    assert quoted | {figure} <= {*new}
+    for file in quoted:
+        assert claim.text in " ".join(new[file].split()), file
+        numbers = "+80 (+60 to +100), n = 5" if file == "docs/evidence.md" else "+80 [+60 to +100] steps to target"
+        assert numbers in " ".join(new[file].replace("**", "").split()), file
+    assert ">plain<" not in new[figure]
+    assert "tract against plain" in new[figure]
+
+
+def test_every_figure_of_evidence_is_written() -> None:
+    """A figure whose results are gone must not stay."""
+    images = {path.name for path in (ROOT / "docs/images").glob("evidence_*.svg")}
+    assert images == {*tables.evidence.page().figures()}
 
 
 def test_equal_notes_share_a_number() -> None:

@@ -17,6 +17,7 @@ from studies.claims import (
     sparsity,
     tract,
 )
+from studies.claims.known import FAMILIES as KNOWN
 
 FAMILIES = (
     sparsity,
@@ -31,5 +32,6 @@ FAMILIES = (
     quantization,
     sharpness,
     tract,
+    *KNOWN,
 )
 CLAIMS: dict[str, Claim[Any]] = {claim.name: claim for family in FAMILIES for claim in family.CLAIMS}

@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks import AccuracyGradientLR, AdversarialEvaluation, AdversarialTraining
 from studies import claim as base
-from studies.claim import Claim, Run, better_by
+from studies.claim import Claim, Paper, Run, better_by
 from studies.common import Follow, finish_loggers, linear_network, write_columns, write_table
 
 IN_THE_DEMO = """\
@@ -289,4 +289,21 @@ def epochs_to(target: float, accuracies: Sequence[float] | np.ndarray) -> float:
     return next((float(number) for number, mean in enumerate(means, LAST) if mean >= target), math.inf)
 
 
-CLAIMS = (Adversarial(), AccelAT())
+CLAIMS = (
+    Adversarial(
+        paper=Paper(
+            "AdversarialTraining",
+            "adversarial",
+            "Training on PGD attacks makes networks resistant to attacks by gradients",
+            "Madry et al. (1706.06083)",
+        )
+    ),
+    AccelAT(
+        paper=Paper(
+            "AccuracyGradientLR",
+            "schedules",
+            "A rate that follows the slope of the accuracy needs fewer epochs to the same accuracy",
+            "AccelAT (2210.06888)",
+        )
+    ),
+)

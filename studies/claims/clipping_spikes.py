@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks import AdaptiveGradientClipping, AutoClip, MomentumReset, SpikeClipping, ZClip
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, GradientRecorder, finish_loggers
 
 LINE = len("27 + 58 =  85\n")
@@ -184,4 +184,13 @@ def find_spikes(losses: Sequence[float]) -> list[tuple[int, int]]:
     return spikes
 
 
-CLAIMS = (Spikes(),)
+CLAIMS = (
+    Spikes(
+        paper=Paper(
+            "ZClip",
+            "clipping",
+            "A limit that follows the recent gradient norms prevents spikes of the loss",
+            "ZClip (2504.02507)",
+        )
+    ),
+)

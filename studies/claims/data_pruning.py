@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers, write_columns
 
 CLASSES = 10
@@ -280,11 +280,25 @@ class Recorder(Callback):
         self.classes += np.bincount(labels.cpu(), minlength=CLASSES)
 
 
+_DATA_DIET = "Deep Learning on a Data Diet (2107.07075)"
 CLAIMS = (
-    Pruning(),
+    Pruning(
+        paper=Paper(
+            "DataPruning",
+            "data_pruning",
+            "Scores from early in training select half of CIFAR-10 without a loss of accuracy",
+            _DATA_DIET,
+        )
+    ),
     Pruning(
         name="data-pruning-wrong-labels",
         text="With a tenth of the labels wrong, a selection without the hardest samples is better than all samples.",
+        paper=Paper(
+            "DataPruning",
+            "data_pruning",
+            "With wrong labels, training is better without the samples of the highest scores",
+            _DATA_DIET,
+        ),
         margin=0.0,
         flip=0.1,
     ),

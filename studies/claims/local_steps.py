@@ -25,7 +25,7 @@ from typing_extensions import override
 
 from lightning_grad.strategies import DiLoCoStrategy, LocalSGDStrategy
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers, hush, linear_network, read_table, write_table
 from studies.ranks import StartMethod, gradient_bytes, start_of_ranks
 
@@ -194,11 +194,20 @@ class Recorder(Callback):
             finish_loggers(trainer)
 
 
+_DILOCO = Paper(
+    "DiLoCoStrategy",
+    "communication",
+    "With hundreds of local steps between exchanges, training ends as well as with an exchange in each step",
+    "DiLoCo (2311.08105)",
+)
+
+
 def _characters(ranks: int, budget: float) -> LocalSteps:
     return LocalSteps(
         name=f"local-steps-characters-{ranks}",
         text=f"On characters and {ranks} ranks, DiLoCo with an exchange every 30 steps ends with at most 0.05 more loss "
         "than DDP.",
+        paper=_DILOCO,
         metric="validation_loss",
         higher=False,
         margin=-0.05,
@@ -211,4 +220,4 @@ def _characters(ranks: int, budget: float) -> LocalSteps:
     )
 
 
-CLAIMS = (LocalSteps(), _characters(2, 30), _characters(4, 40))
+CLAIMS = (LocalSteps(paper=_DILOCO), _characters(2, 30), _characters(4, 40))

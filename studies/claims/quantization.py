@@ -29,7 +29,7 @@ from lightning_grad.utilities import (
     sparsity_report,
 )
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers
 
 IN_THE_DEMO = """\
@@ -260,8 +260,22 @@ def run_file(path: Path, images: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(logits)
 
 
+_QUEST = Paper(
+    "QuantizationAwareTraining",
+    "quantization",
+    "Training with few bits, down to one, is stable, and with four bits as good as dense",
+    "QuEST (2502.05003)",
+)
+_ADAROUND = Paper(
+    "LearnedRounding",
+    "quantization",
+    "Rounding that is learned layer by layer keeps more accuracy than rounding to the nearest value",
+    "AdaRound (2004.10568)",
+)
+
+
 def _trained(bits: int, text: str, **settings: Any) -> Quantization:
-    return Quantization(name=f"quantization-w{bits}", text=text, bits=bits, **settings)
+    return Quantization(name=f"quantization-w{bits}", text=text, bits=bits, paper=_QUEST, **settings)
 
 
 CLAIMS = (
@@ -279,6 +293,7 @@ CLAIMS = (
     Quantization(
         name="quantizers-w2",
         text="With weights of 2 bits, QuEST and StatsQ end with a higher accuracy than plain rounding (ste).",
+        paper=_QUEST,
         arms=("ste", "quest", "quest plain", "statsq"),
         reference="ste",
         margin=0.0,
@@ -287,6 +302,7 @@ CLAIMS = (
     Quantization(
         name="quantization-w4a4",
         text="With weights and inputs of 4 bits, a network is at most two points less accurate than a dense one.",
+        paper=_QUEST,
         arms=("dense", "ste", "quest", "quest own inputs", "statsq"),
         margin=-0.02,
         bits=4,
@@ -295,11 +311,13 @@ CLAIMS = (
     Rounding(
         name="rounding-3",
         text="Rounded to 3 bits after the training, a network is more accurate with learned than with nearest rounding.",
+        paper=_ADAROUND,
         bits=3,
     ),
     Rounding(
         name="rounding-2",
         text="Rounded to 2 bits after the training, a network is more accurate with learned than with nearest rounding.",
+        paper=_ADAROUND,
         bits=2,
     ),
     SmallerFiles(),

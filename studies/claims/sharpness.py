@@ -27,7 +27,7 @@ from typing_extensions import override
 from lightning_grad.callbacks import SAM
 from lightning_grad.functional import ascend_
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers, linear_network
 
 LENGTH = 0.05  # of the move after which the loss is measured
@@ -201,16 +201,20 @@ _ACCURATE: dict[str, Any] = {
     "unit": "%",
     "chosen_by": "validation_accuracy",
 }
+_SAM = "SAM (2010.01412)"
+_ASAM = f"{_SAM}; ASAM (2102.11600)"
 CLAIMS = (
-    Sharpness(),
+    Sharpness(paper=Paper("SAM, ASAM", "sharpness", "Training ends in a flat minimum", _SAM)),
     Sharpness(
         name="sharpness-accuracy",
         text="SAM and ASAM are more accurate than the same optimizer, at equal steps and at equal time.",
+        paper=Paper("SAM, ASAM", "sharpness", "Flat minima generalize better", _ASAM),
         **_ACCURATE,
     ),
     Sharpness(
         name="sharpness-wrong-labels",
         text="With 20 % wrong labels, SAM and ASAM are more accurate, at equal steps and at equal time.",
+        paper=Paper("SAM, ASAM", "sharpness", "SAM is robust to wrong labels", _SAM),
         flip=0.2,
         **_ACCURATE,
     ),

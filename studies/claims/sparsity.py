@@ -24,7 +24,7 @@ from lightning_grad.callbacks import NMSparsity
 from lightning_grad.functional import RECIPES
 from lightning_grad.utilities import sparsity_report
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers
 
 IN_THE_DEMO = """\
@@ -192,10 +192,23 @@ def do_fixed_work(device: torch.device) -> None:
 
 
 CLAIMS = (
-    Sparsity(),
+    Sparsity(
+        paper=Paper(
+            "NMSparsity",
+            "sparsity",
+            "At high sparsity, recipes that decay the pruned weights are more accurate than SR-STE",
+            "Progressive Gradient Flow (2402.04744)",
+        )
+    ),
     Sparsity(
         name="sparsity-2-4",
         text="At 2:4, a sparse network is at most one point less accurate than the dense one.",
+        paper=Paper(
+            "NMSparsity",
+            "sparsity",
+            "Trained from scratch, 2:4 networks are about as accurate as dense ones",
+            "SR-STE (2102.04010)",
+        ),
         arms=("dense", "sr-ste", "mdgf-exponential"),
         reference="dense",
         margin=-0.01,

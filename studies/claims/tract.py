@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from lightning_grad.callbacks import TrAct
 from studies import claim as base
-from studies.claim import Claim, Run
+from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers
 
 LAST = 3  # validations in a mean: a single one may be high by chance
@@ -121,11 +121,15 @@ def validations_to(target: float, accuracies: Sequence[float]) -> float:
 
 
 _WITH_SGD: dict[str, Any] = {"model": "convolutional", "rates": (0.01, 0.03, 0.1, 0.3)}
+_TRACT = Paper(
+    "TrAct", "optimizers", "Networks reach the same accuracy in 1.25 to 4 times fewer steps", "TrAct (2410.23970)"
+)
 CLAIMS = (
-    StepsToTarget(),
+    StepsToTarget(paper=_TRACT),
     StepsToTarget(
         name="tract-convolutional",
         text="With TrAct, a convolutional network reaches the accuracy in fewer steps.",
+        paper=_TRACT,
         **_WITH_SGD,
     ),
 )

@@ -1,12 +1,15 @@
 """The command line: what it refuses, what it lists, and one claim from the start to its figures."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from studies.__main__ import build_parser, choose, main
+from studies.claim import Run
 from studies.claims import CLAIMS
+from studies.claims.clipping import BadBatch, Result
 from studies.claims.clipping_spikes import SHORTEST
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -68,7 +71,7 @@ def test_among_many_claims_those_that_cannot_run_are_skipped(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     names = [study.claim.name for study in choose(build_parser().parse_args(["--device", "cuda"]))]
-    assert names == [name for name in CLAIMS if name != "communication" and not name.startswith("local-steps")]
+    assert names == [name for name, claim in CLAIMS.items() if "cuda" in claim.devices]
     assert "skipped: communication runs on cpu only" in capsys.readouterr().out
     (tmp_path / "data").mkdir()
     options = ["--only", "cl*", "data-pruning", "--data", str(tmp_path / "data")]
@@ -146,6 +149,30 @@ def test_a_claim_from_the_start_to_its_figures(
     assert "clipping: complete, 4 results" in printed
     assert "clipping: undecided (2 of 5 seeds)" in printed
     assert main([*options, "--report"]) == 0
+
+
+def test_a_study_ends_with_the_page_of_its_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"usual_norm": 1.0, "bad_norm": 9.0, "used_norm": 1.0, "accuracy_before": 0.9, "steps_lost": 0}
+
+    def train(claim: BadBatch, run: Run) -> Result:
+        accuracy = 0.9 + 0.001 * run.seed - 0.05 * (run.arm == "spike")
+        return Result(run.arm, run.seed, run.rate, accuracy=accuracy, outcome="saved", **measured)
+
+    monkeypatch.setattr(BadBatch, "train", train)
+    results, output = tmp_path / "results", tmp_path / "output"
+    assert main(["--only", "clipping-adamw", "--results", str(results), "--output", str(output)]) == 0
+    page = output / "evidence.md"
+    assert str(page) in capsys.readouterr().out
+    text = page.read_text()
+    assert "Of 1 claim" not in text, "the page has all claims"
+    assert "1 holds in part" in text
+    (image,) = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert (output / image).read_text().startswith("<svg")
+    docs = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]+\.md)[^)]*\)", text)}
+    assert docs
+    assert not [target for target in docs if not (output / target).exists()]
 
 
 def test_figures_are_refused_without_logs(run: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 
-from studies import results
 from studies.claim import Run
-from studies.claims import CLAIMS
 from studies.plan import CHOICE_SEED, Plan
 from studies.results import Line, Origin, Store, origin_of
 from studies.runner import run_claims
@@ -255,22 +253,6 @@ def test_a_line_says_where_its_numbers_come_from(tmp_path: Path) -> None:
     assert read.origin == HERE
     assert math.isnan(read.result(asked.claim).curve[0])
     assert read.result(asked.claim).curve[1:] == [math.inf, 0]
-
-
-def test_changed_code_changes_the_digest(tmp_path: Path) -> None:
-    claim = tmp_path / "claim.py"
-    digests = []
-    for text in ("x = 1", "x = 2"):
-        claim.write_text(text)
-        results.digest.cache_clear()
-        digests.append(results.digest(str(claim)))
-    results.digest.cache_clear()
-    assert digests[0] != digests[1]
-
-
-def test_code_of_a_claim_includes_that_of_its_base_and_what_all_share() -> None:
-    files = [Path(each).name for each in results.sources(CLAIMS["label-errors"])]
-    assert files == ["label_errors.py", "data_pruning.py", "claim.py", "common.py"]
 
 
 def test_fresh_trains_what_other_code_has_trained(tmp_path: Path) -> None:

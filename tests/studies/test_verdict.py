@@ -62,11 +62,15 @@ def test_two_diverged_trainings_say_nothing() -> None:
 
 def test_a_claim_of_several_comparisons() -> None:
     holds, fails = Comparison("b", "a", [1.0] * 5), Comparison("c", "a", [-1.0] * 5)
+    unclear = Comparison("e", "a", [0.0] * 5)
     open_ones = [Comparison("d", "a", [1.0] * seeds) for seeds in (3, 2)]
     assert judge([holds, holds]) == HOLDS
     assert judge([holds, fails]) == PART
-    assert judge([fails, Comparison("c", "a", [0.0] * 5)]) == NOT_SHOWN
+    assert judge([unclear, unclear]) == NOT_SHOWN
+    assert judge([fails, unclear]) == CONTRADICTED
+    assert judge([holds, unclear]) == PART
     assert judge([fails]) == CONTRADICTED
+    assert judge([]) == "undecided (nothing is compared)"
     assert judge([holds, *open_ones]) == "undecided (2 of 5 seeds)"
 
 

@@ -42,7 +42,7 @@ def outlier_mask(
         weight: Weight w of two or more dimensions.
         bits: Bits of the grid of the others, 2 to 8.
         share: Share of the weights to keep, 0 to 1.
-        gradient: |g|, the absolute gradient of the loss, summed over batches; of the shape of the weight.
+        gradient: The absolute gradient of the loss, summed over batches; of the shape of the weight.
         score: Name of the score.
         dim: Dimension of the output channels.
 

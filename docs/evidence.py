@@ -1,0 +1,96 @@
+"""The page of evidence, the lines of cards and families that quote it, and the rows of README, from ``studies/results``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from typing import Any
+
+from exported import ROOT, card_of, title_of, write_table
+
+sys.path.insert(0, str(ROOT))
+
+from lightning_grad.cli.catalog import techniques
+from studies.claims import CLAIMS
+from studies.evidence import preferred, rows_of, telling
+from studies.page import Page, item, name, quoted, wrapped
+from studies.results import FOLDER, Store
+from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART
+
+PAGE, IMAGES = "docs/evidence.md", "docs/images"
+TOLD = {HOLDS: "Holds", PART: "Holds in part", CONTRADICTED: "Contradicted", NOT_SHOWN: "Not shown"}
+NOT_YET = "Not measured yet.\n"
+RESULTS = FOLDER
+
+
+@cache
+def page() -> Page:
+    """Return the page of the committed results."""
+    return Page(rows_of(CLAIMS.values(), Store(RESULTS)), "", "images/", title_of)
+
+
+def files() -> dict[str, Callable[[], str]]:
+    """Return the functions that write the page and its figures."""
+    figures = page().figures()
+    return {PAGE: lambda: str(page())} | {f"{IMAGES}/{file}": partial(figures.__getitem__, file) for file in figures}
+
+
+def parts() -> dict[tuple[str, str], Callable[[], Iterator[str]]]:
+    """Return the functions that write the parts of other pages, by file and name."""
+    written: dict[tuple[str, str], Callable[[], Iterator[str]]] = {("README.md", "evidence"): readme_rows}
+    for family in page().by_family():
+        written[f"docs/{family}.md", "evidence"] = partial(family_rows, family)
+        for technique in techniques()[family]:
+            written[f"docs/{card_of(technique)}", "evidence"] = partial(card_rows, technique)
+    return written
+
+
+def readme_rows() -> Iterator[str]:
+    """Yield the five most telling rows."""
+    shown = Page(page().rows, "docs/", "docs/images/", title_of)
+    rows = [(shown.technique(row), f"{row.claim.text} {quoted(row)}", row.word) for row in telling(shown.rows, 5)]
+    yield (
+        write_table(("Technique", "What was tested, and by how much it was better", "Verdict"), rows)
+        if rows
+        else NOT_YET
+    )
+
+
+def family_rows(family: str) -> Iterator[str]:
+    """Yield the verdicts about a family."""
+    rows = page().by_family()[family]
+    yield from (item(f"{TOLD[row.group]}: {row.claim.text} {quoted(row)}") for row in rows if row.is_decided)
+    waiting = [f"{name(row)} ({row.word})" for row in rows if not row.is_decided]
+    if waiting:
+        yield item(f"Not decided: {', '.join(waiting)}.")
+    yield f"\nAll arms, intervals and how they were measured: [evidence](evidence.md#{anchor_of(family)}).\n"
+
+
+def card_rows(technique: type[Any]) -> Iterator[str]:
+    """Yield the verdicts about a technique, on known data if there are any."""
+    rows = [row for row in page().rows if technique in row.techniques]
+    if not rows:
+        yield wrapped("**Evidence.** No claim about it is on the page of [evidence](../evidence.md).")
+        return
+    link = f"[evidence](../evidence.md#{anchor_of(rows[0].family)})"
+    told = [f"{TOLD[row.group]}: {row.claim.text} {quoted(row)}" for row in preferred(rows)]
+    if not told:
+        yield wrapped(f"**Evidence.** Not decided yet: {', '.join(map(name, rows))}, on the page of {link}.")
+    elif len(told) == 1:
+        yield wrapped(f"**Evidence.** {told[0]} All numbers are on the page of {link}.")
+    else:
+        yield wrapped(f"**Evidence.** All numbers are on the page of {link}.")
+        yield from map(item, told)
+        yield ""
+
+
+def anchor_of(family: str) -> str:
+    """Return the anchor of a family on the page.
+
+    Example:
+        >>> anchor_of("sharpness")
+        'sharpness'
+    """
+    kept: Sequence[str] = [each for each in title_of(family).lower() if each.isalnum() or each in "-_ "]
+    return "".join(kept).replace(" ", "-")

@@ -1,0 +1,18 @@
+"""What papers claim, tried on the shared tasks of ``studies/tasks.py``: one file a family, each with its arms and its claims.
+
+Margins: a claim to be better holds above 0; a claim to be no worse holds above minus one point.
+"""
+
+from studies.claims.known import (
+    adversarial,
+    clipping,
+    communication,
+    data,
+    label_errors,
+    optimizers,
+    quantization,
+    sharpness,
+    sparsity,
+)
+
+FAMILIES = (sparsity, data, label_errors, sharpness, optimizers, quantization, clipping, adversarial, communication)

@@ -1,0 +1,56 @@
+"""Optimizers against AdamW, each at its own rate of the same grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_grad.callbacks import OptimizerSwap
+from studies.arms import PLAIN, Arm, OfSteps, Use
+from studies.claim import Paper
+from studies.on_task import OnTask
+from studies.tasks import TASKS
+
+WARMUP = OfSteps(0.05)  # as long as that of the task's own schedule
+
+
+def arms(**module: Any) -> dict[str, Arm]:
+    """Return the optimizers; the rates are those of each optimizer itself, so ``lr_factor`` is 1.
+
+    Args:
+        module: Arguments of the module that make its optimizer AdamW.
+    """
+    own = {name: Arm(Use(OptimizerSwap, name, lr_factor=1.0), module=module) for name in ("adabelief", "adafactor")}
+    free = Use(OptimizerSwap, "schedulefree-adamw", {"warmup_steps": WARMUP}, lr_factor=1.0)
+    return {
+        "adamw": Arm(module=module) if module else PLAIN,
+        "lion": Arm(Use(OptimizerSwap, "lion", lr_factor=1.0, wd_factor=5.0), module=module),
+        **own,
+        "schedulefree": Arm(free, module={**module, "schedule": "constant"}),  # it needs no schedule
+    }
+
+
+def claim(task: str, table: dict[str, Arm], budget: float) -> OnTask:
+    """Return the claim on a task."""
+    settings: Mapping[str, Any] = TASKS[task].metric
+    return OnTask(
+        name=f"optimizers-{task}",
+        text="Lion, AdaBelief, Adafactor and schedule-free AdamW are each better than AdamW.",
+        paper=Paper(
+            "`OptimizerSwap`",
+            "optimizers",
+            "Each of these optimizers trains better than Adam, or as well with less memory or without a schedule.",
+            "Lion (2302.06675); AdaBelief (2010.07468); Adafactor (1804.04235); The Road Less Scheduled (2405.15682)",
+        ),
+        table=table,
+        arms=tuple(table),
+        reference="adamw",
+        task=task,
+        length=400 if task == "text" else 8,
+        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        budget=budget,
+        **settings,
+    )
+
+
+CLAIMS = (claim("images", arms(optimizer="adamw", weight_decay=0.01), 10), claim("text", arms(), 20))

@@ -1,0 +1,89 @@
+"""The claims of papers: every arm of each of them trains, and the arms differ as they say."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import seed_everything
+
+from lightning_grad.callbacks import LearnedRounding
+from studies.arms import Arm, Use
+from studies.claim import Run
+from studies.claims import CLAIMS
+from studies.common import hush
+from studies.on_task import OnTask
+from studies.tasks import TASKS
+
+KNOWN = {name: claim for name, claim in CLAIMS.items() if isinstance(claim, OnTask)}
+
+
+def short(claim: OnTask, folder: Path) -> OnTask:
+    """Return a claim with trainings of a few batches of small networks, and few steps of what learns by itself."""
+    table = {name: small(arm, claim.task) for name, arm in claim.table.items()}
+    return replace(claim, length=4, limit_batches=1, output=folder, table=table)
+
+
+def small(arm: Arm, task: str) -> Arm:
+    """Return an arm with a small network, and with less work after the training."""
+    uses = [
+        Use(each.cls, *each.arguments, **{**each.options, "samples": 8, "steps": 2})
+        if each.cls is LearnedRounding and "steps" not in each.options
+        else each
+        for each in arm.uses
+    ]
+    width = {"width": 16, "depth": 3} if task == "text" else {}
+    return Arm(*uses, longer=arm.longer, module={**arm.module, **width}, trainer=arm.trainer)
+
+
+def trained(claim: OnTask, arm: str) -> Any:
+    """Return the result of a short training."""
+    seed_everything(0, verbose=False)
+    hush()
+    return claim.train(Run(arm, 0, claim.rates[0]))
+
+
+def distinct() -> list[tuple[str, str]]:
+    """Return each arm of the claims once, though several claims have it with other numbers."""
+    found = {}
+    for name, claim in KNOWN.items():
+        for arm in claim.arms:
+            found.setdefault((type(claim), claim.task, re.sub(r"[\d.]+", "", str(claim.table[arm]))), (name, arm))
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("name", "arm"), distinct())
+def test_every_arm_trains(name: str, arm: str, tmp_path: Path) -> None:
+    claim = short(KNOWN[name], tmp_path)
+    claim.check()
+    result = trained(claim, arm)
+    score = claim.score(result)
+    assert torch.isfinite(torch.tensor(score)) or score == -torch.inf
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_a_claim_names_its_paper_and_compares_arms_that_it_has(name: str) -> None:
+    claim = KNOWN[name]
+    assert claim.paper is not None
+    assert claim.comparisons()
+    assert {arm for pair in claim.comparisons() for arm in pair} <= set(claim.arms)
+    assert claim.settings_of(claim.arms[-1])["arm"] == str(claim.table[claim.arms[-1]])
+    assert claim.settings["data"] in ("digits", "Python sources")
+
+
+def test_an_arm_with_another_line_does_not_take_the_results_of_the_old_one() -> None:
+    claim = KNOWN["infobatch-images"]
+    changed = replace(claim, table={**claim.table, "infobatch": claim.table["all"]})
+    assert claim.settings_of("infobatch") != changed.settings_of("infobatch")
+    assert claim.settings_of("all") == changed.settings_of("all")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_data_must_be_there(task: str, tmp_path: Path) -> None:
+    claim = replace(next(each for each in KNOWN.values() if each.task == task), data=tmp_path)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        claim.check()
