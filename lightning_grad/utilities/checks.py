@@ -221,9 +221,14 @@ def owned_ids(optimizer: Optimizer) -> set[int]:
 
 
 def keeps(optimizer: Optimizer, key: str) -> bool:
-    """Return True if an optimizer keeps a state such as ``exp_avg_sq``, even before its first step."""
-    number = torch.zeros(1, requires_grad=True)
-    number.grad = torch.zeros(1)
+    """Return True if an optimizer keeps a state such as ``exp_avg_sq``, even before its first step.
+
+    An optimizer with parts keeps it if each part does.
+    """
+    if hasattr(optimizer, "parts"):
+        return all(keeps(part, key) for part in optimizer.parts)
+    number = torch.zeros(1, 1, requires_grad=True)  # a matrix, because some optimizers take nothing else
+    number.grad = torch.zeros(1, 1)
     try:
         probe = type(optimizer)([number], **optimizer.defaults)
         probe.step()

@@ -1,6 +1,6 @@
 """Report what each optimizer of a trainer moves, with rates, decays and the memory of its state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class MovedGroup:
     """One parameter group of an optimizer, from :func:`optimizer_report`.
 
     Args:
-        optimizer: Class of the optimizer, with its index.
+        optimizer: Class of the optimizer, with its index. An optimizer with parts has a row for each.
         group: Index of the group, or its name if it has one.
         parameters: Names of the parameters.
         entries: Number of entries of all parameters.
@@ -52,10 +52,12 @@ class OptimizerReport:
     Args:
         rows: One row for each parameter group.
         unmoved: Names of trainable parameters that no optimizer holds.
+        notes: Sentences of optimizers about their run, such as the number of decompositions of GaLore.
     """
 
     rows: tuple[MovedGroup, ...]
     unmoved: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -63,15 +65,16 @@ class OptimizerReport:
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        return format_table([row.cells for row in self.rows], _HEADER) + self._words_of_unmoved()
+        return format_table([row.cells for row in self.rows], _HEADER) + self._words()
 
     def markdown(self) -> str:
         """Return the table for a page."""
         lines = [_HEADER, ("---",) * len(_HEADER), *(row.cells for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + self._words_of_unmoved()
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + self._words()
 
-    def _words_of_unmoved(self) -> str:
-        return f"\n\nNo optimizer moves {', '.join(self.unmoved)}." if self.unmoved else ""
+    def _words(self) -> str:
+        unmoved = [f"No optimizer moves {', '.join(self.unmoved)}."] if self.unmoved else []
+        return "".join(f"\n\n{sentence}" for sentence in (*unmoved, *self.notes))
 
 
 def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
@@ -105,22 +108,40 @@ def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
         parameter: clean_name(name) for name, parameter in trainer.lightning_module.named_parameters()
     }
     rows = tuple(
-        _row(f"{index}: {type(optimizer).__name__}", str(number), optimizer, group, named)
+        _row(f"{index}: {type(part).__name__}", name, part, group, named)
         for index, optimizer in enumerate(trainer.optimizers)
-        for number, group in enumerate(optimizer.param_groups)
+        for part, name, group in _groups_of(optimizer)
     )
     moved = {name for row in rows for name in row.parameters}
     left = [name for parameter, name in named.items() if parameter.requires_grad and name not in moved]
-    return OptimizerReport(rows, tuple(left))
+    parts = [part for optimizer in trainer.optimizers for part in getattr(optimizer, "parts", [optimizer])]
+    notes = [note for part in parts if hasattr(part, "notes") for note in part.notes()]
+    return OptimizerReport(rows, tuple(left), tuple(notes))
+
+
+def _groups_of(optimizer: Optimizer) -> Iterator[tuple[Optimizer, str, Mapping[str, Any]]]:
+    """Yield groups with their names and their optimizers, which are the parts of an optimizer that has some."""
+    if not hasattr(optimizer, "parts"):
+        yield from ((optimizer, _name(group, number), group) for number, group in enumerate(optimizer.param_groups))
+        return
+    optimizer.follow()  # a scheduler may have changed the rates since the last step
+    for part in optimizer.parts:
+        for index, group in enumerate(part.param_groups):
+            number = optimizer.group_of(part, index)
+            yield part, _name(optimizer.param_groups[number], number), group
+
+
+def _name(group: Mapping[str, Any], number: int) -> str:
+    return str(group.get("name", number))
 
 
 def _row(
-    optimizer: str, number: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]
+    optimizer: str, name: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]
 ) -> MovedGroup:
     parameters = group["params"]
     return MovedGroup(
         optimizer,
-        str(group.get("name", number)),
+        name,
         tuple(named.get(parameter, "a parameter outside the module") for parameter in parameters),
         sum(parameter.numel() for parameter in parameters),
         _number(group.get("lr")),
