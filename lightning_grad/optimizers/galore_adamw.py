@@ -121,7 +121,9 @@ class GaLoreAdamW(MatrixOptimizer):
         if group["projector_bits"] is None:
             state["projector"] = basis
         else:
-            state["projector"], state["projector_step"], state["projector_low"] = pack_int4(basis)
+            packed, step, low = pack_int4(basis)
+            # The steps have the type of the weight, because torch gives loaded states this type.
+            state.update(projector=packed, projector_step=step.to(basis.dtype), projector_low=low.to(basis.dtype))
 
     def _note_turn(self, direction: Tensor, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         """Compare the first direction with the one before, and double the gap if it has hardly turned lately."""
@@ -137,6 +139,13 @@ class GaLoreAdamW(MatrixOptimizer):
             return state["projector"]  # type: ignore[no-any-return]
         shape = (min(weight.shape), state["exp_avg"].shape[1])
         return unpack_int4(state["projector"], state["projector_step"], state["projector_low"], shape).to(weight.dtype)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. Packed bytes stay bytes, although torch gives them the type of the weight."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if "projector_step" in state:
+                state["projector"] = state["projector"].to(torch.uint8)
 
     def decompositions(self) -> tuple[int, int]:
         """Return how many decompositions were made, and how many a fixed gap would have made.

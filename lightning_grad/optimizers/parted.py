@@ -254,7 +254,7 @@ class PartedOptimizer(Optimizer):
         self._adopt()
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "parts"})
         groups, states = state_dict["param_groups"], state_dict["state"]
-        ids = {}
+        ids: dict[int, int] = {}
         for group, loaded in zip(groups, self.param_groups, strict=True):
             ids |= {id(p): key for p, key in zip(loaded["params"], group["params"], strict=True)}
         own = [self._values(self.param_groups[number]) for number in self._rest.numbers]
@@ -271,7 +271,7 @@ class PartedOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds."""
         own = {key: vars(self)[key] for key in ("_parts", "_behind", "_rest", "_seen")}
-        return {**super().__getstate__(), **own}  # type: ignore[no-untyped-call]
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, a pickle or a state dict."""

@@ -119,9 +119,9 @@ def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
     return OptimizerReport(rows, tuple(left), tuple(notes))
 
 
-def _groups_of(optimizer: Optimizer) -> Iterator[tuple[Optimizer, str, Mapping[str, Any]]]:
+def _groups_of(optimizer: Any) -> Iterator[tuple[Optimizer, str, Mapping[str, Any]]]:
     """Yield groups with their names and their optimizers, which are the parts of an optimizer that has some."""
-    if not hasattr(optimizer, "parts"):
+    if not hasattr(optimizer, "parts"):  # a PartedOptimizer, which this layer does not import
         yield from ((optimizer, _name(group, number), group) for number, group in enumerate(optimizer.param_groups))
         return
     optimizer.follow()  # a scheduler may have changed the rates since the last step
@@ -135,9 +135,7 @@ def _name(group: Mapping[str, Any], number: int) -> str:
     return str(group.get("name", number))
 
 
-def _row(
-    optimizer: str, name: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]
-) -> MovedGroup:
+def _row(optimizer: str, name: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]) -> MovedGroup:
     parameters = group["params"]
     return MovedGroup(
         optimizer,

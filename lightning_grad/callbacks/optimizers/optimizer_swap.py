@@ -307,9 +307,7 @@ class OptimizerSwap(OptimizerNeeds):
         self._remarks += remarks(old, groups, new, self.lr_factor)
         return new
 
-    def _refuse_moved(
-        self, moved: Optimizer, old: Optimizer, trainer: pl.Trainer, module: pl.LightningModule
-    ) -> None:
+    def _refuse_moved(self, moved: Optimizer, old: Optimizer, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Raise if a run cannot use an optimizer for its parameters, or its rates cannot be meant for it."""
         self.refuse_run(type(moved), trainer, module)
         self.answers_for(type(moved)).refuse_parameters(self.display_name, module, owned_ids(moved))
@@ -355,9 +353,7 @@ class OptimizerSwap(OptimizerNeeds):
             lr_factor=1.0 if self.lr_factor is None else self.lr_factor,
             wd_factor=1.0 if self.wd_factor is None else self.wd_factor,
             weight_decay=options.pop("weight_decay", None),
-            cycle_momentum=any(
-                getattr(each, "cycle_momentum", False) and each.optimizer is old for each in schedulers
-            ),
+            cycle_momentum=any(getattr(each, "cycle_momentum", False) and each.optimizer is old for each in schedulers),
         )
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")

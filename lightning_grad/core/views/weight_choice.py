@@ -244,9 +244,7 @@ def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
     return weight
 
 
-def find_ends(
-    owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: Chooser, ends: Ends
-) -> set[str]:
+def find_ends(owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: Chooser, ends: Ends) -> set[str]:
     """Return the names of the first and the last weight, which a technique skips; none if ``include`` is set."""
     if technique.include is not None:
         return set()

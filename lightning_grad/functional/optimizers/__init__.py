@@ -2,6 +2,13 @@
 
 from lightning_grad.functional.optimizers.dct_adamw import dct_adamw_, dct_basis
 from lightning_grad.functional.optimizers.frugal import active_rows, frugal_
+from lightning_grad.functional.optimizers.galore import (
+    galore_adamw_,
+    gradient_basis,
+    is_settled,
+    pack_int4,
+    unpack_int4,
+)
 from lightning_grad.functional.optimizers.lookahead import look_ahead_
 from lightning_grad.functional.optimizers.tract import precondition, train_activations
 from lightning_grad.functional.optimizers.zeroth_order import move_along_
@@ -11,8 +18,13 @@ __all__ = [
     "dct_adamw_",
     "dct_basis",
     "frugal_",
+    "galore_adamw_",
+    "gradient_basis",
+    "is_settled",
     "look_ahead_",
     "move_along_",
+    "pack_int4",
     "precondition",
     "train_activations",
+    "unpack_int4",
 ]

@@ -35,7 +35,7 @@ def gradient_basis(gradient: Tensor, rank: int) -> Tensor:
     """
     exact = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
     left, _, right = torch.linalg.svd(exact, full_matrices=False)
-    basis = right[:rank].mT if len(gradient) >= len(gradient.mT) else left[:, :rank]
+    basis: Tensor = right[:rank].mT if len(gradient) >= len(gradient.mT) else left[:, :rank]
     return basis.to(gradient.dtype).contiguous()
 
 
