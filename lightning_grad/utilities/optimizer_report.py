@@ -50,7 +50,7 @@ class OptimizerReport:
     """What the optimizers of a trainer move. ``print(report)`` shows a table.
 
     Args:
-        rows: One row for each parameter group.
+        rows: One row for each parameter group, or for each rate in it.
         unmoved: Names of trainable parameters that no optimizer holds.
         notes: Sentences of optimizers about their run, such as the number of decompositions of GaLore.
     """
@@ -87,7 +87,8 @@ def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
         trainer: A trainer that is fitting, or has fitted, a module.
 
     Returns:
-        OptimizerReport: One row for each parameter group; it prints as a table.
+        OptimizerReport: One row for each parameter group; it prints as a table. A group has several rows if a callback
+        such as :class:`lightning_grad.callbacks.LayerwiseLearningRateDecay` gives parameters rates of their own.
 
     Raises:
         ValueError: If the trainer has no optimizers yet.
@@ -110,7 +111,8 @@ def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
     rows = tuple(
         _row(f"{index}: {type(part).__name__}", name, part, group, named)
         for index, optimizer in enumerate(trainer.optimizers)
-        for part, name, group in _groups_of(optimizer)
+        for part, name, whole in _groups_of(optimizer)
+        for group in _by_rate(whole, _factors(trainer, index), named)
     )
     moved = {name for row in rows for name in row.parameters}
     left = [name for parameter, name in named.items() if parameter.requires_grad and name not in moved]
@@ -129,6 +131,29 @@ def _groups_of(optimizer: Any) -> Iterator[tuple[Optimizer, str, Mapping[str, An
         for index, group in enumerate(part.param_groups):
             number = optimizer.group_of(part, index)
             yield part, _name(optimizer.param_groups[number], number), group
+
+
+def _factors(trainer: Any, index: int) -> dict[str, float]:
+    """Return factors on the rates of parameters, from callbacks that have a method ``rate_factors``."""
+    product: dict[str, float] = {}
+    for callback in trainer.callbacks:
+        for name, factor in getattr(callback, "rate_factors", lambda _: {})(index).items():
+            product[name] = product.get(name, 1.0) * factor
+    return product
+
+
+def _by_rate(
+    group: Mapping[str, Any], factors: Mapping[str, float], named: Mapping[Tensor, str]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield a group, or its parts if a callback gives parameters rates of their own."""
+    parts: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(factors.get(named.get(parameter, ""), 1.0), []).append(parameter)
+    if parts.keys() <= {1.0}:
+        yield group
+        return
+    for factor, parameters in parts.items():
+        yield {**group, "params": parameters, "lr": group["lr"] * factor}
 
 
 def _name(group: Mapping[str, Any], number: int) -> str:

@@ -9,6 +9,7 @@ from lightning_grad.functional.optimizers.galore import (
     pack_int4,
     unpack_int4,
 )
+from lightning_grad.functional.optimizers.layerwise_learning_rate_decay import layer_factors
 from lightning_grad.functional.optimizers.lookahead import look_ahead_
 from lightning_grad.functional.optimizers.tract import precondition, train_activations
 from lightning_grad.functional.optimizers.zeroth_order import move_along_
@@ -21,6 +22,7 @@ __all__ = [
     "galore_adamw_",
     "gradient_basis",
     "is_settled",
+    "layer_factors",
     "look_ahead_",
     "move_along_",
     "pack_int4",
