@@ -8,7 +8,11 @@ from torch import nn
 
 from lightning_grad.utilities.parameters import all_names, clean_name, matches
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_IN_ORDER = (nn.Sequential, nn.ModuleList)
+_CONTAINERS = (*_IN_ORDER, nn.ModuleDict)
+
+ROOT = "root"
+"""Name of the layer that holds the parameters of the root module itself."""
 
 
 def layers_of(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[str, str]:
@@ -16,7 +20,7 @@ def layers_of(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[
 
     The items of a stack (two or more of one class that have parts, in a ModuleList or Sequential) are layers. Around
     stacks, each child that holds parameters is a layer, and containers are opened. The parameters that a module with
-    several layers owns itself are one layer, with the name of the module.
+    several layers owns itself are one layer, with the name of the module or, for the root module, ``root``.
 
     Args:
         module: The root module.
@@ -32,7 +36,7 @@ def layers_of(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[
     """
     found = set(_layers("", module, is_root=True))
     names = [name for names in all_names(module).values() for name in names]
-    return {name: _given(name, patterns or ()) or _owner(name, found) or type(module).__name__ for name in names}
+    return {name: _given(name, patterns or ()) or _owner(name, found) or ROOT for name in names}
 
 
 def _layers(name: str, module: nn.Module, is_root: bool = False) -> Iterator[str]:
@@ -57,7 +61,7 @@ def _has_any(module: nn.Module) -> bool:
 
 def _is_stack(module: nn.Module) -> bool:
     """Return True for a container with two or more items of one class that have parts with parameters."""
-    items = module.children() if isinstance(module, _CONTAINERS) else ()
+    items = module.children() if isinstance(module, _IN_ORDER) else ()
     kinds = Counter(type(item) for item in items if any(map(_has_any, item.children())))
     return max(kinds.values(), default=0) > 1
 

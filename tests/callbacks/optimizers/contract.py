@@ -8,6 +8,10 @@ _INF = float("inf")
 
 ENTRIES = [
     Technique(
+        "LayerwiseLearningRateDecay",
+        wrong=(({"decay": 0.0}, "decay must be above 0"), ({"decay": 1.5}, "decay must be from 0 to 1")),
+    ),
+    Technique(
         "Lookahead",
         wrong=(
             ({"k": 0}, "k must be at least 1"),
