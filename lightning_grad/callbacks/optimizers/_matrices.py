@@ -88,9 +88,9 @@ class MatrixChooser:
         reasons: dict[str, str] = {}
         for found in candidates:
             name, parameter = clean_name(found.name), found.parameter
-            reason = why_not(found, self) or ("the first or the last layer" if name in ends else "")
+            reason = why_not(found, self).partition(";")[0] or ("the first or the last layer" if name in ends else "")
             if not reason and parameter.ndim != 2:
-                reason = "a convolution or another weight that is not a matrix"
+                reason = "a convolution, not a matrix"
             if not reason and not found.is_spelled and found.output_dimension() is None:
                 reason = "its layer does not multiply by it"
             if reason:
@@ -101,7 +101,7 @@ class MatrixChooser:
         choice = Choice(list(chosen.values()), list(reasons.items()), len(owned) - len(chosen) - len(reasons))
         for asked in self.include or []:
             if not any(matches(found.names, [asked]) for found in candidates):
-                choice.left.append((asked, "not a linear layer's; name parameters of other modules in full"))
+                choice.left.append((asked, "not a linear layer; name parameters of other modules in full"))
         if not chosen:
             raise ValueError(f"{self.display_name} found no matrix to move. {self._why_none(choice)}")
         return choice
@@ -112,7 +112,7 @@ class MatrixChooser:
         parameters = {id(parameter): parameter for parameter in module.parameters()}
         for key, parameter in parameters.items():
             if key in left and parameter.ndim > 1 and not reasons.keys() & set(names[key]):
-                reasons[names[key][0]] = "an embedding or another weight that is not a linear layer's"
+                reasons[names[key][0]] = "not the matrix of a linear layer"
 
     def _why_none(self, choice: Choice) -> str:
         if not choice.left:

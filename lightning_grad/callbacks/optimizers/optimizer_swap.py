@@ -172,9 +172,10 @@ class OptimizerSwap(OptimizerNeeds):
             check_numbers(self.options or {})
             try_options(self._constructor(), self.options or {})
         elif not (include is None and exclude is None):
+            name = "the module's own class" if self.optimizer is None else name_of(self._constructor())
             raise ValueError(
-                f"include and exclude choose matrices, but {'the optimizer' if optimizer is None else self.optimizer!r} "
-                f"moves all parameters. Remove them, or use {', '.join(n for n in NAMES if NAMES[n].only_matrices)}."
+                f"include and exclude choose matrices, but {name} moves all parameters. Remove them, or use "
+                f"{', '.join(name for name, named in NAMES.items() if named.only_matrices)}."
             )
 
     def _constructor(self) -> Make:
