@@ -74,16 +74,17 @@ class MatrixChooser:
     def choose(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> Choice:
         """Choose among the parameters of an optimizer.
 
-        The first and the last layer are those in the order of registration, because optimizers exist before the first
-        batch.
+        The first and the last layer are those of the whole module in the order of registration, because optimizers
+        exist before the first batch.
 
         Raises:
             ValueError: If no matrix is left, with the reasons.
         """
         owned = owned_ids(optimizer)
-        owners = [own for own in named_owners(module) if id(own[1]._parameters[own[2]]) in owned]
+        owners = list(named_owners(module))
         candidates = list(found_weights(module, owners, self))
         ends = find_ends(owners, candidates, self, Ends(trainer, module))
+        candidates = [found for found in candidates if id(found.parameter) in owned]
         chosen: dict[int, tuple[str, nn.Parameter]] = {}
         reasons: dict[str, str] = {}
         for found in candidates:
@@ -116,5 +117,6 @@ class MatrixChooser:
 
     def _why_none(self, choice: Choice) -> str:
         if not choice.left:
-            return "The optimizer holds no weight with two dimensions. Use another optimizer."
-        return f"It skips {choice.words_of_left()}. Choose matrices with include=, or use another optimizer."
+            return "The optimizer holds no weight with two dimensions. Use another, or skip it with which=[...]."
+        way_out = "Choose matrices with include=, use another optimizer, or skip this one with which=[...]"
+        return f"It skips {choice.words_of_left()}. {way_out}."
