@@ -74,23 +74,24 @@ class MatrixChooser:
     def choose(self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: Optimizer) -> Choice:
         """Choose among the parameters of an optimizer.
 
-        The first and the last layer are those in the order of registration, because optimizers exist before the first
-        batch.
+        The first and the last layer are those of the whole module in the order of registration, because optimizers
+        exist before the first batch.
 
         Raises:
             ValueError: If no matrix is left, with the reasons.
         """
         owned = owned_ids(optimizer)
-        owners = [own for own in named_owners(module) if id(own[1]._parameters[own[2]]) in owned]
+        owners = list(named_owners(module))
         candidates = list(found_weights(module, owners, self))
         ends = find_ends(owners, candidates, self, Ends(trainer, module))
+        candidates = [found for found in candidates if id(found.parameter) in owned]
         chosen: dict[int, tuple[str, nn.Parameter]] = {}
         reasons: dict[str, str] = {}
         for found in candidates:
             name, parameter = clean_name(found.name), found.parameter
-            reason = why_not(found, self) or ("the first or the last layer" if name in ends else "")
+            reason = why_not(found, self).partition(";")[0] or ("the first or the last layer" if name in ends else "")
             if not reason and parameter.ndim != 2:
-                reason = "a convolution or another weight that is not a matrix"
+                reason = "a convolution, not a matrix"
             if not reason and not found.is_spelled and found.output_dimension() is None:
                 reason = "its layer does not multiply by it"
             if reason:
@@ -101,7 +102,7 @@ class MatrixChooser:
         choice = Choice(list(chosen.values()), list(reasons.items()), len(owned) - len(chosen) - len(reasons))
         for asked in self.include or []:
             if not any(matches(found.names, [asked]) for found in candidates):
-                choice.left.append((asked, "not a linear layer's; name parameters of other modules in full"))
+                choice.left.append((asked, "not a linear layer; name parameters of other modules in full"))
         if not chosen:
             raise ValueError(f"{self.display_name} found no matrix to move. {self._why_none(choice)}")
         return choice
@@ -112,9 +113,10 @@ class MatrixChooser:
         parameters = {id(parameter): parameter for parameter in module.parameters()}
         for key, parameter in parameters.items():
             if key in left and parameter.ndim > 1 and not reasons.keys() & set(names[key]):
-                reasons[names[key][0]] = "an embedding or another weight that is not a linear layer's"
+                reasons[names[key][0]] = "not the matrix of a linear layer"
 
     def _why_none(self, choice: Choice) -> str:
         if not choice.left:
-            return "The optimizer holds no weight with two dimensions. Use another optimizer."
-        return f"It skips {choice.words_of_left()}. Choose matrices with include=, or use another optimizer."
+            return "The optimizer holds no weight with two dimensions. Use another, or skip it with which=[...]."
+        way_out = "Choose matrices with include=, use another optimizer, or skip this one with which=[...]"
+        return f"It skips {choice.words_of_left()}. {way_out}."

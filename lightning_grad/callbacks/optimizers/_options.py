@@ -72,7 +72,7 @@ def check_numbers(options: Mapping[str, Any]) -> None:
             if isinstance(number, float):
                 check_finite(number, f"options: {name}")
         if isinstance(value, (int, float)):
-            check_finite_at_least(value, 0.0, f"options: {name}")
+            check_finite_at_least(value, 0, f"options: {name}")
 
 
 def try_options(make: Make, options: Mapping[str, Any]) -> None:

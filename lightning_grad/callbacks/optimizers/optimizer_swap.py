@@ -1,6 +1,5 @@
 """Another optimizer for a module that is not changed."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_, forget_marks
-from lightning_grad.callbacks.optimizers._matrices import Choice, MatrixChooser
+from lightning_grad.callbacks.optimizers._matrices import MatrixChooser
 from lightning_grad.callbacks.optimizers._names import NAMES, Make, entry_of, find_class, refuse_second_order
 from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
 from lightning_grad.callbacks.optimizers._options import (
@@ -23,6 +22,7 @@ from lightning_grad.callbacks.optimizers._options import (
     own_options,
     try_options,
 )
+from lightning_grad.callbacks.optimizers._parted import part_optimizer, parted_words
 from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_other_scale, remarks
 from lightning_grad.callbacks.optimizers._refusals import (
     refuse_new,
@@ -37,7 +37,6 @@ from lightning_grad.core import GradCallback, as_indices, during_fit, no, until_
 from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_, unknown_schedulers
 from lightning_grad.core.steps.replacement import held_schedulers, replace_optimizer
-from lightning_grad.optimizers import Part, PartedOptimizer
 from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one, owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns
 
@@ -173,9 +172,10 @@ class OptimizerSwap(OptimizerNeeds):
             check_numbers(self.options or {})
             try_options(self._constructor(), self.options or {})
         elif not (include is None and exclude is None):
+            name = "the module's own class" if self.optimizer is None else name_of(self._constructor())
             raise ValueError(
-                f"include and exclude choose matrices, but {'the optimizer' if optimizer is None else self.optimizer!r} "
-                f"moves all parameters. Remove them, or use {', '.join(n for n in NAMES if NAMES[n].only_matrices)}."
+                f"include and exclude choose matrices, but {name} moves all parameters. Remove them, or use "
+                f"{', '.join(name for name, named in NAMES.items() if named.only_matrices)}."
             )
 
     def _constructor(self) -> Make:
@@ -326,46 +326,21 @@ class OptimizerSwap(OptimizerNeeds):
         """Move the hidden matrices of an optimizer by another class, and the rest by its own."""
         check_patterns(module, self.display_name, include=self.include, exclude=self.exclude)
         choice = MatrixChooser(self.display_name, self.include, self.exclude).choose(trainer, module, old)
-        groups = [dict(group) for group in old.param_groups]
-        new = self._parted(make, old, choice, schedulers)
-        moved = new.parts[0]
+        groups, options = [dict(group) for group in old.param_groups], self.options or {}
+        factors = (self.lr_factor, self.wd_factor)
+        new, warned = part_optimizer(self.display_name, make, options, factors, old, choice, schedulers)
+        for each in warned:  # of matrices that are smaller than the rank
+            self.tell_once(each, rank_zero_info, each)
+        moved, rest = new.parts[0], type(old)
         refuse_own_values(self.display_name, make, moved)
         self._refuse_moved(moved, old, trainer, module)
         self.undo.push(replace_optimizer(old, new, schedulers))
-        rest = type(old)
-        self._optimizers[str(index)] = description(
-            moved, matrices=choice.names, rest=f"{rest.__module__}.{rest.__qualname__}"
-        )
-        self._swapped[index] = (
-            f"{type(moved).__name__} for {choice.words()} of {rest.__name__} ({rates_in_words(moved.param_groups)})"
-        )
+        its_class = f"{rest.__module__}.{rest.__qualname__}"
+        self._optimizers[str(index)] = description(moved, matrices=choice.names, rest=its_class)
+        self._swapped[index] = parted_words(new, choice, old)
         self._remarks += remarks(old, groups, moved, self.lr_factor)
         if choice.left or choice.others:
             self._remarks.append(f"leaves to {rest.__name__}: {choice.words_of_left()}")
-        return new
-
-    def _parted(self, make: Make, old: Optimizer, choice: Choice, schedulers: Sequence[Any]) -> PartedOptimizer:
-        options = dict(self.options or {})
-        part = Part(
-            choice.chosen,
-            make,
-            options,
-            lr_factor=1.0 if self.lr_factor is None else self.lr_factor,
-            wd_factor=1.0 if self.wd_factor is None else self.wd_factor,
-            weight_decay=options.pop("weight_decay", None),
-            cycle_momentum=any(getattr(each, "cycle_momentum", False) and each.optimizer is old for each in schedulers),
-        )
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            try:
-                new = PartedOptimizer(old, [part])
-            except Exception as error:
-                raise ValueError(
-                    f"{self.display_name} cannot create {name_of(make)} for matrices of {type(old).__name__}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-        for each in said:  # of matrices that are smaller than the rank
-            self.tell_once(str(each.message), rank_zero_info, str(each.message))
         return new
 
     def _scale(self, new: Optimizer, schedulers: Sequence[Any]) -> None:
