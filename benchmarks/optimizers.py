@@ -1,7 +1,8 @@
-"""The cost of OptimizerSwap: bytes of optimizer state, and steps next to those of a module with the same optimizer.
+"""The cost of OptimizerSwap and layer-wise rates: bytes of state, and steps next to a module that does the same itself.
 
 Bytes are counted after one step of a transformer that returns AdamW, and are exact. Steps of a fit with the callback, of a
-module that returns the new optimizer itself, and of that module "again", which shows the noise, take turns step by step.
+module that returns the new optimizer or groups itself, and of that module "again", which shows the noise, take turns step by
+step.
 The rows of short names need the extra ``optimizers``.
 
 With one thread the script measures processor time, which excludes the time that other processes get.
@@ -14,6 +15,7 @@ With one thread the script measures processor time, which excludes the time that
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,7 +45,7 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import OptimizerSwap
+from lightning_grad.callbacks import LayerwiseLearningRateDecay, OptimizerSwap
 from lightning_grad.utilities import optimizer_report
 
 STATE, STEPS_OF = "state", "steps of a transformer"  # titles of the tables
@@ -51,7 +53,7 @@ STATE_BUDGETS: dict[str, float | None] = {"lion": 0.50, "adafactor": 0.01, "adab
 STEP_BUDGET = 1.02
 STEPPED = ("lion", "adabelief", "adafactor")
 STEPS = 12
-RATE = 1e-4
+RATE, DECAY = 1e-4, 0.75
 
 
 def batch_of() -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,22 +95,50 @@ class Native(SmallTransformer):
         return self.kind(self.parameters(), lr=RATE, weight_decay=0.01)
 
 
-def step_rows(name: str, rounds: int, clock: Clock) -> list[Row]:
-    """Time steps with the callback and of a module with the same optimizer in turn."""
+class Grouped(SmallTransformer):
+    """The transformer with a group of parameters for each layer."""
+
+    def configure_optimizers(self) -> Optimizer:
+        """Build the optimizer."""
+        layers = self.encoder.layers
+        rates = [RATE * DECAY**depth for depth in reversed(range(len(layers)))]
+        return torch.optim.AdamW([{"params": e.parameters(), "lr": r} for e, r in zip(layers, rates, strict=True)])
+
+
+def swap_rows(name: str, rounds: int, clock: Clock) -> list[Row]:
+    """Time steps with another optimizer."""
     kind = _class_of(name)
+    ours = [OptimizerSwap(name, lr_factor=1.0)]
+    return step_rows(f"{name} in the module", lambda: Native(kind), f"OptimizerSwap({name!r})", ours, rounds, clock)
+
+
+def decay_rows(rounds: int, clock: Clock) -> list[Row]:
+    """Time steps with a learning rate for each layer."""
+    ours = [LayerwiseLearningRateDecay(DECAY)]
+    return step_rows("adamw with a group for each layer", Grouped, type(ours[0]).__name__, ours, rounds, clock)
+
+
+def step_rows(
+    baseline: str,
+    native: Callable[[], LightningModule],
+    name: str,
+    callbacks: Sequence[Callback],
+    rounds: int,
+    clock: Clock,
+) -> list[Row]:
+    """Time steps with a callback, and of a module that does the same itself, in turn."""
     variants: list[Callable[[], tuple[LightningModule, list[Callback]]]] = [
-        lambda: (Native(kind), []),
-        lambda: (SmallTransformer(), [OptimizerSwap(name, lr_factor=1.0)]),
-        lambda: (Native(kind), []),
+        lambda: (native(), []),
+        lambda: (SmallTransformer(), copy.deepcopy(list(callbacks))),
+        lambda: (native(), []),
     ]
     found: list[list[list[float]]] = []
     for _ in range(rounds):
         found.append(in_turns([partial(_steps, variant, clock) for variant in variants]))
-    plain, swapped, again = (median(time for times in each for time in times) for each in zip(*found, strict=True))
-    baseline = f"{name} in the module"
+    plain, ours, again = (median(time for times in each for time in times) for each in zip(*found, strict=True))
     return [
         Row(baseline, 1000 * plain, 1.0),
-        Row(f"OptimizerSwap({name!r})", 1000 * swapped, swapped / plain, STEP_BUDGET, baseline=baseline),
+        Row(name, 1000 * ours, ours / plain, STEP_BUDGET, baseline=baseline),
         Row(f"{baseline}{AGAIN}", 1000 * again, again / plain, baseline=baseline),
     ]
 
@@ -137,7 +167,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tables = {STATE: state_rows(options.device), STEPS_OF: list[Row]()}
     show("State of the optimizers", tables[STATE])
     for name in STEPPED[: 1 if options.quick else None]:
-        tables[STEPS_OF] += step_rows(name, options.rounds, clock)
+        tables[STEPS_OF] += swap_rows(name, options.rounds, clock)
+    tables[STEPS_OF] += decay_rows(options.rounds, clock)
     show("Steps of a transformer", tables[STEPS_OF])
     show_missed(tables)
     write_tables(options, tables)
