@@ -146,3 +146,12 @@ def test_rates_that_are_tensors_stay_tensors() -> None:
     walk(weights, optimizer)
     assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
     assert optimizer.param_groups[0]["lr"] == torch.tensor(0.1)
+
+
+def test_an_optimizer_without_closures_is_split_too() -> None:
+    class Bare(SGD):
+        def step(self) -> None:  # type: ignore[override]
+            super().step()
+
+    weights, optimizer, _ = rated(Bare)
+    assert walk(weights, optimizer) == by_hand(SGD)

@@ -57,8 +57,8 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
 
     Raises:
         ValueError: In the constructor if decay is outside (0, 1]. Before the first batch with DeepSpeed, FSDP1,
-            LBFGS, an optimizer that wraps another or averages weights, a second instance, a pattern that matches
-            nothing, or only one layer.
+            LBFGS, an optimizer that wraps another or averages weights, a second instance, or a pattern that matches
+            nothing.
         RuntimeError: In the first step with an optimizer that keeps values in its groups that depend on the rate.
 
     **Hooks.** Forward hooks during the first step, for the order of the layers. The groups of an optimizer are split
@@ -122,6 +122,13 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
         others = [c for c in trainer.callbacks if isinstance(c, LayerwiseLearningRateDecay)]  # type: ignore[attr-defined]
         if self.fitting and len(others) > 1:
             raise ValueError("Use only one LayerwiseLearningRateDecay per Trainer: the factors of two would multiply.")
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self.changed_settings(state, "layers"):
+            self._orders = {}  # of other layers
+        self._shapes.clear()  # a search for a learning rate restores during the fit
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
@@ -195,7 +202,8 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
         layer_of = self._layers_of(optimizer, order)
         held = [layer for layer in order if layer in set(layer_of.values())]
         factors = layer_factors(held, list(dict.fromkeys(self._layers.values())), self.decay)
-        self._layer_of[index] = dict(sorted(layer_of.items(), key=lambda pair: list(factors).index(pair[1])))
+        places = {layer: place for place, layer in enumerate(factors)}
+        self._layer_of[index] = dict(sorted(layer_of.items(), key=lambda pair: places[pair[1]]))
         self._held[index].factors = {key: factors[layer] for key, layer in layer_of.items()}
         self._factors[index] = {self._names[key][0]: factors[layer] for key, layer in layer_of.items()}
         self._tell(index, {layer: factors[layer] for layer in self._layer_of[index].values()}, held)
@@ -226,10 +234,7 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
             self.say(f"multiplies the learning rates of optimizers[{index}] by layer: {', '.join(shown)}")
         unused = [layer for layer in factors if layer not in called]
         if unused:
-            words = (
-                f"gives layers that the first step did not call ({listed(unused)}) the factor of the layer registered"
-            )
-            self.say(f"{words} before")
+            self.say(f"gives layers that the first step did not call the factor of the layer before: {listed(unused)}")
 
     def _log(self, index: int, optimizer: Optimizer) -> None:
         rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}

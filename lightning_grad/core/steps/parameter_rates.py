@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -61,6 +62,7 @@ class _Split:
         self._whole: list[dict[str, Any]] | None = None  # the user's groups, while they are split
         self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         self._depth = 0  # step() may call that of a base class, with hooks too
+        self._takes_closure = len(inspect.signature(optimizer.step).parameters) > 0
         self._before = optimizer.register_step_pre_hook(self._enter)
         self._after = optimizer.register_step_post_hook(self._leave)
 
@@ -75,6 +77,9 @@ class _Split:
         # groups are restored ahead of all hooks after it.
         hooks: Any = optimizer._optimizer_step_post_hooks
         hooks.move_to_end(self._after.id, last=False)
+        if not self._takes_closure:
+            self._split()
+            return args, kwargs
         own, *others = args
         closure = others[0] if others else kwargs.get("closure")
         kwargs = {key: value for key, value in kwargs.items() if key != "closure"}

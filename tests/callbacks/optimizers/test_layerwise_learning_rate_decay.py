@@ -21,9 +21,9 @@ from torch.optim import lr_scheduler as kinds
 from torch.optim.swa_utils import SWALR
 
 from lightning_grad.callbacks import LayerwiseLearningRateDecay, NormClipping, OptimizerSwap, ZerothOrder
-from lightning_grad.testing import ResumableLoader, make_trainer, on_ranks
+from lightning_grad.testing import ResumableLoader, assert_identical, make_trainer, on_ranks
 from lightning_grad.utilities import optimizer_report
-from tests.callbacks.optimizers.swapped import BATCHES, Rates, SaveAt, equal, step, weights
+from tests.callbacks.optimizers.swapped import BATCHES, Rates, SaveAt, equal, searched, step, weights
 from tests.callbacks.optimizers.test_schedulers import SAVED, STEPS, THERE
 
 DECAY = 0.5  # a power of two, so products round alike in whatever order a scheduler makes them
@@ -337,6 +337,19 @@ def test_order_of_calls_is_kept_in_checkpoints(tmp_path: Path) -> None:
     assert again.rate_factors(0) == callback.rate_factors(0)
 
 
+def test_other_patterns_on_resume_count_again(tmp_path: Path) -> None:
+    train(Odd(), [LayerwiseLearningRateDecay(DECAY), SaveAt(tmp_path, [2])], max_epochs=1)
+    again = LayerwiseLearningRateDecay(DECAY, layers=["e*", "[bh]*"])
+    train(Odd(), [again], ckpt=tmp_path / "2.ckpt", max_epochs=1)
+    assert again.rate_factors(0) == factors(Odd(), layers=["e*", "[bh]*"])
+
+
+def test_a_search_for_a_learning_rate_changes_nothing(tmp_path: Path) -> None:
+    found = [searched(LayerwiseLearningRateDecay(DECAY), tmp_path / str(i), searches=bool(i)) for i in range(2)]
+    assert_identical(found[1], found[0], "after a search")
+    assert found[0][-1]["orders"]
+
+
 def test_parameters_that_are_added_later_get_their_factors() -> None:
     class Late(Odd):
         def configure_optimizers(self) -> Any:
@@ -405,6 +418,15 @@ def test_first_steps_have_the_ratio_of_the_factors(other: Any, first: bool) -> N
     for name, factor in decay.rate_factors(0).items():
         assert with_decay[name] == pytest.approx(factor * without[name], rel=1e-3, abs=1e-8)
     assert without["body.weight"] > 1e-5
+
+
+def test_a_report_shows_the_rates_of_parts() -> None:
+    swap = OptimizerSwap("muon", lr_factor=10.0, include=["body", "embed"])
+    rows = optimizer_report(train(Odd(), [swap, LayerwiseLearningRateDecay(DECAY)], max_epochs=1)).rows
+    rates = {name: row.lr for row in rows for name in row.parameters}
+    assert rates["embed.weight"] == pytest.approx(0.25)  # 0.1 * 10 * 0.25
+    assert rates["body.weight"] == pytest.approx(0.5)
+    assert (rates["embed.bias"], rates["head.weight"]) == (pytest.approx(0.025), pytest.approx(0.1))
 
 
 # Refusals.
