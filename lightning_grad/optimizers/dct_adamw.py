@@ -21,6 +21,8 @@ class DCTAdamW(MatrixOptimizer):
 
     C are the ``rank`` columns of S with the largest sum of absolute values. Moments have the size of S_C, so they take
     rank / min(shape) of the memory of AdamW's; the matrix Q is shared by all parameters of a size and never saved.
+    Cosines come close to the best directions if neighboring entries of a row are alike; otherwise they are little better
+    than random ones.
 
     Args:
         params: Matrices or groups of them.
