@@ -1,4 +1,4 @@
-"""Train a small transformer with AdamW, Lookahead, Lion and TrAct, without a change of the module. Takes seconds.
+"""Train a small transformer with AdamW, Lookahead, Lion, FRUGAL and TrAct, without a change of it. Takes seconds.
 
 ::
 
@@ -38,7 +38,7 @@ def train(callbacks: list[Callback], epochs: int, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train four times with the options of the command line."""
+    """Train five times with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--optimizer", default="lion", help="short name or dotted path of the other optimizer")
     parser.add_argument("--lr-factor", type=float, default=0.2, help="factor of the learning rate")
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train([Lookahead(k=5, alpha=0.5)], given.epochs, given.output / "lookahead")  # AdamW with slow weights
     swap = OptimizerSwap(given.optimizer, lr_factor=given.lr_factor, wd_factor=given.wd_factor)
     train([swap], given.epochs, given.output / "swapped")
+    train([OptimizerSwap("frugal")], given.epochs, given.output / "frugal")  # hidden matrices; the rest by AdamW
     train([TrAct(given.damping)], given.epochs, given.output / "tract")
     print(f"Written to {given.output}/: metrics.csv of each training.")
 
