@@ -62,4 +62,7 @@ def test_it_measures_state_and_steps(monkeypatch, tmp_path, capsys):
         "lion in the module",
         "OptimizerSwap('lion')",
         "lion in the module, again",
+        "adamw with a group for each layer",
+        "LayerwiseLearningRateDecay",
+        "adamw with a group for each layer, again",
     ]

@@ -29,6 +29,7 @@ from lightning_grad.utilities.reporting import counted, listed
 
 _MOST_LOGGED, _MOST_SAID = 32, 12
 _REFUSED: Mapping[str, str] = {  # by class name, because derived classes count too
+    "Frugal": "chooses its block among all matrices of a group",
     "LBFGS": "moves all parameters along one line",
     "ZeroRedundancyOptimizer": "copies its groups into an optimizer of its own",
 }
@@ -126,6 +127,14 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
         if self.decay == 1.0:
             return False
+        for part in getattr(optimizer, "parts", [optimizer]):
+            self._refuse(part)
+        self._shapes.pop(index, None)
+        self._held[index] = ParameterRates(optimizer, self.display_name)
+        self.undo.push(self._held[index].stop)
+        return True
+
+    def _refuse(self, optimizer: Optimizer) -> None:
         names = [cls.__name__ for cls in type(optimizer).__mro__]
         reason = next((_REFUSED[name] for name in names if name in _REFUSED), None)
         if averages(optimizer):
@@ -137,10 +146,6 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
                 f"{self.display_name} gives each layer its own rate, and {names[0]} {reason}. Train with a plain "
                 "optimizer, such as AdamW or SGD."
             )
-        self._shapes.pop(index, None)
-        self._held[index] = ParameterRates(optimizer, self.display_name)
-        self.undo.push(self._held[index].stop)
-        return True
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -431,10 +431,19 @@ def test_optimizers_that_have_one_rate_raise(kind: Any, words: str) -> None:
     decayed(module, decay=1.0)
 
 
-def test_optimizers_that_average_raise() -> None:
-    pytest.importorskip("schedulefree")
-    with pytest.raises(ValueError, match="AdamWScheduleFree averages weights with its largest rate"):
-        decayed(Odd(), OptimizerSwap("schedulefree-adamw", lr_factor=1.0))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("schedulefree-adamw", "AdamWScheduleFree averages weights with its largest rate"),
+        ("frugal", "Frugal chooses its block among all matrices of a group"),
+    ],
+)
+def test_optimizers_of_a_swap_that_have_one_rate_raise(name: str, words: str) -> None:
+    if name == "schedulefree-adamw":
+        pytest.importorskip("schedulefree")
+    include = ["body", "embed"] if name == "frugal" else None
+    with pytest.raises(ValueError, match=words):
+        decayed(Odd(), OptimizerSwap(name, lr_factor=1.0, include=include))
 
 
 def test_two_instances_and_unknown_layers_raise() -> None:
