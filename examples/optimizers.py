@@ -1,4 +1,4 @@
-"""Train a small transformer with AdamW, layer-wise rates, Lookahead, Lion and TrAct; the module stays as it is. Takes seconds.
+"""Train a small transformer with AdamW, layer-wise rates, Lookahead, Lion, FRUGAL and TrAct. Its code stays as it is.
 
 ::
 
@@ -38,7 +38,7 @@ def train(callbacks: list[Callback], epochs: int, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train five times with the options of the command line."""
+    """Train six times with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--optimizer", default="lion", help="short name or dotted path of the other optimizer")
     parser.add_argument("--lr-factor", type=float, default=0.2, help="factor of the learning rate")
@@ -47,12 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
     parser.add_argument("--output", type=Path, default=Path("runs/optimizers"), help="folder of the results")
     given = parser.parse_args(arguments)
-    train([], given.epochs, given.output / "adamw")
-    train([LayerwiseLearningRateDecay(0.75)], given.epochs, given.output / "layers")  # AdamW with a rate for each layer
-    train([Lookahead(k=5, alpha=0.5)], given.epochs, given.output / "lookahead")  # AdamW with slow weights
     swap = OptimizerSwap(given.optimizer, lr_factor=given.lr_factor, wd_factor=given.wd_factor)
-    train([swap], given.epochs, given.output / "swapped")
-    train([TrAct(given.damping)], given.epochs, given.output / "tract")
+    tried = {"layers": LayerwiseLearningRateDecay(0.75), "lookahead": Lookahead(k=5, alpha=0.5), "swapped": swap}
+    tried |= {"frugal": OptimizerSwap("frugal"), "tract": TrAct(given.damping)}  # FRUGAL moves hidden matrices only
+    train([], given.epochs, given.output / "adamw")
+    for name, callback in tried.items():
+        train([callback], given.epochs, given.output / name)
     print(f"Written to {given.output}/: metrics.csv of each training.")
 
 
