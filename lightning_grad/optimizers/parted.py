@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-_FOLLOWED = ("lr", "weight_decay")
+from lightning_grad.utilities.checks import check_finite_above, check_finite_at_least
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +24,9 @@ class Part:
         wd_factor: Factor of the weight decays of the groups.
         weight_decay: Weight decay in place of those of the groups.
         cycle_momentum: Take over the momentum of the groups, or beta1, before each step. For schedulers that cycle it.
+
+    Raises:
+        ValueError: For a factor or a decay that is negative or not finite, and for an ``lr_factor`` of 0.
     """
 
     parameters: Sequence[Tensor] | Sequence[tuple[str, Tensor]]
@@ -33,6 +36,11 @@ class Part:
     wd_factor: float = 1.0
     weight_decay: float | None = None
     cycle_momentum: bool = False
+
+    def __post_init__(self) -> None:
+        check_finite_above(self.lr_factor, 0, "lr_factor")
+        check_finite_at_least(self.wd_factor, 0, "wd_factor")
+        check_finite_at_least(self.weight_decay, 0, "weight_decay")
 
     @property
     def named(self) -> dict[int, tuple[str | None, Tensor]]:
@@ -110,8 +118,11 @@ class PartedOptimizer(Optimizer):
         _refuse(optimizer)
         _check_parts(optimizer, parts)
         own_state = optimizer.state
-        super().__init__(optimizer.param_groups[0]["params"], optimizer.defaults)
-        self.param_groups = optimizer.param_groups  # not through the constructor, which copies lists and refuses names
+        # The constructor would copy the lists of parameters, and refuse their names.
+        super().__init__(
+            next(group["params"] for group in optimizer.param_groups if group["params"]), optimizer.defaults
+        )
+        self.param_groups = optimizer.param_groups
         self._parts = tuple(parts)
         taken = {key for part in parts for key in part.named}
         self._known = {id(parameter) for group in self.param_groups for parameter in group["params"]}

@@ -13,6 +13,7 @@ from lightning_grad.callbacks.optimizers._matrices import Choice
 from lightning_grad.callbacks.optimizers._names import Make
 from lightning_grad.callbacks.optimizers._options import name_of
 from lightning_grad.callbacks.optimizers._rates import rates_in_words
+from lightning_grad.core.steps.chosen_rates import base_rate
 from lightning_grad.optimizers import Part, PartedOptimizer
 
 
@@ -64,8 +65,9 @@ def part_optimizer(
     return new, [str(each.message) for each in said]
 
 
-def parted_words(new: PartedOptimizer, choice: Choice, old: Optimizer) -> str:
-    """Return what moves by which class, for the first line of the fit."""
-    moved = new.parts[0]
-    rates = rates_in_words(moved.param_groups)
-    return f"{type(moved).__name__} for {choice.words()} of {type(old).__name__} ({rates})"
+def parted_words(new: PartedOptimizer, choice: Choice, old: Optimizer, lr_factor: float | None) -> str:
+    """Return what moves by which class, for the first line of the fit, with the base rates of schedules."""
+    moved, factor = new.parts[0], 1.0 if lr_factor is None else lr_factor
+    bases = [base_rate(new.param_groups[new.group_of(moved, index)]) for index in range(len(moved.param_groups))]
+    groups = [{**group, "lr": base * factor} for group, base in zip(moved.param_groups, bases, strict=True)]
+    return f"{type(moved).__name__} for {choice.words()} of {type(old).__name__} ({rates_in_words(groups)})"

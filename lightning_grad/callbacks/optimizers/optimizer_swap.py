@@ -334,10 +334,11 @@ class OptimizerSwap(OptimizerNeeds):
         moved, rest = new.parts[0], type(old)
         refuse_own_values(self.display_name, make, moved)
         self._refuse_moved(moved, old, trainer, module)
+        self.compatibility.refuse_parameters(self.display_name, module, owned_ids(moved))  # a sparse table, by name
         self.undo.push(replace_optimizer(old, new, schedulers))
         its_class = f"{rest.__module__}.{rest.__qualname__}"
         self._optimizers[str(index)] = description(moved, matrices=choice.names, rest=its_class)
-        self._swapped[index] = parted_words(new, choice, old)
+        self._swapped[index] = parted_words(new, choice, old, self.lr_factor)
         self._remarks += remarks(old, groups, moved, self.lr_factor)
         if choice.left or choice.others:
             self._remarks.append(f"leaves to {rest.__name__}: {choice.words_of_left()}")

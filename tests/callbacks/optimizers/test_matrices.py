@@ -426,6 +426,24 @@ class Averages(AdamW):
     def eval(self) -> None: ...
 
 
+def test_the_first_line_has_the_highest_rate_of_a_schedule(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train(Deep(scheduler=one_cycle), [OptimizerSwap("dct-adamw", DCT, lr_factor=0.5)], max_epochs=1)
+    assert "of AdamW (learning rate 0.005, weight decay 0.1)." in caplog.text
+
+
+def test_a_sparse_table_is_refused_if_it_is_named() -> None:
+    class Sparse(Deep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(9, 6, sparse=True)
+
+        def groups(self) -> list[dict[str, Any]]:
+            return [{"params": [self.table.weight, self.net[1].weight]}]
+
+    refused(Sparse(), [OptimizerSwap("dct-adamw", DCT, include=["table.weight"])], "'table' computes sparse ones")
+
+
 def test_an_own_rate_of_a_callable_is_refused() -> None:
     refused(Deep(), [OptimizerSwap(partial(DCTAdamW, lr=0.3, rank=2))], r"must not set a learning rate.*got lr=0\.3")
 
