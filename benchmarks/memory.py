@@ -62,6 +62,14 @@ DGC: dict[str, Any] = {"ratio": 1e-3, "warmup": [0.25, 0.0625], "warmup_steps": 
 POWER: dict[str, Any] = {"rank": 4, **BUCKETS}
 
 
+SETTINGS: dict[str, dict[str, Any]] = {  # other settings of callbacks, measured next to their trial setting
+    "OptimizerSwap, muon": {"optimizer": "muon"},
+    "OptimizerSwap, galore-adamw, rank 64": {"optimizer": "galore-adamw", "options": {"rank": 64}},
+    "OptimizerSwap, frugal": {"optimizer": "frugal"},
+    "OptimizerSwap, dct-adamw, rank 64": {"optimizer": "dct-adamw", "options": {"rank": 64}},
+}
+
+
 class Classifier(LightningModule):
     """A transformer that classifies images by their patches.
 
@@ -214,12 +222,15 @@ def callback_rows(only: Sequence[str]) -> list[Row]:
     techniques = {name: getattr(callbacks, name) for name in callbacks.__all__ if not only or name in only}
     fits: dict[str, Callable[[], list[Callback]]] = {PLAIN: list, f"{PLAIN}{AGAIN}": list}
     fits |= {name: partial(_one, technique) for name, technique in techniques.items()}
+    for name, arguments in SETTINGS.items():
+        technique = techniques.get(name.partition(",")[0])
+        fits |= {name: partial(_one, technique, arguments)} if technique is not None else {}
     found = {name: memory_of(fit) for name, fit in fits.items()}
     return rows_of(found, {name: PLAIN for name in fits if name != PLAIN})
 
 
-def _one(technique: Any) -> list[Callback]:
-    return [technique(**technique.trial)]
+def _one(technique: Any, arguments: Mapping[str, Any] | None = None) -> list[Callback]:
+    return [technique(**(technique.trial if arguments is None else arguments))]
 
 
 def strategy_rows(only: Sequence[str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Train a small transformer with AdamW, Lookahead, Lion and TrAct, without a change of the module. Takes seconds.
+"""Train a small transformer with AdamW, layer-wise rates, Lookahead, Lion, FRUGAL and TrAct. Its code stays as it is.
 
 ::
 
@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, VisionTransformer
 
-from lightning_grad.callbacks import Lookahead, OptimizerSwap, TrAct
+from lightning_grad.callbacks import LayerwiseLearningRateDecay, Lookahead, OptimizerSwap, TrAct
 from lightning_grad.utilities import optimizer_report
 
 
@@ -38,7 +38,7 @@ def train(callbacks: list[Callback], epochs: int, output: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train four times with the options of the command line."""
+    """Train six times with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--optimizer", default="lion", help="short name or dotted path of the other optimizer")
     parser.add_argument("--lr-factor", type=float, default=0.2, help="factor of the learning rate")
@@ -47,11 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=5, help="epochs of each training")
     parser.add_argument("--output", type=Path, default=Path("runs/optimizers"), help="folder of the results")
     given = parser.parse_args(arguments)
-    train([], given.epochs, given.output / "adamw")
-    train([Lookahead(k=5, alpha=0.5)], given.epochs, given.output / "lookahead")  # AdamW with slow weights
     swap = OptimizerSwap(given.optimizer, lr_factor=given.lr_factor, wd_factor=given.wd_factor)
-    train([swap], given.epochs, given.output / "swapped")
-    train([TrAct(given.damping)], given.epochs, given.output / "tract")
+    tried = {"layers": LayerwiseLearningRateDecay(0.75), "lookahead": Lookahead(k=5, alpha=0.5), "swapped": swap}
+    tried |= {"frugal": OptimizerSwap("frugal"), "tract": TrAct(given.damping)}  # FRUGAL moves hidden matrices only
+    train([], given.epochs, given.output / "adamw")
+    for name, callback in tried.items():
+        train([callback], given.epochs, given.output / name)
     print(f"Written to {given.output}/: metrics.csv of each training.")
 
 

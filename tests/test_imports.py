@@ -23,7 +23,8 @@ OPTIONAL = {"wandb", "matplotlib", "rich", "sklearn", "jsonargparse"}
 _BASE = ("torch", "numpy", "lightning", "typing_extensions")
 _LOWER = tuple(f"lightning_grad.{layer}" for layer in ("functional", "data", "utilities", "core"))
 
-_TECHNIQUES = (*_LOWER, "lightning_grad.callbacks", "lightning_grad.strategies")
+_OPTIMIZERS = "lightning_grad.optimizers"
+_TECHNIQUES = (*_LOWER, _OPTIMIZERS, "lightning_grad.callbacks", "lightning_grad.strategies")
 
 # What each layer may import beside the standard library, from the lowest to the highest.
 ALLOWED = {
@@ -31,7 +32,8 @@ ALLOWED = {
     "lightning_grad.data": ("torch", "numpy", *_LOWER[:2]),  # numpy: score files
     "lightning_grad.utilities": (*_BASE, *_LOWER[:3]),
     "lightning_grad.core": (*_BASE, *_LOWER),
-    "lightning_grad.callbacks": (*_BASE, "torchmetrics", *_LOWER, "lightning_grad.callbacks"),
+    "lightning_grad.optimizers": ("torch", _LOWER[0], _LOWER[2], _OPTIMIZERS),
+    "lightning_grad.callbacks": (*_BASE, "torchmetrics", *_LOWER, _OPTIMIZERS, "lightning_grad.callbacks"),
     "lightning_grad.strategies": (*_BASE, *_LOWER, "lightning_grad.strategies"),
     "lightning_grad.testing": (*_BASE, *_TECHNIQUES, "lightning_grad.testing"),
     "lightning_grad.cli": (*_BASE, "yaml", "tqdm", *_TECHNIQUES, "lightning_grad.testing", "lightning_grad.cli"),

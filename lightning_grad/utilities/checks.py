@@ -5,6 +5,7 @@ Checks of numbers accept ``None``, which means that the argument is off.
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -221,11 +222,18 @@ def owned_ids(optimizer: Optimizer) -> set[int]:
 
 
 def keeps(optimizer: Optimizer, key: str) -> bool:
-    """Return True if an optimizer keeps a state such as ``exp_avg_sq``, even before its first step."""
-    number = torch.zeros(1, requires_grad=True)
-    number.grad = torch.zeros(1)
+    """Return True if an optimizer keeps a state such as ``exp_avg_sq``, even before its first step.
+
+    An optimizer with parts keeps it if each part does.
+    """
+    if hasattr(optimizer, "parts"):
+        return all(keeps(part, key) for part in optimizer.parts)
+    number = torch.zeros(1, 1, requires_grad=True)  # a matrix, because some optimizers take nothing else
+    number.grad = torch.zeros(1, 1)
     try:
-        probe = type(optimizer)([number], **optimizer.defaults)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its rank is 1
+            probe = type(optimizer)([number], **optimizer.defaults)
         probe.step()
     except Exception:  # unknown before the first step if the optimizer cannot be built from its defaults
         return True

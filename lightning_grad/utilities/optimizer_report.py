@@ -1,6 +1,6 @@
 """Report what each optimizer of a trainer moves, with rates, decays and the memory of its state."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ class MovedGroup:
     """One parameter group of an optimizer, from :func:`optimizer_report`.
 
     Args:
-        optimizer: Class of the optimizer, with its index.
+        optimizer: Class of the optimizer, with its index. An optimizer with parts has a row for each.
         group: Index of the group, or its name if it has one.
         parameters: Names of the parameters.
         entries: Number of entries of all parameters.
@@ -50,12 +50,14 @@ class OptimizerReport:
     """What the optimizers of a trainer move. ``print(report)`` shows a table.
 
     Args:
-        rows: One row for each parameter group.
+        rows: One row for each parameter group, or for each rate in it.
         unmoved: Names of trainable parameters that no optimizer holds.
+        notes: Sentences of optimizers about their run, such as the number of decompositions of GaLore.
     """
 
     rows: tuple[MovedGroup, ...]
     unmoved: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def state_bytes(self) -> int:
@@ -63,15 +65,16 @@ class OptimizerReport:
         return sum(row.state_bytes for row in self.rows)
 
     def __str__(self) -> str:
-        return format_table([row.cells for row in self.rows], _HEADER) + self._words_of_unmoved()
+        return format_table([row.cells for row in self.rows], _HEADER) + self._words()
 
     def markdown(self) -> str:
         """Return the table for a page."""
         lines = [_HEADER, ("---",) * len(_HEADER), *(row.cells for row in self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + self._words_of_unmoved()
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + self._words()
 
-    def _words_of_unmoved(self) -> str:
-        return f"\n\nNo optimizer moves {', '.join(self.unmoved)}." if self.unmoved else ""
+    def _words(self) -> str:
+        unmoved = [f"No optimizer moves {', '.join(self.unmoved)}."] if self.unmoved else []
+        return "".join(f"\n\n{sentence}" for sentence in (*unmoved, *self.notes))
 
 
 def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
@@ -84,7 +87,8 @@ def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
         trainer: A trainer that is fitting, or has fitted, a module.
 
     Returns:
-        OptimizerReport: One row for each parameter group; it prints as a table.
+        OptimizerReport: One row for each parameter group; it prints as a table. A group has several rows if a callback
+        such as :class:`lightning_grad.callbacks.LayerwiseLearningRateDecay` gives parameters rates of their own.
 
     Raises:
         ValueError: If the trainer has no optimizers yet.
@@ -105,22 +109,62 @@ def optimizer_report(trainer: pl.Trainer) -> OptimizerReport:
         parameter: clean_name(name) for name, parameter in trainer.lightning_module.named_parameters()
     }
     rows = tuple(
-        _row(f"{index}: {type(optimizer).__name__}", str(number), optimizer, group, named)
+        _row(f"{index}: {type(part).__name__}", name, part, group, named)
         for index, optimizer in enumerate(trainer.optimizers)
-        for number, group in enumerate(optimizer.param_groups)
+        for part, name, whole in _groups_of(optimizer)
+        for group in _by_rate(whole, _factors(trainer, index), named)
     )
     moved = {name for row in rows for name in row.parameters}
     left = [name for parameter, name in named.items() if parameter.requires_grad and name not in moved]
-    return OptimizerReport(rows, tuple(left))
+    parts = [part for optimizer in trainer.optimizers for part in getattr(optimizer, "parts", [optimizer])]
+    notes = [note for part in parts if hasattr(part, "notes") for note in part.notes()]
+    return OptimizerReport(rows, tuple(left), tuple(notes))
 
 
-def _row(
-    optimizer: str, number: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]
-) -> MovedGroup:
+def _groups_of(optimizer: Any) -> Iterator[tuple[Optimizer, str, Mapping[str, Any]]]:
+    """Yield groups with their names and their optimizers, which are the parts of an optimizer that has some."""
+    if not hasattr(optimizer, "parts"):  # a PartedOptimizer, which this layer does not import
+        yield from ((optimizer, _name(group, number), group) for number, group in enumerate(optimizer.param_groups))
+        return
+    optimizer.follow()  # a scheduler may have changed the rates since the last step
+    for part in optimizer.parts:
+        for index, group in enumerate(part.param_groups):
+            number = optimizer.group_of(part, index)
+            yield part, _name(optimizer.param_groups[number], number), group
+
+
+def _factors(trainer: Any, index: int) -> dict[str, float]:
+    """Return factors on the rates of parameters, from callbacks that have a method ``rate_factors``."""
+    product: dict[str, float] = {}
+    for callback in trainer.callbacks:
+        for name, factor in getattr(callback, "rate_factors", lambda _: {})(index).items():
+            product[name] = product.get(name, 1.0) * factor
+    return product
+
+
+def _by_rate(
+    group: Mapping[str, Any], factors: Mapping[str, float], named: Mapping[Tensor, str]
+) -> Iterator[Mapping[str, Any]]:
+    """Yield a group, or its parts if a callback gives parameters rates of their own."""
+    parts: dict[float, list[Tensor]] = {}
+    for parameter in group["params"]:
+        parts.setdefault(factors.get(named.get(parameter, ""), 1.0), []).append(parameter)
+    if parts.keys() <= {1.0}:
+        yield group
+        return
+    for factor, parameters in parts.items():
+        yield {**group, "params": parameters, "lr": group["lr"] * factor}
+
+
+def _name(group: Mapping[str, Any], number: int) -> str:
+    return str(group.get("name", number))
+
+
+def _row(optimizer: str, name: str, of: Optimizer, group: Mapping[str, Any], named: Mapping[Tensor, str]) -> MovedGroup:
     parameters = group["params"]
     return MovedGroup(
         optimizer,
-        str(group.get("name", number)),
+        name,
         tuple(named.get(parameter, "a parameter outside the module") for parameter in parameters),
         sum(parameter.numel() for parameter in parameters),
         _number(group.get("lr")),

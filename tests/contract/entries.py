@@ -107,6 +107,11 @@ class Technique(Entry):
     together: bool = False
 
     @property
+    def chooses(self) -> bool:
+        """Whether this setting chooses parameters by their names."""
+        return bool(getattr(self.build(), "moves_matrices", True))
+
+    @property
     def observes(self) -> bool:
         """Whether it changes nothing in a run in which nothing goes wrong."""
         return self.neutral == {}

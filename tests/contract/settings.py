@@ -10,7 +10,7 @@ from lightning_grad import callbacks
 from lightning_grad.core.roles import ROLES
 from tests.contract.entries import Technique, collect
 
-__all__ = ["BROAD", "CANONICAL", "DIFFERENT", "TECHNIQUES", "Technique", "build_together"]
+__all__ = ["BROAD", "CANONICAL", "CHOOSING", "DIFFERENT", "TECHNIQUES", "Technique", "build_together"]
 
 _FAMILIES = sorted(path.parent.name for path in Path(__file__).parents[1].glob("callbacks/*/contract.py"))
 
@@ -25,6 +25,12 @@ DIFFERENT: list[Technique] = [
     if any(entry.name == first.name and entry.works_with != first.works_with for first in CANONICAL)
 ]
 """Settings that work with other things than the first of their technique."""
+CHOOSING: list[Technique] = [
+    next((entry for entry in TECHNIQUES if entry.name == first.name and entry.chooses), first)
+    for first in CANONICAL
+    if "include" in first.build().settings
+]
+"""A setting of each technique that chooses parameters by their names."""
 BROAD: list[Technique] = [technique for technique in TECHNIQUES if technique.broad]
 
 

@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_grad.testing import BATCH, WIDTH, assert_identical, make_trainer
-from tests.contract.settings import CANONICAL
+from tests.contract.settings import CHOOSING
 
-CHOOSING = [technique for technique in CANONICAL if "include" in technique.build().settings]
 CLASSES = 8
 
 

@@ -28,7 +28,7 @@ CLIPPING, PRUNING = tuple(clipping.SHAPES), (data_pruning.CONVNET, data_pruning.
 TITLES = {
     "sparsity": ("masks", "transformer", "convnet", "many layers"),
     "clipping": (*CLIPPING, *(f"{name}, hooks" for name in CLIPPING), *clipping.MODELS),
-    "optimizers": (optimizers.STATE, optimizers.STEPS_OF),
+    "optimizers": (optimizers.STATE, optimizers.STEPS_OF, optimizers.OF_MATRICES, optimizers.MATRIX_STEPS),
     "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
     "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
     "diagnostics": (*diagnostics.MODELS, diagnostics.LOOKS),

@@ -12,7 +12,6 @@ from lightning.pytorch import Trainer, seed_everything
 from plain_project import Digits, ResidualConvNet, VisionTransformer
 
 from lightning_grad import callbacks, strategies
-from lightning_grad.callbacks import NMSparsity
 from lightning_grad.core import GradientConditioner, OptimizerCallback
 
 hydra = pytest.importorskip("hydra")
@@ -33,6 +32,7 @@ EXPECTED = {
         "finetune_fraction": 0.3,
         "exclude": ["*.layers.0.*"],
     },
+    "optimizer_swap_matrices": {"optimizer": "dct-adamw", "options": {"rank": 16}, "exclude": None},
     "nm_sparsity_schedule": {"pattern": "1:4", "recipe": [(0.1, "3:4"), (0.3, "2:4"), (0.5, "1:4")]},
 }
 
@@ -44,13 +44,13 @@ CONDITIONERS = sorted(
 )
 
 
-def instantiate(*overrides: str) -> NMSparsity:
+def instantiate(*overrides: str) -> Any:
     """Compose the group ``callbacks`` and instantiate its only entry, as the template does."""
     with hydra.initialize_config_dir(str(CONFIGS), version_base=None):
         config = hydra.compose(overrides=list(overrides))
-    assert list(config.callbacks) == ["nm_sparsity"]
-    callback = hydra.utils.instantiate(config.callbacks.nm_sparsity)
-    assert isinstance(callback, NMSparsity)
+    (word,) = config.callbacks
+    callback = hydra.utils.instantiate(config.callbacks[word])
+    assert type(callback).__name__ == WORDS[word]
     return callback
 
 
@@ -212,6 +212,10 @@ def test_snippet_trains_the_plain_project(snippet: str, tmp_path: Path) -> None:
     )
     module = VisionTransformer(width=16, heads=2)
     trainer.fit(module, Digits())
+    if snippet == "optimizer_swap_matrices":
+        moved = trainer.optimizers[0].parts[0].param_groups[0]["param_names"]
+        assert moved[0] == "net.encoder.layers.0.self_attn.in_proj_weight"
+        return
     zeros = {name: (weight == 0).float().mean().item() for name, weight in module.named_parameters()}
     last = "net.encoder.layers.2.linear2.weight"
     assert zeros[last] == (0.75 if snippet == "nm_sparsity_schedule" else 0.875)

@@ -41,6 +41,8 @@ def test_it_measures_state_and_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(optimizers, "SmallTransformer", Small)
     monkeypatch.setattr(optimizers, "STEPS", 2)
     monkeypatch.setattr(optimizers, "STEP_BUDGET", None)
+    kept = {"dct-adamw": ({"rank": 32}, 0.7), "frugal": ({"density": 0.25}, 0.8)}  # one layer has few hidden matrices
+    monkeypatch.setattr(optimizers, "MATRICES", kept)
     monkeypatch.setattr(optimizers, "batch_of", lambda: (torch.randn(1, 2, 256), torch.randn(1, 2, 256)))
     optimizers.main(["--quick", "--out", str(tmp_path / "speed.json")])
     assert "Budgets missed: nothing." in capsys.readouterr().out
@@ -49,8 +51,18 @@ def test_it_measures_state_and_steps(monkeypatch, tmp_path, capsys):
     ratios = {row["name"]: row["ratio"] for row in tables[optimizers.STATE]}
     assert ratios["OptimizerSwap('lion')"] == pytest.approx(0.5, abs=1e-3)
     assert ratios["OptimizerSwap('adafactor')"] < 0.01
+    ratios = {row["name"]: row["ratio"] for row in tables[optimizers.OF_MATRICES]}
+    assert ratios["OptimizerSwap('dct-adamw'), rank=32"] < ratios["OptimizerSwap('frugal'), density=0.25"] < 1.0
+    assert [row["name"] for row in tables[optimizers.MATRIX_STEPS]] == [
+        "AdamW",
+        "OptimizerSwap('dct-adamw'), rank=32",
+        "AdamW, again",
+    ]
     assert [row["name"] for row in tables[optimizers.STEPS_OF]] == [
         "lion in the module",
         "OptimizerSwap('lion')",
         "lion in the module, again",
+        "adamw with a group for each layer",
+        "LayerwiseLearningRateDecay",
+        "adamw with a group for each layer, again",
     ]

@@ -39,7 +39,7 @@ class Named:
         options: Options of the constructor that differ from its defaults.
         elementwise: Whether the update of an entry depends on that entry alone, so it also works on
             shards of a parameter.
-        only_matrices: Whether it refuses parameters that are not two-dimensional.
+        only_matrices: Whether it moves matrices only, so the rest stays on the module's own optimizer.
         takes_sparse: Whether it takes sparse gradients.
         takes_complex: Whether it treats a complex entry as two real ones.
     """
@@ -63,6 +63,10 @@ def _of_library(name: str, scale: str = "Adam", **rest: Any) -> Named:
     return Named(f"pytorch_optimizer.{name}", scale, "optimizers", **rest)
 
 
+def _for_matrices(name: str, **rest: Any) -> Named:
+    return Named(f"lightning_grad.optimizers.{name}", only_matrices=True, **rest)
+
+
 _EACH_ENTRY: Mapping[str, Any] = {"elementwise": True, "takes_complex": True}
 NAMES: Mapping[str, Named] = {
     "adamw": Named("torch.optim.AdamW", **_EACH_ENTRY),
@@ -70,6 +74,10 @@ NAMES: Mapping[str, Named] = {
     "sgd": Named("torch.optim.SGD", "SGD", takes_sparse=True, **_EACH_ENTRY),
     "adafactor": Named("torch.optim.Adafactor", "Adafactor"),
     "muon": Named("torch.optim.Muon", options={"adjust_lr_fn": "match_rms_adamw"}, only_matrices=True),
+    "galore-adamw": _for_matrices("GaLoreAdamW"),
+    "q-galore": _for_matrices("GaLoreAdamW", options={"lazy": True, "projector_bits": 4}),
+    "frugal": _for_matrices("Frugal"),
+    "dct-adamw": _for_matrices("DCTAdamW"),
     "lion": _of_library("Lion", "Lion", **_EACH_ENTRY),
     "adabelief": _of_library("AdaBelief", **_EACH_ENTRY),
     "adamp": _of_library("AdamP", takes_complex=True),
@@ -155,8 +163,8 @@ def find_class(name: str) -> Make:
         >>> find_class("adafaktor")
         Traceback (most recent call last):
         ValueError: optimizer must be a short name or the dotted path of a class; got 'adafaktor'. Did you mean \
-'adafactor'? Short names are adamw, adam, sgd, adafactor, muon, lion, adabelief, adamp, sgdp, diffgrad, came, spam, \
-soap, prodigy, adahessian, sophia, schedulefree-adamw.
+'adafactor'? Short names are adamw, adam, sgd, adafactor, muon, galore-adamw, q-galore, frugal, dct-adamw, lion, \
+adabelief, adamp, sgdp, diffgrad, came, spam, soap, prodigy, adahessian, sophia, schedulefree-adamw.
     """
     named = NAMES.get(name)
     path = named.path if named else name

@@ -5,13 +5,16 @@ Used only by :class:`lightning_grad.callbacks.OptimizerSwap`.
 
 import functools
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from lightning_grad.callbacks.optimizers._names import Make
 from lightning_grad.functional.choices import hint_for
+from lightning_grad.utilities.checks import check_finite, check_finite_at_least
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -51,6 +54,40 @@ capturable, differentiable, eps, foreach, fused, maximize, weight_decay.
                 f"options must be those of {name_of(make)}; got {dict(options)!r}.{hint_for(name, known)} It has "
                 f"{', '.join(known) or 'none'}."
             )
+
+
+def check_numbers(options: Mapping[str, Any]) -> None:
+    """Raise for a number that is infinite, and for a negative one outside of a list.
+
+    Raises:
+        ValueError: Names the option.
+
+    Example:
+        >>> check_numbers({"momentum": -0.5})
+        Traceback (most recent call last):
+        ValueError: options: momentum must be at least 0; got -0.5.
+    """
+    for name, value in options.items():
+        for number in value if isinstance(value, tuple) else ():
+            if isinstance(number, float):
+                check_finite(number, f"options: {name}")
+        if isinstance(value, (int, float)):
+            check_finite_at_least(value, 0, f"options: {name}")
+
+
+def try_options(make: Make, options: Mapping[str, Any]) -> None:
+    """Raise if a class of optimizers of matrices does not take the values of options.
+
+    Raises:
+        ValueError: With the error of the class.
+    """
+    tall = torch.nn.Parameter(torch.empty(2**20, 1, device="meta"))  # no memory; room for a small share of its rows
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its rank is 1
+            make([tall], **options)
+    except Exception as error:
+        raise ValueError(f"{name_of(make)} does not take options={dict(options)!r}: {error}") from error
 
 
 def defaults_of(make: Make) -> dict[str, Any]:

@@ -6,11 +6,11 @@ Used only by :class:`lightning_grad.callbacks.OptimizerSwap`.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_grad.callbacks.optimizers._names import Make, entry_of
+from lightning_grad.callbacks.optimizers._names import Make
 from lightning_grad.callbacks.optimizers._options import class_of, given_value, name_of
 
 _NOT_REPLACED: Mapping[str, str] = {  # by class name, because derived classes count too
@@ -44,13 +44,13 @@ def refuse_old(display_name: str, index: int, old: Optimizer) -> None:
         )
 
 
-def refuse_new(display_name: str, make: Make, old: Optimizer, module: nn.Module) -> None:
+def refuse_new(display_name: str, make: Make, old: Optimizer) -> None:
     """Raise if a class cannot move the parameters of an optimizer.
 
     Raises:
         ValueError: With the reason.
     """
-    kind, name, named = class_of(make), name_of(make), entry_of(class_of(make))
+    kind, name = class_of(make), name_of(make)
     parameters = [parameter for group in old.param_groups for parameter in group["params"]]
     if name == "LBFGS":
         raise ValueError(
@@ -70,18 +70,6 @@ def refuse_new(display_name: str, make: Make, old: Optimizer, module: nn.Module)
             f"with learning rates {', '.join(f'{rate:g}' for rate in rates)}. Give all groups one learning rate, or use "
             "another optimizer."
         )
-    if named is not None and named.only_matrices:
-        other = next((parameter for parameter in parameters if parameter.ndim != 2), None)
-        if other is not None:
-            raise ValueError(
-                f"{display_name} cannot use {name}, which moves matrices only, for {_name_in(module, other)} of shape "
-                f"{tuple(other.shape)}. Return matrices and other parameters in two optimizers, and choose the first "
-                "with which=[0]; or use another optimizer."
-            )
-
-
-def _name_in(module: nn.Module, parameter: Tensor) -> str:
-    return next((name for name, each in module.named_parameters() if each is parameter), "a parameter")
 
 
 def refuse_scheduler(display_name: str, schedulers: Iterable[Any], old: Optimizer) -> None:

@@ -5,19 +5,24 @@ from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_, forget_marks
+from lightning_grad.callbacks.optimizers._matrices import MatrixChooser
 from lightning_grad.callbacks.optimizers._names import NAMES, Make, entry_of, find_class, refuse_second_order
 from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
 from lightning_grad.callbacks.optimizers._options import (
     as_options,
+    check_numbers,
     check_options,
     class_of,
     name_of,
     own_options,
+    try_options,
 )
+from lightning_grad.callbacks.optimizers._parted import part_optimizer, parted_words
 from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_other_scale, remarks
 from lightning_grad.callbacks.optimizers._refusals import (
     refuse_new,
@@ -32,9 +37,10 @@ from lightning_grad.core import GradCallback, as_indices, during_fit, no, until_
 from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_, unknown_schedulers
 from lightning_grad.core.steps.replacement import held_schedulers, replace_optimizer
-from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one
+from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one, owned_ids
+from lightning_grad.utilities.parameters import as_names, check_patterns
 
-Option = bool | float | str | Sequence[float | None] | None
+Option = bool | int | float | str | Sequence[float | None] | None
 
 _SCALED = "the checkpoint holds rates and decays that were multiplied by the old value"
 _SHARDED = no(
@@ -46,6 +52,8 @@ _COMPLEX = no(
     "Use lion, adabelief, adamp or diffgrad, or skip its optimizer with which=[...]",
 )
 
+_ON_THE_REST = yes("Such parameters stay on the module's own optimizer.")
+
 
 class OptimizerSwap(OptimizerNeeds):
     r"""Train with another optimizer than ``configure_optimizers`` returns.
@@ -56,9 +64,10 @@ class OptimizerSwap(OptimizerNeeds):
     Args:
         optimizer: Short name, dotted path of a class, or callable; None keeps the module's class.
             Short names are ``adafactor``, ``adabelief``, ``adahessian``, ``adam``, ``adamp``,
-            ``adamw``, ``came``, ``diffgrad``, ``lion``, ``muon``, ``prodigy``,
-            ``schedulefree-adamw``, ``sgd``, ``sgdp``, ``soap``, ``sophia`` and ``spam``. A callable
-            takes a list of parameter groups; in YAML, write ``class_path`` and ``init_args``.
+            ``adamw``, ``came``, ``diffgrad``, ``lion``, ``prodigy``, ``schedulefree-adamw``, ``sgd``,
+            ``sgdp``, ``soap``, ``sophia`` and ``spam``, and for matrices only ``dct-adamw``,
+            ``frugal``, ``galore-adamw``, ``muon`` and ``q-galore``. A callable takes a list of
+            parameter groups; in YAML, write ``class_path`` and ``init_args``.
         options: Options of the constructor, such as betas; the others get the defaults of the class.
             If a name or a class is that of the module's optimizer, they get the values of that one.
             ``weight_decay`` replaces a decay that all groups share. Learning rates are no options.
@@ -67,6 +76,10 @@ class OptimizerSwap(OptimizerNeeds):
             1.0 does not.
         wd_factor: Factor of all weight decays; None leaves them unchanged.
         which: Indices of the optimizers to replace; None replaces all.
+        include: Names or wildcards of the matrices for an optimizer that moves matrices only.
+            Default: those of all linear and attention layers, except the first and the last layer. The
+            module's own optimizer keeps moving all other parameters, with its class and options.
+        exclude: Names or wildcards of matrices that stay on the module's own optimizer.
         name: Name of this instance, needed if two are used.
 
     Raises:
@@ -74,7 +87,8 @@ class OptimizerSwap(OptimizerNeeds):
             Before the first batch if an optimizer cannot be replaced (none, LBFGS,
             ``ZeroRedundancyOptimizer``, under DeepSpeed) or cannot be created, if a callable sets a
             learning rate or weight decay, if usual rates differ and ``lr_factor`` is None, for two
-            instances on one optimizer, and for a checkpoint with the state of another optimizer.
+            instances on one optimizer, for a checkpoint with the state of another optimizer, and if a
+            pattern matches nothing or no matrix is left.
         ModuleNotFoundError: In the constructor if the package of the optimizer is not installed.
 
     **Hooks.** The strategy's ``setup_optimizers``, so all callbacks and precision plugins see the new
@@ -84,8 +98,9 @@ class OptimizerSwap(OptimizerNeeds):
 
     **Logs.** Nothing. Lightning's ``LearningRateMonitor`` shows the rates of the new optimizer.
 
-    **State.** Class and options of each new optimizer. A run resumes only with the same ones. With an
-    optimizer that averages weights, also the training weights; the module's are the averages.
+    **State.** Class and options of each new optimizer, and the names of its matrices if it moves
+    matrices only. A run resumes only with the same ones. With an optimizer that averages weights, also
+    the training weights; the module's are the averages.
 
     **Cost.** That of the new optimizer.
 
@@ -136,6 +151,8 @@ class OptimizerSwap(OptimizerNeeds):
         lr_factor: float | None = None,
         wd_factor: float | None = None,
         which: Sequence[int] | None = None,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -144,12 +161,22 @@ class OptimizerSwap(OptimizerNeeds):
         self.lr_factor = check_finite(check_above(lr_factor, 0.0, "lr_factor"), "lr_factor")
         self.wd_factor = check_finite_at_least(wd_factor, 0.0, "wd_factor")
         self.which = as_indices(which, "which")
+        self.include, self.exclude = as_names(include), as_names(exclude)
         decay = (self.options or {}).get("weight_decay")
         check_only_one({"options: weight_decay": decay, "wd_factor": wd_factor}, "set the weight decay")
         if self.optimizer is not None:
             refuse_second_order(self.new_class())
             check_options(self.options or {}, self._constructor())
         check_finite_at_least(decay, 0.0, "options: weight_decay")
+        if self.moves_matrices:
+            check_numbers(self.options or {})
+            try_options(self._constructor(), self.options or {})
+        elif not (include is None and exclude is None):
+            name = "the module's own class" if self.optimizer is None else name_of(self._constructor())
+            raise ValueError(
+                f"include and exclude choose matrices, but {name} moves all parameters. Remove them, or use "
+                f"{', '.join(name for name, named in NAMES.items() if named.only_matrices)}."
+            )
 
     def _constructor(self) -> Make:
         """Return the constructor of the new optimizer."""
@@ -158,6 +185,12 @@ class OptimizerSwap(OptimizerNeeds):
             return self.optimizer
         found, named = find_class(self.optimizer), NAMES.get(self.optimizer)
         return partial(found, **named.options) if named and named.options else found
+
+    @property
+    def moves_matrices(self) -> bool:
+        """Whether the new optimizer moves matrices only, so the module's own optimizer moves the rest."""
+        named = None if self.optimizer is None else entry_of(self.new_class())
+        return named is not None and named.only_matrices
 
     @property
     def is_neutral(self) -> bool:
@@ -172,6 +205,8 @@ class OptimizerSwap(OptimizerNeeds):
             answers = answers.but(sparse_gradients=yes("If the class supports them."))
         if named is not None and not named.takes_complex:
             answers = answers.but(complex_parameters=_COMPLEX)
+        if named is not None and named.only_matrices:
+            answers = answers.but(sparse_gradients=_ON_THE_REST, complex_parameters=_ON_THE_REST)
         if named is not None and not named.elementwise:
             answers = answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
         return answers
@@ -252,21 +287,61 @@ class OptimizerSwap(OptimizerNeeds):
         trainer: pl.Trainer,
         module: pl.LightningModule,
     ) -> Optimizer:
-        make = self.make(old)
-        refuse_new(self.display_name, make, old, module)
-        new, groups = self.create(make, old), [dict(group) for group in old.param_groups]
-        self.refuse_run(type(new), trainer, module)
-        parameters = {id(parameter) for group in old.param_groups for parameter in group["params"]}
-        self.answers_for(type(new)).refuse_parameters(self.display_name, module, parameters)
-        if self.lr_factor is None:
-            refuse_other_scale(self.display_name, old, type(new))
-        elif self.lr_factor != 1.0:
+        make, groups = self.make(old), [dict(group) for group in old.param_groups]
+        refuse_new(self.display_name, make, old)
+        # A module may return an optimizer of its matrices itself, of the same class.
+        if self.moves_matrices and class_of(make) is not type(old):
+            return self._part(index, make, old, schedulers, trainer, module)
+        new = self.create(make, old)
+        self._refuse_moved(new, old, trainer, module)
+        if self.lr_factor not in (None, 1.0):
             refuse_scheduler(self.display_name, schedulers, old)
         self.undo.push(partial(forget_marks, new))
         self.undo.push(replace_optimizer(old, new, schedulers))
         if self.lr_factor not in (None, 1.0):
             self._scale(new, schedulers)
-        self._describe(index, old, groups, new)
+        self._optimizers[str(index)] = description(new)
+        self._swapped[index] = (
+            f"{type(new).__name__} in place of {type(old).__name__} ({rates_in_words(new.param_groups)})"
+        )
+        self._remarks += remarks(old, groups, new, self.lr_factor)
+        return new
+
+    def _refuse_moved(self, moved: Optimizer, old: Optimizer, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Raise if a run cannot use an optimizer for its parameters, or its rates cannot be meant for it."""
+        self.refuse_run(type(moved), trainer, module)
+        self.answers_for(type(moved)).refuse_parameters(self.display_name, module, owned_ids(moved))
+        if self.lr_factor is None:
+            refuse_other_scale(self.display_name, old, type(moved))
+
+    def _part(
+        self,
+        index: int,
+        make: Make,
+        old: Optimizer,
+        schedulers: Sequence[Any],
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+    ) -> Optimizer:
+        """Move the hidden matrices of an optimizer by another class, and the rest by its own."""
+        check_patterns(module, self.display_name, include=self.include, exclude=self.exclude)
+        choice = MatrixChooser(self.display_name, self.include, self.exclude).choose(trainer, module, old)
+        groups, options = [dict(group) for group in old.param_groups], self.options or {}
+        factors = (self.lr_factor, self.wd_factor)
+        new, warned = part_optimizer(self.display_name, make, options, factors, old, choice, schedulers)
+        for each in warned:  # of matrices that are smaller than the rank
+            self.tell_once(each, rank_zero_info, each)
+        moved, rest = new.parts[0], type(old)
+        refuse_own_values(self.display_name, make, moved)
+        self._refuse_moved(moved, old, trainer, module)
+        self.compatibility.refuse_parameters(self.display_name, module, owned_ids(moved))  # a sparse table, by name
+        self.undo.push(replace_optimizer(old, new, schedulers))
+        its_class = f"{rest.__module__}.{rest.__qualname__}"
+        self._optimizers[str(index)] = description(moved, matrices=choice.names, rest=its_class)
+        self._swapped[index] = parted_words(new, choice, old, self.lr_factor)
+        self._remarks += remarks(old, groups, moved, self.lr_factor)
+        if choice.left or choice.others:
+            self._remarks.append(f"leaves to {rest.__name__}: {choice.words_of_left()}")
         return new
 
     def _scale(self, new: Optimizer, schedulers: Sequence[Any]) -> None:
@@ -315,13 +390,6 @@ class OptimizerSwap(OptimizerNeeds):
         refuse_own_values(self.display_name, make, new)
         carry_defaults_(new, old, 1.0 if self.lr_factor is None else self.lr_factor, factor, decay)
         return new
-
-    def _describe(self, index: int, old: Optimizer, groups: Sequence[dict[str, Any]], new: Optimizer) -> None:
-        self._optimizers[str(index)] = description(new)
-        self._swapped[index] = (
-            f"{type(new).__name__} in place of {type(old).__name__} ({rates_in_words(new.param_groups)})"
-        )
-        self._remarks += remarks(old, groups, new, self.lr_factor)
 
     @override
     def new_class(self) -> Any:

@@ -67,8 +67,9 @@ def replace_optimizer(old: Optimizer, new: Optimizer, schedulers: Iterable[Any])
 def _keep_groups(old: Optimizer, new: Optimizer) -> None:
     """Fill the old groups with the new values, because a user may hold the list or one of its dictionaries."""
     for kept, group in zip(old.param_groups, new.param_groups, strict=True):
-        kept.clear()
-        kept.update(group)
+        if kept is not group:
+            kept.clear()
+            kept.update(group)
     new.param_groups = old.param_groups
 
 

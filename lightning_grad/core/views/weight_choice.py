@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
@@ -19,6 +19,29 @@ from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimen
 
 _SINGLE_WEIGHT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class Chooser(Protocol):
+    """What a technique says about its choice: a :class:`~lightning_grad.core.WeightCallback`, or another object."""
+
+    @property
+    def display_name(self) -> str:
+        """Name of the technique, for errors."""
+
+    @property
+    def effect(self) -> str:
+        """Adjective that describes the resulting weights."""
+
+    @property
+    def include(self) -> Sequence[str] | None:
+        """Names or wildcards of the weights that it chooses; None for all but the first and the last layer."""
+
+    @property
+    def exclude(self) -> Sequence[str] | None:
+        """Names or wildcards of the weights that it skips."""
+
+    def why_excluded(self, names: Sequence[str]) -> str:
+        """Return why a parameter with these names is excluded; empty if it is not."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +100,7 @@ class FoundWeight:
         return viewed_class(self.module).__name__
 
 
-def found_weights(module: nn.Module, owners: Sequence[Owner], technique: WeightCallback[Any]) -> Iterator[FoundWeight]:
+def found_weights(module: nn.Module, owners: Sequence[Owner], technique: Chooser) -> Iterator[FoundWeight]:
     """Yield the parameters that a technique can choose, a tied one once for each owner.
 
     Layers of torch are recognized by their type, other linear layers by a matrix named ``weight``.
@@ -176,13 +199,13 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
     """
     owners = list(named_owners(module))
     candidates = list(found_weights(module, owners, technique))
-    dense = _find_ends(owners, candidates, technique, ends) if technique.include is None else set()
+    dense = find_ends(owners, candidates, technique, ends)
     choice: WeightChoice[W] = WeightChoice()
     taken: set[int] = set()
     for found in candidates:
         if id(found.parameter) in taken:
             continue  # another name of a tied parameter
-        weight = _why_not(found, technique) or _view(found, technique)
+        weight = why_not(found, technique) or _view(found, technique)
         if not isinstance(weight, str) and clean_name(found.name) in dense:
             weight = "the first and the last layer stay dense unless include names them"
         if isinstance(weight, str):
@@ -194,7 +217,7 @@ def choose_weights(module: nn.Module, technique: WeightCallback[W], ends: Ends) 
     return choice
 
 
-def _why_not(found: FoundWeight, technique: WeightCallback[W]) -> str:
+def why_not(found: FoundWeight, technique: Chooser) -> str:
     """Return why a candidate is skipped before the technique's ``view`` is called; empty if it is not."""
     parameter, by_default = found.parameter, technique.include is None
     if excluded := technique.why_excluded(found.names):
@@ -221,9 +244,10 @@ def _view(found: FoundWeight, technique: WeightCallback[W]) -> W | str:
     return weight
 
 
-def _find_ends(
-    owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: WeightCallback[W], ends: Ends
-) -> set[str]:
+def find_ends(owners: Sequence[Owner], candidates: Sequence[FoundWeight], technique: Chooser, ends: Ends) -> set[str]:
+    """Return the names of the first and the last weight, which a technique skips; none if ``include`` is set."""
+    if technique.include is not None:
+        return set()
     able = [c for c in candidates if c.parameter.requires_grad and selects(c.names, None, technique.exclude)]
     names = {found.name for found in able}
     others = {found.name for found in candidates} - names

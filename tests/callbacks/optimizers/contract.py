@@ -8,6 +8,10 @@ _INF = float("inf")
 
 ENTRIES = [
     Technique(
+        "LayerwiseLearningRateDecay",
+        wrong=(({"decay": 0.0}, "decay must be above 0"), ({"decay": 1.5}, "decay must be from 0 to 1")),
+    ),
+    Technique(
         "Lookahead",
         wrong=(
             ({"k": 0}, "k must be at least 1"),
@@ -48,7 +52,17 @@ ENTRIES = [
             ({"optimizer": "lion", "wd_factor": -1.0}, "wd_factor must be at least 0"),
             ({"optimizer": "lion", "options": {"weight_decay": -1.0}}, "options: weight_decay must be at least 0"),
             ({"optimizer": "lion", "which": []}, "which must hold at least one index"),
+            ({"optimizer": "lion", "include": ["net"]}, "choose matrices, but Lion moves all parameters"),
+            ({"optimizer": "dct-adamw", "options": {"rank": 0}}, "rank must be at least 1; got 0"),
+            ({"optimizer": "galore-adamw", "options": {"scale": _INF}}, "options: scale must be finite; got inf"),
         ),
+    ),
+    Technique(  # Muon by hand is in test_matrices.py: its steps are slow on a CPU
+        "OptimizerSwap",
+        "q-galore",
+        arguments={"optimizer": "q-galore", "options": {"rank": 4, "update_gap": 2, "queue": 1}, "lr_factor": 1.0},
+        neutral="every rank changes the steps",
+        broad=False,
     ),
     Technique(
         "OptimizerSwap",
