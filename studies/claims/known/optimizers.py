@@ -11,6 +11,7 @@ from studies.claim import Paper
 from studies.on_task import OnTask
 from studies.tasks import TASKS
 
+TEXT_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WARMUP = OfSteps(0.05)  # as long as that of the task's own schedule
 
 
@@ -28,6 +29,16 @@ def arms(**module: Any) -> dict[str, Arm]:
         **own,
         "schedulefree": Arm(free, module={**module, "schedule": "constant"}),  # it needs no schedule
     }
+
+
+# Rates of the low-rank rules: their update is a fourth of Adam's (``scale``), so four times the rate is the same step.
+MATRICES = {
+    "adamw": PLAIN,
+    "muon": Arm(Use(OptimizerSwap, "muon", lr_factor=1.0)),
+    "galore": Arm(Use(OptimizerSwap, "galore-adamw", {"rank": 16}, lr_factor=4.0)),
+    "frugal": Arm(Use(OptimizerSwap, "frugal", {"density": 0.25}, lr_factor=1.0)),
+    "dct-adamw": Arm(Use(OptimizerSwap, "dct-adamw", {"rank": 16}, lr_factor=1.0)),
+}
 
 
 def claim(task: str, table: dict[str, Arm], budget: float) -> OnTask:
@@ -53,4 +64,44 @@ def claim(task: str, table: dict[str, Arm], budget: float) -> OnTask:
     )
 
 
-CLAIMS = (claim("images", arms(optimizer="adamw", weight_decay=0.01), 10), claim("text", arms(), 20))
+CLAIMS = (
+    claim("images", arms(optimizer="adamw", weight_decay=0.01), 10),
+    claim("text", arms(), 20),
+    OnTask(
+        name="muon-text",
+        text="Muon on the matrices of a transformer ends with a lower loss than AdamW.",
+        paper=Paper(
+            '`OptimizerSwap("muon")`',
+            "optimizers",
+            "Orthogonalizing the momentum of matrices trains language models in fewer steps than AdamW.",
+            "Muon is Scalable for LLM Training (2502.16982)",
+        ),
+        table=MATRICES,
+        arms=("adamw", "muon"),
+        reference="adamw",
+        task="text",
+        length=400,
+        rates=TEXT_RATES,
+        budget=10,
+        **TASKS["text"].metric,
+    ),
+    OnTask(
+        name="low-rank-optimizers-text",
+        text="GaLore, FRUGAL and DCT-AdamW end with at most 0.05 nats more loss than AdamW, with a fraction of its state.",
+        paper=Paper(
+            '`OptimizerSwap("galore-adamw")`, `"frugal"`, `"dct-adamw"`',
+            "optimizers",
+            "Moments in a small subspace, or for a part of the weights, train almost as well as AdamW with less memory.",
+            "GaLore (2403.03507); FRUGAL (2411.07837); SVD-Free Low-Rank Adaptive Gradient Optimization (2505.17967)",
+        ),
+        table=MATRICES,
+        arms=("adamw", "galore", "frugal", "dct-adamw"),
+        reference="adamw",
+        task="text",
+        length=400,
+        rates=TEXT_RATES,
+        margin=-0.05,
+        budget=20,
+        **TASKS["text"].metric,
+    ),
+)
