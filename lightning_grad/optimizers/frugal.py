@@ -89,7 +89,9 @@ class Frugal(MatrixOptimizer):
             )
 
     def step_group(self, group: dict[str, Any]) -> None:
-        """Update the parameters of a group that have a gradient, and count the step."""
+        """Update the parameters of a group that have a gradient, and count the step if there is one."""
+        if all(weight.grad is None for weight in group["params"]):
+            return  # a step that was skipped, which is no step of AdamW either
         if group["steps"] % group["update_gap"] == 0:
             self._move_block(group)
         group["steps"] += 1

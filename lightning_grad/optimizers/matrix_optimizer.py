@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,12 @@ class MatrixOptimizer(Optimizer):
 
     Derived classes define :meth:`step_group`, and :meth:`check_group` for their own options. State holds only tensors
     and numbers, so checkpoints load with ``weights_only=True``.
+
+    Attributes:
+        moments_of_entries: Whether each entry of a parameter has moments of its own, so other techniques can read them.
     """
+
+    moments_of_entries: ClassVar[bool] = False
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise if an option of a new group is not valid.

@@ -257,6 +257,18 @@ def test_a_weight_without_gradient_stays_and_a_closure_is_run(name: str) -> None
 
 
 @pytest.mark.parametrize("name", MAKES)
+def test_steps_without_any_gradient_do_not_count(name: str) -> None:
+    """A callback that skips a step sets all gradients to None, and AdamW does not count such a step."""
+    weights = start()
+    optimizer = MAKES[name](weights)
+    for step in range(STEPS):
+        walk(weights, optimizer, range(step, step + 1))
+        optimizer.zero_grad()
+        optimizer.step()
+    assert_equal([weight.detach() for weight in weights], after(MAKES[name]))
+
+
+@pytest.mark.parametrize("name", MAKES)
 def test_rates_of_a_scheduler_and_of_groups_count(name: str) -> None:
     weights = start()
     optimizer = MAKES[name]([{"params": weights[:1], "lr": 0.0}, {"params": weights[1:]}])
