@@ -81,7 +81,7 @@ class Frugal(MatrixOptimizer):
         check_finite_at_least(group["inactive_lr_scale"], 0.0, "inactive_lr_scale")
         check_choice(group["order"], get_args(BlockOrder), "order")
         shapes = [weight.shape for weight in group["params"]]
-        total, row = sum(rows * columns for rows, columns in shapes), max(columns for _, columns in shapes)
+        total, row = sum(rows * columns for rows, columns in shapes), max((columns for _, columns in shapes), default=0)
         if density > 0.0 and int(density * total) < row:
             raise ValueError(
                 f"density={density:g} of {total} entries has no room for a row of {row}. Use at least "

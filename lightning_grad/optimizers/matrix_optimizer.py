@@ -69,7 +69,7 @@ class MatrixOptimizer(Optimizer):
             raise
 
     def _check_parameter(self, parameter: Tensor, name: str) -> None:
-        if parameter.ndim == 2 and parameter.is_floating_point():
+        if parameter.ndim == 2 and parameter.is_floating_point() and parameter.numel():
             return
         kind = "" if parameter.is_floating_point() else f" and type {parameter.dtype}"
         raise ValueError(

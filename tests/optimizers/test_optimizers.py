@@ -257,6 +257,13 @@ def test_a_weight_without_gradient_stays_and_a_closure_is_run(name: str) -> None
 
 
 @pytest.mark.parametrize("name", MAKES)
+def test_a_group_may_be_empty(name: str) -> None:
+    weights = start()
+    walk(weights, MAKES[name]([{"params": []}, {"params": weights}]), range(STEPS))
+    assert_equal([weight.detach() for weight in weights], after(MAKES[name]))
+
+
+@pytest.mark.parametrize("name", MAKES)
 def test_steps_without_any_gradient_do_not_count(name: str) -> None:
     """A callback that skips a step sets all gradients to None, and AdamW does not count such a step."""
     weights = start()
@@ -290,6 +297,7 @@ def test_rates_of_a_scheduler_and_of_groups_count(name: str) -> None:
     [
         (torch.zeros(8), r"takes only real matrices; parameter 0 of a group has shape \(8,\)\. Give other"),
         (torch.zeros(2, 3, 3, 3), r"has shape \(2, 3, 3, 3\)\."),
+        (torch.zeros(0, 5), r"parameter 0 of a group has shape \(0, 5\)\."),
         (torch.zeros(2, 2, dtype=torch.complex64), r"has shape \(2, 2\) and type torch.complex64"),
     ],
 )

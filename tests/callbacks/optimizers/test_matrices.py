@@ -302,6 +302,22 @@ def test_what_went_where_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert str(report).splitlines()[-1] in report.markdown()
 
 
+def test_it_says_of_each_weight_why_it_stays(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train(Kinds(), [OptimizerSwap("dct-adamw", DCT, include=["net.1", "net.2", "conv"])], max_epochs=1)
+    assert (
+        "leaves to AdamW: conv.weight (a convolution, not a matrix), w, net.0.weight, embed.weight, "
+        "attention.in_proj_weight, ... (not in include), 8 biases"
+    ) in caplog.text
+    caplog.clear()
+    module = Deep()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it initializes nothing
+        module.net.append(nn.Linear(1, 0, bias=False)).append(nn.Linear(0, 1))
+    train(module, [OptimizerSwap("dct-adamw", DCT)], max_epochs=1)
+    assert "net.5.weight (without entries)" in caplog.text
+
+
 def test_it_works_with_other_callbacks() -> None:
     ends = []
     for order in (1, -1):
