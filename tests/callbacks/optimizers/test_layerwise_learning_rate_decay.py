@@ -313,6 +313,8 @@ def test_a_norm_does_not_place_the_layer_that_it_is_registered_after() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.norm = nn.LayerNorm(4)
+            for name in ("spare", "body", "embed"):
+                self._modules[name] = self._modules.pop(name)  # so the norm is registered after the head
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             return super().training_step(self.norm(batch), batch_idx)
