@@ -5,6 +5,7 @@ from random import Random
 from typing import Any, Literal, get_args
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from lightning_grad.functional import active_rows, frugal_
@@ -88,6 +89,7 @@ class Frugal(MatrixOptimizer):
                 f"{row / total:.2g}, or 0 for signSGD."
             )
 
+    @_disable_dynamo  # its blocks change too often to be compiled
     def step_group(self, group: dict[str, Any]) -> None:
         """Update the parameters of a group that have a gradient, and count the step if there is one."""
         if all(weight.grad is None for weight in group["params"]):

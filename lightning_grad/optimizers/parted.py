@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lightning_grad.utilities.checks import check_finite_above, check_finite_at_least
@@ -194,6 +195,7 @@ class PartedOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # which takes the counts of steps of all classes for tensors
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step with all parameters.
@@ -214,7 +216,7 @@ class PartedOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Give parameters that were added since the last step to the rest."""
-        if sum(len(group["params"]) for group in self.param_groups) == len(self._known):
+        if self._known.issuperset(id(parameter) for group in self.param_groups for parameter in group["params"]):
             return
         rest = self._rest
         for number, group in enumerate(self.param_groups):

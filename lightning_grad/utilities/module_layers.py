@@ -69,11 +69,12 @@ def _with_norms(found: Sequence[str], with_matrices: set[str]) -> dict[str, str]
     A module that is opened keeps the parameters that it owns.
     """
     joined: dict[str, str] = {}
+    before = None
     for layer in found:
         is_opened = any(other.startswith(f"{layer}.") for other in found)
-        is_own = not joined or layer in with_matrices or is_opened
-        joined[layer] = layer if is_own else joined[before]
-        before = layer
+        if before is None or layer in with_matrices or is_opened:
+            before = layer
+        joined[layer] = before
     return joined
 
 

@@ -232,6 +232,17 @@ def test_seeds_choose_blocks_and_leave_the_global_stream_alone() -> None:
 # Steps
 
 
+@pytest.mark.parametrize("name", MAKES)
+def test_a_compiled_step_is_the_step(name: str) -> None:
+    weights = start()
+    optimizer = MAKES[name](weights)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    try:
+        assert_close(walk(weights, optimizer, range(5)), after(MAKES[name], 5))
+    finally:
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", [name for name in MAKES if name != "q-galore"])  # compares directions on the host
 def test_a_step_never_waits_for_the_device(name: str) -> None:
     weights = start()
