@@ -17,6 +17,7 @@ from lightning_grad.utilities.checks import refuse_projected_moments
 
 _WAY_OUT = "Train with Adam or AdamW, or clip with ZClip or NormClipping"
 
+
 class SpikeClipping(GradientConditioner):
     r"""Clip gradient entries that are far above their recent size in Adam's second moment (SPAM).
 
