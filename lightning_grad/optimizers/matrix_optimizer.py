@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_grad.functional.optimizers.dct_adamw import rank_within
 from lightning_grad.utilities.checks import check_finite_at_least
+from lightning_grad.utilities.reporting import listed
+
+_SHOWN = 8
 
 
 class MatrixOptimizer(Optimizer):
@@ -42,8 +45,9 @@ class MatrixOptimizer(Optimizer):
         pairs = [(name_in(group, place), tuple(weight.shape)) for place, weight in enumerate(group["params"])]
         lowered = [f"{name} {shape}" for name, shape in pairs if rank_within(shape, group["rank"]) < group["rank"]]
         if lowered:
+            count = f" ({len(lowered)} matrices)" if len(lowered) > _SHOWN else ""
             warnings.warn(
-                f"{type(self).__name__} lowers rank={group['rank']} to the smaller side of {', '.join(lowered)}.",
+                f"{type(self).__name__} lowers rank={group['rank']} to the smaller side of {listed(lowered, _SHOWN)}{count}.",
                 UserWarning,
                 stacklevel=5,
             )

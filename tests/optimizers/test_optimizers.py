@@ -364,6 +364,13 @@ def test_a_rank_above_the_shape_is_lowered_and_named() -> None:
         DCTAdamW([layer["square"]], rank=4)
 
 
+def test_of_many_lowered_ranks_the_first_are_named_and_all_are_counted() -> None:
+    with pytest.warns(
+        UserWarning, match=r"smaller side of (parameter \d of a group \(2, 2\), ){8}\.\.\. \(30 matrices\)\.$"
+    ):
+        GaLoreAdamW([nn.Parameter(torch.zeros(2, 2)) for _ in range(30)], rank=4)
+
+
 @pytest.mark.parametrize("kind", [Frugal, DCTAdamW, GaLoreAdamW])
 def test_sparse_gradients_raise(kind: type[MatrixOptimizer]) -> None:
     layer = nn.Embedding(9, 9, sparse=True)
