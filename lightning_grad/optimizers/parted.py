@@ -30,7 +30,7 @@ class Part:
         ValueError: For a factor or a decay that is negative or not finite, and for an ``lr_factor`` of 0.
     """
 
-    parameters: Sequence[Tensor] | Sequence[tuple[str, Tensor]]
+    parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]
     make: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     lr_factor: float = 1.0
@@ -39,6 +39,7 @@ class Part:
     cycle_momentum: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters))  # an iterator would be empty the second time
         check_finite_above(self.lr_factor, 0, "lr_factor")
         check_finite_at_least(self.wd_factor, 0, "wd_factor")
         check_finite_at_least(self.weight_decay, 0, "weight_decay")

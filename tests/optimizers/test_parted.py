@@ -339,6 +339,13 @@ def test_names_of_parameters_are_kept() -> None:
     assert len(optimizer.param_groups[0]["param_names"]) == 6
 
 
+def test_a_part_takes_what_a_module_returns_as_its_parameters() -> None:
+    net = make_net()
+    optimizer = PartedOptimizer(AdamW(net.parameters()), [Part(net[1].parameters(), SGD, {"momentum": 0.9})])
+    train(net, [optimizer], int, range(1))
+    assert [list(optimizer.state[parameter]) for parameter in net[1].parameters()] == [["momentum_buffer"]] * 2
+
+
 def test_all_parameters_may_be_in_parts() -> None:
     net = make_net()
     first, second = net[1].weight, net[2].weight
