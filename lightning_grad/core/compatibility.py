@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_grad.utilities.checks import keeps
+from lightning_grad.utilities.checks import lacking
 from lightning_grad.utilities.forward_order import is_compiled
 from lightning_grad.utilities.precision import grad_scaler, gradients_are_scaled
 
@@ -313,6 +313,6 @@ _IN_AN_OPTIMIZER: _Finders = {
     "fused_fp16": lambda trainer, optimizer: _if(
         gradients_are_scaled(trainer, optimizer), f"the fused {type(optimizer).__name__}"
     ),
-    "no_second_moment": lambda _, optimizer: _if(not keeps(optimizer, "exp_avg_sq"), type(optimizer).__name__),
+    "no_second_moment": lambda _, optimizer: _if(bool(kind := lacking(optimizer, "exp_avg_sq")), kind),
 }
 _IN_PARAMETERS: _Finders = {"sparse_gradients": _sparse, "complex_parameters": _complex}

@@ -5,6 +5,7 @@ from random import Random
 from typing import Any, Literal, get_args
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from lightning_grad.functional import active_rows, frugal_
@@ -81,15 +82,18 @@ class Frugal(MatrixOptimizer):
         check_finite_at_least(group["inactive_lr_scale"], 0.0, "inactive_lr_scale")
         check_choice(group["order"], get_args(BlockOrder), "order")
         shapes = [weight.shape for weight in group["params"]]
-        total, row = sum(rows * columns for rows, columns in shapes), max(columns for _, columns in shapes)
+        total, row = sum(rows * columns for rows, columns in shapes), max((columns for _, columns in shapes), default=0)
         if density > 0.0 and int(density * total) < row:
             raise ValueError(
                 f"density={density:g} of {total} entries has no room for a row of {row}. Use at least "
                 f"{row / total:.2g}, or 0 for signSGD."
             )
 
+    @_disable_dynamo  # its blocks change too often to be compiled
     def step_group(self, group: dict[str, Any]) -> None:
-        """Update the parameters of a group that have a gradient, and count the step."""
+        """Update the parameters of a group that have a gradient, and count the step if there is one."""
+        if all(weight.grad is None for weight in group["params"]):
+            return  # a step that was skipped, which is no step of AdamW either
         if group["steps"] % group["update_gap"] == 0:
             self._move_block(group)
         group["steps"] += 1

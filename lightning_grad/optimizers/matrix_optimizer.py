@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_grad.functional.optimizers.dct_adamw import rank_within
 from lightning_grad.utilities.checks import check_finite_at_least
+from lightning_grad.utilities.reporting import listed
+
+_SHOWN = 8
 
 
 class MatrixOptimizer(Optimizer):
@@ -17,7 +20,12 @@ class MatrixOptimizer(Optimizer):
 
     Derived classes define :meth:`step_group`, and :meth:`check_group` for their own options. State holds only tensors
     and numbers, so checkpoints load with ``weights_only=True``.
+
+    Attributes:
+        moments_of_entries: Whether each entry of a parameter has moments of its own, so other techniques can read them.
     """
+
+    moments_of_entries: ClassVar[bool] = False
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raise if an option of a new group is not valid.
@@ -37,8 +45,9 @@ class MatrixOptimizer(Optimizer):
         pairs = [(name_in(group, place), tuple(weight.shape)) for place, weight in enumerate(group["params"])]
         lowered = [f"{name} {shape}" for name, shape in pairs if rank_within(shape, group["rank"]) < group["rank"]]
         if lowered:
+            count = f" ({len(lowered)} matrices)" if len(lowered) > _SHOWN else ""
             warnings.warn(
-                f"{type(self).__name__} lowers rank={group['rank']} to the smaller side of {', '.join(lowered)}.",
+                f"{type(self).__name__} lowers rank={group['rank']} to the smaller side of {listed(lowered, _SHOWN)}{count}.",
                 UserWarning,
                 stacklevel=5,
             )
@@ -64,7 +73,7 @@ class MatrixOptimizer(Optimizer):
             raise
 
     def _check_parameter(self, parameter: Tensor, name: str) -> None:
-        if parameter.ndim == 2 and parameter.is_floating_point():
+        if parameter.ndim == 2 and parameter.is_floating_point() and parameter.numel():
             return
         kind = "" if parameter.is_floating_point() else f" and type {parameter.dtype}"
         raise ValueError(

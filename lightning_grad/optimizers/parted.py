@@ -7,6 +7,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from lightning_grad.utilities.checks import check_finite_above, check_finite_at_least
@@ -29,7 +30,7 @@ class Part:
         ValueError: For a factor or a decay that is negative or not finite, and for an ``lr_factor`` of 0.
     """
 
-    parameters: Sequence[Tensor] | Sequence[tuple[str, Tensor]]
+    parameters: Iterable[Tensor] | Iterable[tuple[str, Tensor]]
     make: Callable[..., Optimizer]
     options: Mapping[str, Any] = field(default_factory=dict)
     lr_factor: float = 1.0
@@ -38,6 +39,7 @@ class Part:
     cycle_momentum: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", tuple(self.parameters))  # an iterator would be empty the second time
         check_finite_above(self.lr_factor, 0, "lr_factor")
         check_finite_at_least(self.wd_factor, 0, "wd_factor")
         check_finite_at_least(self.weight_decay, 0, "weight_decay")
@@ -194,6 +196,7 @@ class PartedOptimizer(Optimizer):
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
+    @_disable_dynamo  # which takes the counts of steps of all classes for tensors
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step with all parameters.
@@ -214,7 +217,7 @@ class PartedOptimizer(Optimizer):
 
     def _adopt(self) -> None:
         """Give parameters that were added since the last step to the rest."""
-        if sum(len(group["params"]) for group in self.param_groups) == len(self._known):
+        if self._known.issuperset(id(parameter) for group in self.param_groups for parameter in group["params"]):
             return
         rest = self._rest
         for number, group in enumerate(self.param_groups):

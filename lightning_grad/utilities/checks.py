@@ -221,13 +221,39 @@ def owned_ids(optimizer: Optimizer) -> set[int]:
     return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
-def keeps(optimizer: Optimizer, key: str) -> bool:
-    """Return True if an optimizer keeps a state such as ``exp_avg_sq``, even before its first step.
+def lacking(optimizer: Optimizer, key: str) -> str:
+    """Return the class of an optimizer that does not keep a state such as ``exp_avg_sq``, even before its first step.
 
-    An optimizer with parts keeps it if each part does.
+    Of an optimizer with parts, it is the class of the first part that does not. Empty if all keep it.
+
+    Example:
+        >>> lacking(torch.optim.SGD([torch.zeros(1)]), "exp_avg_sq")
+        'SGD'
     """
-    if hasattr(optimizer, "parts"):
-        return all(keeps(part, key) for part in optimizer.parts)
+    parts = getattr(optimizer, "parts", [optimizer])
+    return next((type(part).__name__ for part in parts if not _keeps(part, key)), "")
+
+
+def refuse_projected_moments(needed_by: str, optimizer: Optimizer, way_out: str) -> None:
+    """Raise if an optimizer, or a part of it, keeps moments that do not belong to single entries of its parameters.
+
+    Args:
+        needed_by: Name of the technique that compares entries with their moments.
+        optimizer: The optimizer. Its class says so by ``moments_of_entries = False``.
+        way_out: What to do, as an imperative.
+
+    Raises:
+        ValueError: Names the class.
+    """
+    for part in getattr(optimizer, "parts", [optimizer]):
+        if not getattr(part, "moments_of_entries", True):
+            raise ValueError(
+                f"{needed_by} needs a second moment (exp_avg_sq) of each entry, and {type(part).__name__} keeps moments of "
+                f"a part of the gradient. {way_out}."
+            )
+
+
+def _keeps(optimizer: Optimizer, key: str) -> bool:
     number = torch.zeros(1, 1, requires_grad=True)  # a matrix, because some optimizers take nothing else
     number.grad = torch.zeros(1, 1)
     try:

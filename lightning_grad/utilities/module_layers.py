@@ -1,10 +1,11 @@
 """The layers of a module as people count them: the blocks of a stack, and what stands before and after them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_grad.utilities.parameters import all_names, clean_name, matches
 
@@ -19,8 +20,9 @@ def layers_of(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[
     """Return the layer of each parameter, by all names of the parameter.
 
     The items of a stack (two or more of one class that have parts, in a ModuleList or Sequential) are layers. Around
-    stacks, each child that holds parameters is a layer, and containers are opened. The parameters that a module with
-    several layers owns itself are one layer, with the name of the module or, for the root module, ``root``.
+    stacks, each child that holds parameters is a layer, and containers are opened. One that holds only vectors, such as
+    a norm, belongs to the layer that is registered before it. The parameters that a module with several layers owns
+    itself are one layer, with the name of the module or, for the root module, ``root``.
 
     Args:
         module: The root module.
@@ -34,9 +36,46 @@ def layers_of(module: nn.Module, patterns: Sequence[str] | None = None) -> dict[
         >>> list(dict.fromkeys(layers_of(net, ["blocks"]).values()))
         ['embed', 'blocks']
     """
-    found = set(_layers("", module, is_root=True))
-    names = [name for names in all_names(module).values() for name in names]
-    return {name: _given(name, patterns or ()) or _owner(name, found) or ROOT for name in names}
+    found = list(dict.fromkeys(_layers("", module, is_root=True)))
+    own = {name: _owner(name, set(found)) or ROOT for names in all_names(module).values() for name in names}
+    joined = _with_norms(found, {own[name] for name in _matrices(module)})
+    asked, layers = patterns or (), {name: joined.get(layer, layer) for name, layer in own.items()}
+    return {name: _given(name, asked) or _given(layer, asked) or layer for name, layer in layers.items()}
+
+
+def placing_names(module: nn.Module, layers: Mapping[str, str]) -> list[str]:
+    """Return the parameters whose calls place a layer in the forward order: its matrices, or all if it has none.
+
+    A norm is in a layer by its registration, and may be called elsewhere.
+
+    Args:
+        module: The root module.
+        layers: The layer of each parameter, from :func:`layers_of`.
+    """
+    matrices = _matrices(module)
+    placed = {layers[name] for name in matrices}
+    return [name for name, layer in layers.items() if name in matrices or layer not in placed]
+
+
+def _matrices(module: nn.Module) -> set[str]:
+    names = all_names(module)
+    may_be = [p for p in module.parameters() if isinstance(p, UninitializedParameter) or p.ndim > 1]
+    return {name for parameter in may_be for name in names[id(parameter)]}
+
+
+def _with_norms(found: Sequence[str], with_matrices: set[str]) -> dict[str, str]:
+    """Return the layer that each module belongs to: a module without matrices to the layer before it, if there is one.
+
+    A module that is opened keeps the parameters that it owns.
+    """
+    joined: dict[str, str] = {}
+    before = None
+    for layer in found:
+        is_opened = any(other.startswith(f"{layer}.") for other in found)
+        if before is None or layer in with_matrices or is_opened:
+            before = layer
+        joined[layer] = before
+    return joined
 
 
 def _layers(name: str, module: nn.Module, is_root: bool = False) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_grad.core import ELEMENTWISE, WHOLE_WEIGHTS, Compatibility, GradCallback, GradientConditioner, no, yes
 from lightning_grad.core.compatibility import TITLES
 from lightning_grad.testing import fit
-from lightning_grad.utilities.checks import keeps
+from lightning_grad.utilities.checks import lacking
 
 SCALER = torch.amp.GradScaler("cpu", init_scale=1024.0)
 NOTHING = no("meets {}", "Take {value} away")
@@ -235,7 +235,7 @@ def test_an_optimizer_that_keeps_no_second_moment_is_named(make: Any, name: str)
 def test_optimizers_that_keep_it_pass_before_and_after_a_step(kind: type) -> None:
     layer = nn.Linear(2, 2)
     optimizer = kind(layer.parameters())
-    assert keeps(optimizer, "exp_avg_sq")
+    assert not lacking(optimizer, "exp_avg_sq")
     assert not optimizer.state, "the optimizer itself is not stepped"
     layer(torch.ones(1, 2)).sum().backward()
     optimizer.step()
@@ -247,12 +247,12 @@ def test_an_optimizer_that_cannot_be_built_anew_passes() -> None:
         def __init__(self, parameters: Any, secret: str) -> None:
             super().__init__(parameters, lr=0.1)
 
-    assert keeps(Odd(nn.Linear(2, 2).parameters(), "s"), "exp_avg_sq")
+    assert not lacking(Odd(nn.Linear(2, 2).parameters(), "s"), "exp_avg_sq")
 
 
 def test_asking_draws_no_random_number() -> None:
     state = torch.get_rng_state()
-    assert keeps(torch.optim.Adam(nn.Linear(2, 2, device="meta").parameters()), "exp_avg_sq")
+    assert not lacking(torch.optim.Adam(nn.Linear(2, 2, device="meta").parameters()), "exp_avg_sq")
     assert torch.equal(torch.get_rng_state(), state)
 
 

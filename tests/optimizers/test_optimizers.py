@@ -232,6 +232,17 @@ def test_seeds_choose_blocks_and_leave_the_global_stream_alone() -> None:
 # Steps
 
 
+@pytest.mark.parametrize("name", MAKES)
+def test_a_compiled_step_is_the_step(name: str) -> None:
+    weights = start()
+    optimizer = MAKES[name](weights)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    try:
+        assert_close(walk(weights, optimizer, range(5)), after(MAKES[name], 5))
+    finally:
+        torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("name", [name for name in MAKES if name != "q-galore"])  # compares directions on the host
 def test_a_step_never_waits_for_the_device(name: str) -> None:
     weights = start()
@@ -257,6 +268,25 @@ def test_a_weight_without_gradient_stays_and_a_closure_is_run(name: str) -> None
 
 
 @pytest.mark.parametrize("name", MAKES)
+def test_a_group_may_be_empty(name: str) -> None:
+    weights = start()
+    walk(weights, MAKES[name]([{"params": []}, {"params": weights}]), range(STEPS))
+    assert_equal([weight.detach() for weight in weights], after(MAKES[name]))
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_steps_without_any_gradient_do_not_count(name: str) -> None:
+    """A callback that skips a step sets all gradients to None, and AdamW does not count such a step."""
+    weights = start()
+    optimizer = MAKES[name](weights)
+    for step in range(STEPS):
+        walk(weights, optimizer, range(step, step + 1))
+        optimizer.zero_grad()
+        optimizer.step()
+    assert_equal([weight.detach() for weight in weights], after(MAKES[name]))
+
+
+@pytest.mark.parametrize("name", MAKES)
 def test_rates_of_a_scheduler_and_of_groups_count(name: str) -> None:
     weights = start()
     optimizer = MAKES[name]([{"params": weights[:1], "lr": 0.0}, {"params": weights[1:]}])
@@ -278,6 +308,7 @@ def test_rates_of_a_scheduler_and_of_groups_count(name: str) -> None:
     [
         (torch.zeros(8), r"takes only real matrices; parameter 0 of a group has shape \(8,\)\. Give other"),
         (torch.zeros(2, 3, 3, 3), r"has shape \(2, 3, 3, 3\)\."),
+        (torch.zeros(0, 5), r"parameter 0 of a group has shape \(0, 5\)\."),
         (torch.zeros(2, 2, dtype=torch.complex64), r"has shape \(2, 2\) and type torch.complex64"),
     ],
 )
@@ -331,6 +362,13 @@ def test_a_rank_above_the_shape_is_lowered_and_named() -> None:
     assert optimizer.state[layer["wide"]]["exp_avg"].shape == (8, 2)
     with warnings.catch_warnings(action="error"):
         DCTAdamW([layer["square"]], rank=4)
+
+
+def test_of_many_lowered_ranks_the_first_are_named_and_all_are_counted() -> None:
+    with pytest.warns(
+        UserWarning, match=r"smaller side of (parameter \d of a group \(2, 2\), ){8}\.\.\. \(30 matrices\)\.$"
+    ):
+        GaLoreAdamW([nn.Parameter(torch.zeros(2, 2)) for _ in range(30)], rank=4)
 
 
 @pytest.mark.parametrize("kind", [Frugal, DCTAdamW, GaLoreAdamW])

@@ -290,6 +290,29 @@ def test_groups_that_are_added_later_belong_to_the_rest() -> None:
     assert torch.equal(again.state[late.weight]["exp_avg"], optimizer.state[late.weight]["exp_avg"])
 
 
+def test_a_parameter_in_the_place_of_another_belongs_to_the_rest() -> None:
+    net = make_net()
+    optimizer, _ = parted(net, *KINDS["dct"], step_lr)
+    train(net, [optimizer], int, range(1))
+    new = nn.Parameter(torch.ones(2))
+    optimizer.param_groups[1]["params"][-1] = new  # as many parameters as before
+    new.grad = torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(new, torch.ones(2))
+
+
+@pytest.mark.parametrize("kind", ["dct", "frugal"])
+def test_a_compiled_step_is_the_step(kind: str) -> None:
+    one, other = make_net(), make_net()
+    for net, compiles in ((one, True), (other, False)):
+        optimizer, _ = parted(net, *KINDS[kind], step_lr)
+        if compiles:
+            optimizer.step = torch.compile(optimizer.step, backend="eager")
+        train(net, [optimizer], int, range(4))
+    torch._dynamo.reset()
+    assert difference(one, other) == 0.0
+
+
 def test_a_closure_and_hooks_run_once() -> None:
     net, calls = make_net(), []
     old = AdamW(groups_of(net), lr=1e-2)
@@ -314,6 +337,13 @@ def test_names_of_parameters_are_kept() -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     assert optimizer.parts[0].param_groups[0]["param_names"] == ["middle"]
     assert len(optimizer.param_groups[0]["param_names"]) == 6
+
+
+def test_a_part_takes_what_a_module_returns_as_its_parameters() -> None:
+    net = make_net()
+    optimizer = PartedOptimizer(AdamW(net.parameters()), [Part(net[1].parameters(), SGD, {"momentum": 0.9})])
+    train(net, [optimizer], int, range(1))
+    assert [list(optimizer.state[parameter]) for parameter in net[1].parameters()] == [["momentum_buffer"]] * 2
 
 
 def test_all_parameters_may_be_in_parts() -> None:

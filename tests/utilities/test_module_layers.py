@@ -42,7 +42,7 @@ def layers(module: nn.Module, patterns: Any = None) -> list[str]:
     return list(dict.fromkeys(layers_of(module, patterns).values()))
 
 
-STACK = ["embed", "blocks.0", "blocks.1", "blocks.2", "norm"]
+STACK = ["embed", "blocks.0", "blocks.1", "blocks.2"]
 
 
 def test_blocks_of_a_stack_are_layers_and_so_is_what_stands_around_them() -> None:
@@ -57,8 +57,19 @@ def test_experts_in_a_block_do_not_divide_it() -> None:
 
 def test_containers_are_opened_and_other_modules_are_one_layer() -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), Plain())
-    assert layers(Whole(net=net)) == ["net.0", "net.2.0", "net.2.1", "net.3"]
+    assert layers(Whole(net=net)) == ["net.0", "net.2.0", "net.3"]
     assert layers(Whole(body=Plain(), head=nn.Linear(4, 2))) == ["body", "head"]
+
+
+def test_a_norm_belongs_to_the_layer_before_it_unless_it_is_named_or_first() -> None:
+    """So the last block has the factor after the head's, as in BEiT, and not the one after that."""
+    net = Whole(net=Transformer(), head=nn.Linear(4, 2))
+    assert layers_of(net)["net.norm.weight"] == "net.blocks.2"
+    assert layers_of(net, ["net.norm"])["net.norm.weight"] == "net.norm"
+    assert layers_of(net, ["net.blocks"])["net.norm.weight"] == "net.blocks"
+    stem = Whole(stem=nn.BatchNorm1d(4), first=nn.Linear(4, 4), norm=nn.BatchNorm1d(4), act=nn.PReLU(), last=Plain())
+    assert layers(stem) == ["stem", "first", "last"]
+    assert layers(Whole(lazy=nn.LazyLinear(4), last=nn.LazyLinear(2))) == ["lazy", "last"]
 
 
 def test_a_module_that_is_all_there_is_is_opened() -> None:
@@ -67,7 +78,7 @@ def test_a_module_that_is_all_there_is_is_opened() -> None:
 
 def test_patterns_name_layers_and_the_outermost_match_counts() -> None:
     net = Whole(net=Transformer(), head=nn.Linear(4, 2))
-    assert layers(net, ["net.blocks"]) == ["net", "net.embed", "net.blocks", "net.norm", "head"]
+    assert layers(net, ["net.blocks"]) == ["net", "net.embed", "net.blocks", "head"]
     assert layers(net, ["net.blocks.*"]) == layers(net)
     assert layers(net, ["net"]) == ["net", "head"]
     assert layers(net, ["*.mix"])[2:5] == ["net.blocks.0", "net.blocks.0.mix", "net.blocks.1"]

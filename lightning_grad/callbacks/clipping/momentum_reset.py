@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_grad.core import OptimizerCallback, check_count, during_fit, is_log_step, until_next_fit
 from lightning_grad.core.compatibility import Compatibility, no, yes
 from lightning_grad.functional import reset_warmup
-from lightning_grad.utilities.checks import keeps
+from lightning_grad.utilities.checks import lacking
 from lightning_grad.utilities.optimizers import OptimizerCounts
 
 _LONGEST_DEFAULT = 150  # steps of warm-up in the released code
@@ -108,8 +108,8 @@ class MomentumReset(OptimizerCallback):
 
     @override
     def acts_on(self, index: int, optimizer: Optimizer) -> bool:
-        if not keeps(optimizer, "exp_avg_sq"):
-            self._without.append(self.compatibility.no_second_moment.error(self.display_name, type(optimizer).__name__))
+        if kind := lacking(optimizer, "exp_avg_sq"):
+            self._without.append(self.compatibility.no_second_moment.error(self.display_name, kind))
             return False
         return True
 

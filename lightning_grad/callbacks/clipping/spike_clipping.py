@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core import GradientStep, Role, check_count, during_fit
@@ -12,6 +13,9 @@ from lightning_grad.core.compatibility import Compatibility, no
 from lightning_grad.core.conditioner import ELEMENTWISE, GradientConditioner
 from lightning_grad.functional import clip_spikes_
 from lightning_grad.functional.gradients.tensor_lists import share_of
+from lightning_grad.utilities.checks import refuse_projected_moments
+
+_WAY_OUT = "Train with Adam or AdamW, or clip with ZClip or NormClipping"
 
 
 class SpikeClipping(GradientConditioner):
@@ -73,7 +77,7 @@ class SpikeClipping(GradientConditioner):
     compatibility: ClassVar[Compatibility] = ELEMENTWISE.but(
         no_second_moment=no(
             "reads the second moment (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
-            "Train with Adam or AdamW, or clip with ZClip or NormClipping",
+            _WAY_OUT,
         )
     )
 
@@ -95,6 +99,12 @@ class SpikeClipping(GradientConditioner):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._resets = [c for c in trainer.callbacks if hasattr(c, "steps_since_reset")]  # type: ignore[attr-defined]
+
+    @override
+    def _refuse_optimizer(self, trainer: pl.Trainer, index: int, optimizer: Optimizer) -> None:
+        super()._refuse_optimizer(trainer, index, optimizer)
+        if self.parameters(index):
+            refuse_projected_moments(self.display_name, optimizer, _WAY_OUT)
 
     @override
     def condition(self, step: GradientStep) -> Mapping[str, Tensor | float]:

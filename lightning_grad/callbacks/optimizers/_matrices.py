@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.weight_choice import find_ends, found_weights, why_not
 from lightning_grad.utilities.checks import owned_ids
-from lightning_grad.utilities.parameters import all_names, clean_name, matches, named_owners
+from lightning_grad.utilities.parameters import all_names, clean_name, matches, named_owners, selects
 from lightning_grad.utilities.reporting import listed
 
 _SHOWN = 4
@@ -90,6 +90,8 @@ class MatrixChooser:
         for found in candidates:
             name, parameter = clean_name(found.name), found.parameter
             reason = why_not(found, self).partition(";")[0] or ("the first or the last layer" if name in ends else "")
+            if not reason and not parameter.numel():
+                reason = "without entries"
             if not reason and parameter.ndim != 2:
                 reason = "a convolution, not a matrix"
             if not reason and not found.is_spelled and found.output_dimension() is None:
@@ -108,12 +110,13 @@ class MatrixChooser:
         return choice
 
     def _explain_others(self, module: nn.Module, left: set[int], reasons: dict[str, str]) -> None:
-        """Add weights that are not layers, such as embeddings, to the reasons."""
+        """Add weights that no pattern names, and those that are not layers, such as embeddings, to the reasons."""
         names = all_names(module)
         parameters = {id(parameter): parameter for parameter in module.parameters()}
         for key, parameter in parameters.items():
             if key in left and parameter.ndim > 1 and not reasons.keys() & set(names[key]):
-                reasons[names[key][0]] = "not the matrix of a linear layer"
+                is_asked = selects(names[key], self.include)
+                reasons[names[key][0]] = "not the matrix of a linear layer" if is_asked else "not in include"
 
     def _why_none(self, choice: Choice) -> str:
         if not choice.left:

@@ -10,8 +10,9 @@ import lightning.pytorch as pl
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_grad.callbacks.optimizers._names import Named
 from lightning_grad.core import WHOLE_WEIGHTS, AveragingCallback, no
-from lightning_grad.core.compatibility import Compatibility
+from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.steps.averaged_weights import Averaging
 from lightning_grad.core.steps.gradient_graphs import GradientGraphs
 
@@ -34,6 +35,15 @@ _AVERAGED: Mapping[str, Any] = {
         "Remove the callback that averages weights",
     ),
 }
+_SHARDED = no(
+    "uses an optimizer that needs whole parameters, and {} shards them",
+    "Use an elementwise optimizer, such as lion, adabelief or diffgrad, or train with strategy='ddp'",
+)
+_COMPLEX = no(
+    "uses an optimizer for real parameters, and {} holds complex numbers",
+    "Use lion, adabelief, adamp or diffgrad, or skip its optimizer with which=[...]",
+)
+_ON_THE_REST = yes("Such parameters stay on the module's own optimizer.")
 _STOCHASTIC = "StochasticWeightAveraging"  # by name, because both of Lightning's namespaces have their own class
 
 
@@ -90,3 +100,21 @@ class OptimizerNeeds(AveragingCallback):
 
 def _has_modes(kind: Any) -> bool:
     return hasattr(kind, "train") and hasattr(kind, "eval")
+
+
+def answers_of(answers: Compatibility, named: Named | None) -> Compatibility:
+    """Return what a swap to an optimizer works with.
+
+    Args:
+        answers: Those of any optimizer.
+        named: What is known about its class; None for a class without a short name.
+    """
+    if named is None or named.takes_sparse:
+        answers = answers.but(sparse_gradients=yes("If the class supports them."))
+    if named is not None and not named.takes_complex:
+        answers = answers.but(complex_parameters=_COMPLEX)
+    if named is not None and named.only_matrices:
+        answers = answers.but(sparse_gradients=_ON_THE_REST, complex_parameters=_ON_THE_REST)
+    if named is not None and not named.elementwise:
+        answers = answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
+    return answers

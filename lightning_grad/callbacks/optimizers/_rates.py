@@ -10,7 +10,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from lightning_grad.callbacks.optimizers._names import USUAL_RATES, scale_of
-from lightning_grad.core.steps.chosen_rates import base_rate
+from lightning_grad.core.steps.chosen_rates import base_rate, scale_rates_, scale_schedules_, unknown_schedulers
 
 _OWN_UNIT = ("Adafactor", "Hessian", "Prodigy")  # no rate of another class can be meant for them
 _SAID = {("Adam", "Lion"), ("Lion", "Adam")}  # scales so close that a hint is enough
@@ -79,6 +79,20 @@ def _is_coupled(kind: type, group: dict[str, Any]) -> bool:
     """Return True if an adaptive optimizer adds the decay to the gradient, before it scales it."""
     decoupled = group.get("decoupled_weight_decay", group.get("weight_decouple"))
     return kind.__name__ in _COUPLED and not decoupled
+
+
+def scale_all_(new: Optimizer, schedulers: Sequence[Any], factor: float) -> list[str]:
+    """Multiply the rates of all groups of an optimizer and of its schedulers, and return what to say about them."""
+    chosen = [(new, list(range(len(new.param_groups))))]
+    scale_rates_(chosen, factor)
+    scale_schedules_(chosen, schedulers, factor)
+    unknown = unknown_schedulers(each for each in schedulers if getattr(each, "optimizer", None) is new)
+    if not unknown:
+        return []
+    return [
+        f"multiplies the base rates of {', '.join(unknown)}. Schedulers outside torch may compute rates from other values "
+        "too, so look at the rates with LearningRateMonitor"
+    ]
 
 
 def rates_in_words(groups: Sequence[dict[str, Any]]) -> str:

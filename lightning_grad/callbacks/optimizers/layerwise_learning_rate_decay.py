@@ -22,7 +22,7 @@ from lightning_grad.core.steps.averaged_weights import averages
 from lightning_grad.core.steps.parameter_rates import ParameterRates
 from lightning_grad.functional import layer_factors
 from lightning_grad.utilities.forward_order import ForwardOrder
-from lightning_grad.utilities.module_layers import layers_of
+from lightning_grad.utilities.module_layers import layers_of, placing_names
 from lightning_grad.utilities.optimizers import Shape, optimizer_shape
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns
 from lightning_grad.utilities.reporting import counted, listed
@@ -43,7 +43,8 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
 
     :math:`\eta` is the rate of the user's group and its schedule, :math:`\xi` the decay, and L the number of layers,
     in the order in which the first step calls them. The last layer keeps the user's rate. Layers are the blocks of a
-    stack, and what stands before and after them; ``layers`` names others. Every optimizer counts its own layers.
+    stack, and what stands before and after them, each with the norms that follow it; ``layers`` names others. Every
+    optimizer counts its own layers.
 
     Param groups, and so schedulers and checkpoints, stay as they are. Weight decays stay too, and decoupled decay
     acts times the rate, as in groups made by hand. A tied weight belongs to the layer that uses it first. A layer
@@ -65,8 +66,8 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
     while it updates, and only then.
 
     **Logs** under ``layer_rate/``, at log steps: the rate of each layer (in its first group), at most 32 layers.
-    ``LearningRateMonitor`` shows the rates of the groups, which are those of the last layer;
-    ``optimizer_report`` shows all rates.
+    ``LearningRateMonitor`` shows the rates of the groups, before the factors, with which only the last layer
+    trains; ``optimizer_report`` shows all rates.
 
     **State.** The order of the layers.
 
@@ -102,6 +103,7 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
     _orders = until_next_fit.of(dict[str, list[str]]).saved()  # the layers that were called, by optimizer
     _factors = until_next_fit.of(dict[int, dict[str, float]])  # of each parameter, by optimizer and name
     _layers = during_fit.of(dict[str, str])  # of each name of a parameter
+    _placing = during_fit.of(list[str])  # names of the parameters that place their layers in the order
     _names = during_fit.of(dict[int, list[str]])  # of each parameter
     _held = during_fit.of(dict[int, ParameterRates])
     _layer_of = during_fit.of(dict[int, dict[int, str]])  # of each parameter, by optimizer and id, in order
@@ -160,6 +162,7 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
         self._trainer, self._order = trainer, ForwardOrder(pl_module)
         self.undo.push(self._order.stop)
         self._names, self._layers = all_names(pl_module), layers_of(pl_module, self.layers)
+        self._placing = placing_names(pl_module, self._layers)
         super().on_fit_start(trainer, pl_module)
         layers = list(dict.fromkeys(self._layers.values()))
         words = f"multiplies learning rates by {self.decay:g} from each of {counted(len(layers), 'layer')} to the one before"
@@ -210,7 +213,7 @@ class LayerwiseLearningRateDecay(OptimizerCallback):
 
     def _called(self) -> list[str]:
         """Return the layers in the order of their calls, or as registered if compiled modules hide the calls."""
-        networks = self._order.networks([list(self._layers)])
+        networks = self._order.networks([self._placing])
         if networks is None:
             return list(dict.fromkeys(self._layers.values()))
         called = [self._layers[name] for network in networks for name in network]

@@ -9,33 +9,30 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.optimizers._carried import carried_group, carry_defaults_, forget_marks
+from lightning_grad.callbacks.optimizers._carried import forget_marks
+from lightning_grad.callbacks.optimizers._created import create_optimizer
 from lightning_grad.callbacks.optimizers._matrices import MatrixChooser
 from lightning_grad.callbacks.optimizers._names import NAMES, Make, entry_of, find_class, refuse_second_order
-from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds
+from lightning_grad.callbacks.optimizers._needs import OptimizerNeeds, answers_of
 from lightning_grad.callbacks.optimizers._options import (
     as_options,
     check_numbers,
     check_options,
     class_of,
     name_of,
-    own_options,
     try_options,
 )
 from lightning_grad.callbacks.optimizers._parted import part_optimizer, parted_words
-from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_other_scale, remarks
+from lightning_grad.callbacks.optimizers._rates import rates_in_words, refuse_other_scale, remarks, scale_all_
 from lightning_grad.callbacks.optimizers._refusals import (
     refuse_new,
     refuse_old,
-    refuse_one_decay,
     refuse_own_values,
     refuse_scheduler,
-    refuse_wrong_groups,
 )
 from lightning_grad.callbacks.optimizers._saved import WAY_OUT, description, refuse_other_optimizers
 from lightning_grad.core import GradCallback, as_indices, during_fit, no, until_next_fit, wrap_method
 from lightning_grad.core.compatibility import Compatibility, yes
-from lightning_grad.core.steps.chosen_rates import scale_rates_, scale_schedules_, unknown_schedulers
 from lightning_grad.core.steps.replacement import held_schedulers, replace_optimizer
 from lightning_grad.utilities.checks import check_above, check_finite, check_finite_at_least, check_only_one, owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns
@@ -43,16 +40,6 @@ from lightning_grad.utilities.parameters import as_names, check_patterns
 Option = bool | int | float | str | Sequence[float | None] | None
 
 _SCALED = "the checkpoint holds rates and decays that were multiplied by the old value"
-_SHARDED = no(
-    "uses an optimizer that needs whole parameters, and {} shards them",
-    "Use an elementwise optimizer, such as lion, adabelief or diffgrad, or train with strategy='ddp'",
-)
-_COMPLEX = no(
-    "uses an optimizer for real parameters, and {} holds complex numbers",
-    "Use lion, adabelief, adamp or diffgrad, or skip its optimizer with which=[...]",
-)
-
-_ON_THE_REST = yes("Such parameters stay on the module's own optimizer.")
 
 
 class OptimizerSwap(OptimizerNeeds):
@@ -201,15 +188,7 @@ class OptimizerSwap(OptimizerNeeds):
     @override
     def answers_for(self, kind: Any) -> Compatibility:
         answers, named = super().answers_for(kind), None if self.optimizer is None else entry_of(kind)
-        if named is None or named.takes_sparse:
-            answers = answers.but(sparse_gradients=yes("If the class supports them."))
-        if named is not None and not named.takes_complex:
-            answers = answers.but(complex_parameters=_COMPLEX)
-        if named is not None and named.only_matrices:
-            answers = answers.but(sparse_gradients=_ON_THE_REST, complex_parameters=_ON_THE_REST)
-        if named is not None and not named.elementwise:
-            answers = answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
-        return answers
+        return answers_of(answers, named)
 
     # The fit begins.
 
@@ -292,18 +271,20 @@ class OptimizerSwap(OptimizerNeeds):
         # A module may return an optimizer of its matrices itself, of the same class.
         if self.moves_matrices and class_of(make) is not type(old):
             return self._part(index, make, old, schedulers, trainer, module)
-        new = self.create(make, old)
+        # A callable with options of its own decides about all of them.
+        may_keep = isinstance(make, type) or isinstance(self.optimizer, str)
+        factors = (self.lr_factor, self.wd_factor)
+        new = create_optimizer(self.display_name, make, old, self.options or {}, factors, may_keep)
         self._refuse_moved(new, old, trainer, module)
         if self.lr_factor not in (None, 1.0):
             refuse_scheduler(self.display_name, schedulers, old)
         self.undo.push(partial(forget_marks, new))
         self.undo.push(replace_optimizer(old, new, schedulers))
-        if self.lr_factor not in (None, 1.0):
-            self._scale(new, schedulers)
+        if self.lr_factor is not None and self.lr_factor != 1.0:
+            self._remarks += scale_all_(new, schedulers, self.lr_factor)
         self._optimizers[str(index)] = description(new)
-        self._swapped[index] = (
-            f"{type(new).__name__} in place of {type(old).__name__} ({rates_in_words(new.param_groups)})"
-        )
+        words = f"{type(new).__name__} in place of {type(old).__name__}"
+        self._swapped[index] = f"{words} ({rates_in_words(new.param_groups)})"
         self._remarks += remarks(old, groups, new, self.lr_factor)
         return new
 
@@ -326,9 +307,8 @@ class OptimizerSwap(OptimizerNeeds):
         """Move the hidden matrices of an optimizer by another class, and the rest by its own."""
         check_patterns(module, self.display_name, include=self.include, exclude=self.exclude)
         choice = MatrixChooser(self.display_name, self.include, self.exclude).choose(trainer, module, old)
-        groups, options = [dict(group) for group in old.param_groups], self.options or {}
-        factors = (self.lr_factor, self.wd_factor)
-        new, warned = part_optimizer(self.display_name, make, options, factors, old, choice, schedulers)
+        groups, factors = [dict(group) for group in old.param_groups], (self.lr_factor, self.wd_factor)
+        new, warned = part_optimizer(self.display_name, make, self.options or {}, factors, old, choice, schedulers)
         for each in warned:  # of matrices that are smaller than the rank
             self.tell_once(each, rank_zero_info, each)
         moved, rest = new.parts[0], type(old)
@@ -344,52 +324,9 @@ class OptimizerSwap(OptimizerNeeds):
             self._remarks.append(f"leaves to {rest.__name__}: {choice.words_of_left()}")
         return new
 
-    def _scale(self, new: Optimizer, schedulers: Sequence[Any]) -> None:
-        assert self.lr_factor is not None
-        chosen = [(new, list(range(len(new.param_groups))))]
-        scale_rates_(chosen, self.lr_factor)
-        scale_schedules_(chosen, schedulers, self.lr_factor)
-        unknown = unknown_schedulers(each for each in schedulers if getattr(each, "optimizer", None) is new)
-        if unknown:
-            self._remarks.append(
-                f"multiplies the base rates of {', '.join(unknown)}. Schedulers outside torch may compute rates from other "
-                "values too, so look at the rates with LearningRateMonitor"
-            )
-
     def make(self, old: Optimizer) -> Make:
         """Return the class or callable that creates the optimizer that replaces one of the module's."""
         return type(old) if self.optimizer is None else self._constructor()
-
-    def create(self, make: Make, old: Optimizer) -> Optimizer:
-        """Create the optimizer that replaces one of the module's.
-
-        Args:
-            make: Class or callable.
-            old: The module's optimizer, which is not changed.
-        """
-        # A callable with options of its own decides about all of them.
-        same = class_of(make) is type(old) and (isinstance(make, type) or isinstance(self.optimizer, str))
-        options = {**(own_options(old) if same else {}), **(self.options or {})}
-        factor, decay = 1.0 if self.wd_factor is None else self.wd_factor, options.pop("weight_decay", None)
-        refuse_one_decay(self.display_name, decay, old)
-        given = self.options or {}
-        groups = [
-            carried_group(group, old, same, factor, decay, given.keys() - {"weight_decay"})
-            for group in old.param_groups
-        ]
-        try:
-            new = make(groups, **options)
-        except Exception as error:
-            raise ValueError(
-                f"{self.display_name} cannot create {name_of(make)} for the groups of {type(old).__name__}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        refuse_wrong_groups(self.display_name, new, old)
-        if type(new) is not type(old):
-            refuse_second_order(type(new))
-        refuse_own_values(self.display_name, make, new)
-        carry_defaults_(new, old, 1.0 if self.lr_factor is None else self.lr_factor, factor, decay)
-        return new
 
     @override
     def new_class(self) -> Any:

@@ -39,14 +39,21 @@ from lightning_grad.functional import NMPattern, NMPhase
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.arguments import plain
-from lightning_grad.utilities.checks import check_at_least, check_finite_at_least, warn_of_missing_momentum
+from lightning_grad.utilities.checks import (
+    check_at_least,
+    check_finite_at_least,
+    owned_ids,
+    refuse_projected_moments,
+    warn_of_missing_momentum,
+)
 from lightning_grad.utilities.parameters import check_patterns, clean_name, matches
 from lightning_grad.utilities.precision import gradients_are_scaled
 from lightning_grad.utilities.reporting import counted, limit_layers, log_histograms, stepped_batches
 
+_ANOTHER_RECIPE = "Set recipe='sr-ste', or train with Adam or AdamW"
 _NO_VARIANCE = no(
     "freezes the variance (exp_avg_sq) of an Adam-like optimizer, and {} keeps none",
-    "Set recipe='sr-ste', or train with Adam or AdamW",
+    _ANOTHER_RECIPE,
 ).given("recipe='step'")
 
 
@@ -285,6 +292,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
+        chosen = {id(weight.parameter) for weight in choice.chosen}
+        for optimizer in trainer.optimizers:
+            if self.recipe == "step" and not owned_ids(optimizer).isdisjoint(chosen):
+                refuse_projected_moments(f"{self.display_name} with recipe='step'", optimizer, _ANOTHER_RECIPE)
         if self._adds_sr_ste:
             warn_of_missing_momentum(trainer, self.display_name, "its SR-STE term")
 

@@ -99,9 +99,15 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 def _copy_of(optimizer: Optimizer) -> dict[str, Any]:
     states = [optimizer.state.get(parameter) for parameter in _parameters(optimizer)]
-    groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    groups = [{key: value for key, value in group.items() if key != "params"} for group in _groups(optimizer)]
     states = [None if state is None else _copied(state) for state in states]
     return {"states": states, "groups": _copied(groups), "shared": _copied(_shared(optimizer))}
+
+
+def _groups(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the groups of an optimizer, and those of its parts, which may keep a state there."""
+    parts = getattr(optimizer, "parts", ())
+    return [group for each in (optimizer, *parts) for group in each.param_groups]
 
 
 def _shared(optimizer: Optimizer) -> dict[str, Any]:
@@ -129,7 +135,7 @@ def _restore(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     for key in _shared(optimizer).keys() - saved["shared"].keys():
         del optimizer.state[key]
     optimizer.state.update(_copied(saved["shared"]))
-    for group, values in zip(optimizer.param_groups, saved["groups"], strict=True):
+    for group, values in zip(_groups(optimizer), saved["groups"], strict=True):
         _put_back(group, values, keep=("params",))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Subset, TensorDatas
 from lightning_grad.callbacks import NMSparsity, SkipNonFinite, SpikeRewind
 from lightning_grad.core.steps.run_copy import take_copy
 from lightning_grad.functional import is_nm
+from lightning_grad.optimizers import Frugal, Part, PartedOptimizer
 from lightning_grad.testing import ResumableLoader, assert_identical, make_trainer, state_of
 
 BATCH, BATCHES, BAD = 4, 32, 21  # the bad batch
@@ -38,7 +39,15 @@ class CountingSGD(torch.optim.SGD):
         return loss
 
 
+def parted(parameters: Iterator[nn.Parameter]) -> PartedOptimizer:
+    """AdamW, with a Frugal for the matrices, whose block is in no group of the whole."""
+    given = list(parameters)
+    part = Part([parameter for parameter in given if parameter.ndim > 1], Frugal, {"density": 0.5, "update_gap": 3})
+    return PartedOptimizer(torch.optim.AdamW(given, lr=0.01), [part])
+
+
 OPTIMIZERS: dict[str, Any] = {
+    "parted": parted,
     "counting": lambda parameters: CountingSGD(parameters, lr=0.05),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01),

@@ -308,6 +308,22 @@ def test_layers_count_in_the_order_of_calls() -> None:
     assert all(found[f"{name}.bias"] == found[f"{name}.weight"] for name in ("embed", "body", "head", "spare"))
 
 
+def test_a_norm_does_not_place_the_layer_that_it_is_registered_after() -> None:
+    class NormFirst(Odd):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            for name in ("spare", "body", "embed"):
+                self._modules[name] = self._modules.pop(name)  # so the norm is registered after the head
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(self.norm(batch), batch_idx)
+
+    found = factors(NormFirst())
+    del found["norm.weight"], found["norm.bias"]
+    assert found == factors(Odd())
+
+
 def test_a_tied_weight_has_one_factor() -> None:
     found = factors(Odd(tied=True))
     assert found["head.weight"] == 0.25  # under its first name, with the factor of the layer that uses it first

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from lightning_grad.callbacks import MomentumReset, NormClipping, OptimizerSwap
+from lightning_grad.callbacks import MomentumReset, NMSparsity, NormClipping, OptimizerSwap, SpikeClipping
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.optimizers import DCTAdamW, Frugal, GaLoreAdamW, Part, PartedOptimizer
 from lightning_grad.testing import on_ranks
 from lightning_grad.utilities import optimizer_report
-from lightning_grad.utilities.checks import keeps
+from lightning_grad.utilities.checks import lacking
 from tests.callbacks.optimizers.swapped import BATCHES, EPOCHS, Nets, equal, train, weights
 from tests.callbacks.optimizers.test_optimizer_swap import fp16
 from tests.callbacks.optimizers.test_schedulers import THERE
@@ -302,6 +302,22 @@ def test_what_went_where_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert str(report).splitlines()[-1] in report.markdown()
 
 
+def test_it_says_of_each_weight_why_it_stays(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    train(Kinds(), [OptimizerSwap("dct-adamw", DCT, include=["net.1", "net.2", "conv"])], max_epochs=1)
+    assert (
+        "leaves to AdamW: conv.weight (a convolution, not a matrix), w, net.0.weight, embed.weight, "
+        "attention.in_proj_weight, ... (not in include), 8 biases"
+    ) in caplog.text
+    caplog.clear()
+    module = Deep()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that it initializes nothing
+        module.net.append(nn.Linear(1, 0, bias=False)).append(nn.Linear(0, 1))
+    train(module, [OptimizerSwap("dct-adamw", DCT)], max_epochs=1)
+    assert "net.5.weight (without entries)" in caplog.text
+
+
 def test_it_works_with_other_callbacks() -> None:
     ends = []
     for order in (1, -1):
@@ -460,10 +476,33 @@ def test_what_needs_a_second_moment_asks_all_parts() -> None:
         return PartedOptimizer(AdamW(module.parameters()), parts)
 
     module = nn.Linear(3, 3)
-    assert keeps(optimizer(Part([module.weight], DCTAdamW, DCT)), "exp_avg_sq")
-    assert not keeps(optimizer(Part([module.weight], SGD, {"momentum": 0.9})), "exp_avg_sq")
-    assert not keeps(optimizer(Part([module.weight], DCTAdamW, DCT)), "momentum_buffer")
+    assert not lacking(optimizer(Part([module.weight], DCTAdamW, DCT)), "exp_avg_sq")
+    assert lacking(optimizer(Part([module.weight], SGD, {"momentum": 0.9})), "exp_avg_sq")
+    assert lacking(optimizer(Part([module.weight], DCTAdamW, DCT)), "momentum_buffer")
     train(Deep(), [OptimizerSwap("dct-adamw", DCT), MomentumReset()], max_epochs=1)
+
+
+class Wide(Deep):
+    """Its hidden matrices have rows that NMSparsity can prune."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 12), nn.Linear(12, 4), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("name", ["muon", "galore-adamw", "frugal", "dct-adamw"])
+def test_what_reads_the_moments_of_entries_refuses_the_part_without_them(name: str) -> None:
+    if name == "muon" and TORCH < (2, 9):
+        pytest.skip("torch has no Muon")
+    options = {} if name in ("muon", "frugal") else DCT
+    kind = {"muon": "Muon", "galore-adamw": "GaLoreAdamW", "frugal": "Frugal", "dct-adamw": "DCTAdamW"}[name]
+    why = f"and {kind} keeps"
+    refused(Wide(), [OptimizerSwap(name, options), SpikeClipping()], rf"SpikeClipping .*{why}.*or clip with ZClip")
+    sparse = NMSparsity("2:4", recipe="step")
+    refused(Wide(), [OptimizerSwap(name, options), sparse], rf"recipe='step' .*{why}.*Set recipe='sr-ste'")
+    train(Wide(), [OptimizerSwap(name, options), NMSparsity("2:4")], max_epochs=1)
+    if name == "muon":
+        refused(Wide(), [OptimizerSwap(name), MomentumReset()], "MomentumReset .* and Muon keeps none")
 
 
 def test_checkpoints_of_other_matrices_or_options_are_refused(tmp_path: Path) -> None:
