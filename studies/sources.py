@@ -24,7 +24,8 @@ HOMES = dict.fromkeys(("lightning_grad", "studies", "benchmarks", "tests"), ROOT
 HOMES["plain_project"] = ROOT / "examples"
 WHOLE, REST = "", "*"  # in place of a name: all of a module, or its statements that define no name
 CLAIM = ("studies.claim", "Claim")
-WORDS = ("text", "paper", "margin", "scale", "unit", "seeds", "budget")  # of a claim, by which it is told or judged
+# The fields by which a claim is told or judged.
+WORDS = ("text", "paper", "about", "default_data", "margin", "margins", "scale", "unit", "seeds", "budget")
 Place = tuple[str, str]  # a module, and a name that it defines
 
 
