@@ -132,17 +132,17 @@ class Page:
     def table(self) -> Iterator[str]:
         """Yield the table of all claims."""
         yield "## All claims\n"
+        shown = [row for row in self.rows if row.lines]
+        if not shown:
+            yield "None has results yet.\n"
+            return
         yield wrapped(
             "*Measured*: by how much an arm is better than the other one, the interval in brackets, and the number of seeds n "
             "(a negative number: it is worse)."
         )
         yield markdown_table(
             ("Technique", "What is claimed", "Measured", "Verdict", "Command"),
-            (
-                (self.technique(row), claimed(row), measured(row), verdict(row), f"`{row.command}`")
-                for row in self.rows
-                if row.lines
-            ),
+            ((self.technique(row), claimed(row), measured(row), verdict(row), f"`{row.command}`") for row in shown),
         )
 
     def families(self) -> Iterator[str]:
@@ -181,8 +181,8 @@ class Page:
         )
         yield (
             "**Size.** The networks are small and the trainings are short: one processor thread takes a minute or less for "
-            "each. Papers train for a hundred times as long and more, and some effects need that. *Holds* and "
-            "*contradicted* are about this size. If your run is longer, try the technique on it."
+            "each. Papers train far larger networks for far longer, and some effects need that. *Holds* and "
+            "*contradicted* are about this size. If your run is larger, try the technique on it."
         )
         yield (
             "**Rates.** Each arm has its own learning rate: the best of the grid of its claim, by validation, on seed "

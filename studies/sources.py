@@ -178,7 +178,10 @@ class Code:
     def _named(self, module: Module, node: ast.AST) -> Iterator[Place]:
         """Yield the places that a part of a module names."""
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from filter(None, (self.find(*place) for _, place in imports(node, module.package)))
+            found = [place for _, place in imports(node, module.package)]
+            if isinstance(node, ast.Import):
+                found += [(alias.name, WHOLE) for alias in node.names]  # import a.b in a function: all of both
+            yield from filter(None, (self.find(*place) for place in found))
         elif place := self._target(module, node):
             yield place
         else:

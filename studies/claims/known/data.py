@@ -40,8 +40,8 @@ def pruning(part: str, prune: float, flip: float) -> OnTask:
     wrong = f", with {100 * flip:g} % wrong labels" if flip else ""
     return OnTask(
         name=f"pruning-{part}{'-wrong-labels' if flip else ''}-images",
-        text=f"After two epochs on 5,000 images{wrong}, the {part} chosen by EL2N, GraNd or CCS is better than a random {part}, "
-        "and than RS2 with as many seen samples.",
+        text=f"After a quarter of the epochs{wrong}, the {part} of the data chosen by EL2N, GraNd or CCS is better than a "
+        f"random {part}, and than RS2 with as many seen samples.",
         paper=Paper(
             "`DataPruning`",
             "data_pruning",
@@ -80,7 +80,7 @@ CLAIMS = (
     ),
     OnTask(
         name="rs2-images",
-        text="With as many seen samples, fresh random subsets (RS2) are better than one random half after two epochs on all.",
+        text="With as many seen samples, fresh random subsets (RS2) are better than all samples and then one random half.",
         paper=Paper(
             "`RepeatedRandomSubset`",
             "data_pruning",
