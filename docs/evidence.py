@@ -13,10 +13,10 @@ sys.path.insert(0, str(ROOT))
 
 from lightning_grad.cli.catalog import techniques
 from studies.claims import CLAIMS
-from studies.evidence import preferred, rows_of, telling
-from studies.page import Page, item, name, quoted, wrapped
+from studies.evidence import NOT_RUN, preferred, rows_of, telling
+from studies.page import TITLES, Page, item, name, quoted, waiting, wrapped
 from studies.results import FOLDER, Store
-from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART
+from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART, UNDECIDED
 
 PAGE, IMAGES = "docs/evidence.md", "docs/images"
 TOLD = {HOLDS: "Holds", PART: "Holds in part", CONTRADICTED: "Contradicted", NOT_SHOWN: "Not shown"}
@@ -61,9 +61,9 @@ def family_rows(family: str) -> Iterator[str]:
     """Yield the verdicts about a family."""
     rows = page().by_family()[family]
     yield from (item(f"{TOLD[row.group]}: {row.claim.text} {quoted(row)}") for row in rows if row.is_decided)
-    waiting = [f"{name(row)} ({row.word})" for row in rows if not row.is_decided]
-    if waiting:
-        yield item(f"Not decided: {', '.join(waiting)}.")
+    for group in (UNDECIDED, NOT_RUN):
+        if names := [waiting(row) for row in rows if row.group == group]:
+            yield item(f"{TITLES[group]}: {', '.join(names)}.")
     yield f"\nAll arms, intervals and how they were measured: [evidence](evidence.md#{anchor_of(family)}).\n"
 
 

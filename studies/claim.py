@@ -87,11 +87,14 @@ class Claim(Generic[R]):
         name: Name on the command line and of the file of results.
         text: The claim, in one sentence.
         paper: What a paper says about it; ``None`` for a claim of this project alone.
+        about: Names of the techniques, if no paper names them.
+        default_data: Name of the default data.
         arms: What is trained.
         reference: The arm with which the others are compared.
         metric: Name of the compared measurement.
         higher: Whether a higher value is better.
         margin: The claim holds if the difference is above this; negative for "no worse than".
+        margins: Margins of arms that have another one.
         scale: Factor of the metric in reports, 100 for accuracies.
         unit: Unit of the scaled metric.
         rates: Peak learning rates to choose from, for each arm, on a seed that is not reported. One rate needs no choice.
@@ -112,11 +115,14 @@ class Claim(Generic[R]):
     name: str
     text: str
     paper: Paper | None = None
+    about: Sequence[str] = ()
+    default_data: str = "digits"
     arms: Sequence[str]
     reference: str
     metric: str
     higher: bool = True
     margin: float = 0.0
+    margins: Mapping[str, float] = field(default_factory=dict)
     scale: float = 1.0
     unit: str = ""
     rates: Sequence[float] = ()

@@ -55,10 +55,15 @@ class Row:
         """The comparisons of the claim."""
         return compare(self.claim, [line.result(self.claim) for line in self.lines])
 
+    @property
+    def has_differences(self) -> bool:
+        """Whether a seed has both arms of a comparison."""
+        return any(each.differences for each in self.comparisons)
+
     @cached_property
     def word(self) -> str:
         """The verdict."""
-        return judge(self.comparisons) if self.lines else NOT_RUN
+        return judge(self.comparisons) if self.found else NOT_RUN
 
     @property
     def group(self) -> str:
@@ -94,7 +99,7 @@ class Row:
     @cached_property
     def techniques(self) -> list[type[Any]]:
         """The exported techniques that the claim names, and those of its arms that their references do not share."""
-        words = re.findall(r"\w+", self.claim.paper.technique) if self.claim.paper else []
+        words = re.findall(r"\w+", self.claim.paper.technique) if self.claim.paper else self.claim.about
         table: Mapping[str, Any] = getattr(self.claim, "table", {})
         pairs = self.claim.comparisons()
         used = {arm: set(table[arm].classes) if arm in table else set() for pair in pairs for arm in pair}
@@ -111,10 +116,10 @@ class Row:
 
     @cached_property
     def weakest(self) -> Comparison:
-        """The comparison with the least distance from the margin, among those that decide the verdict."""
+        """The comparison that supports the verdict least, among those that decide it."""
         deciding = HOLDS if self.group == PART else self.group
         chosen = [each for each in self.comparisons if each.word == deciding] or self.comparisons
-        return min(chosen, key=strength)
+        return (max if self.group == NOT_SHOWN else min)(chosen, key=strength)
 
     @property
     def command(self) -> str:
@@ -144,7 +149,7 @@ def data_of(claim: Claim[Any]) -> str:
     """Return the name of the data of a claim."""
     named, folder = claim.settings.get("data"), Path("folder")
     if claim.data is None:
-        return named or ("characters" if getattr(claim, "model", "") == "characters" else "digits")
+        return named or claim.default_data
     if replace(claim, data=folder).settings["data"] != folder.name:  # the claim has its own name of the data
         return str(named)
     return "CIFAR-10" if "CIFAR-10" in claim.reads else f"the text {named}"

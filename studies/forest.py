@@ -34,7 +34,7 @@ def _block(row: Row, top: float) -> tuple[list[str], float]:
     """Return the lines of one claim, and where they end."""
     scale = row.claim.compared[1]
     shown = [each for each in row.comparisons if each.differences]
-    axis = Axis([scale * end for each in shown for end in _ends(each)] + [0.0, scale * row.claim.margin])
+    axis = Axis([scale * end for each in shown for end in [*_ends(each), each.margin]] + [0.0])
     parts = [_text(EDGE, top + 14, f"{row.claim.name}, {row.data}: {row.word}", "bold")]
     first, bottom = top + LINE, top + LINE * (1 + len(shown))
     for tick in axis.ticks:
@@ -42,11 +42,11 @@ def _block(row: Row, top: float) -> tuple[list[str], float]:
         parts.append(_line(axis.at(tick), first, axis.at(tick), bottom, colour))
         parts.append(_text(axis.at(tick), bottom + 12, f"{tick:g}", size=10, anchor="middle"))
     parts.append(_text(EDGE, bottom + 12, f"{shown_unit(row.claim)}, right is better", size=10))
-    if row.claim.margin:
-        place = axis.at(scale * row.claim.margin)
-        parts.append(_line(place, first, place, bottom, "#4D4D4D", dashed=True))
     for number, each in enumerate(shown):
-        parts += _comparison(each, axis, scale, first + LINE * (number + 0.5))
+        upper, place = first + LINE * number, axis.at(scale * each.margin)
+        if each.margin:
+            parts.append(_line(place, upper, place, upper + LINE, "#4D4D4D", dashed=True))
+        parts += _comparison(each, axis, scale, upper + LINE / 2)
     return parts, bottom + 26
 
 
@@ -56,7 +56,8 @@ def _comparison(comparison: Comparison, axis: Axis, scale: float, middle: float)
     label = f"{comparison.arm} against {comparison.reference}"
     yield _text(EDGE + 10, middle + 4, label if len(label) <= MOST else f"{label[: MOST - 1]}…")
     if not all(map(math.isfinite, comparison.differences)):
-        words = f"one of both fails in {sum(map(math.isinf, comparison.differences))} of {len(comparison.differences)} seeds"
+        failed = sum(map(math.isinf, comparison.differences))
+        words = f"one of the two fails in {failed} of {len(comparison.differences)} seeds"
         yield _text(axis.at(0) + 6, middle + 4, words, size=10, colour=colour)
         return
     ends = [axis.at(scale * end) for end in _ends(comparison)]

@@ -13,7 +13,7 @@ from studies import forest
 from studies.claim import plain
 from studies.evidence import NOT_RUN, ORDER, Row, preferred
 from studies.plan import CHOICE_SEED
-from studies.report import arm_rows, is_edge, places_of, shown_unit
+from studies.report import arm_rows, is_edge, places_of, shown_unit, words_of
 from studies.results import Line
 from studies.tasks import TASKS
 from studies.verdict import CONTRADICTED, HOLDS, LEVEL, NOT_SHOWN, PART, UNDECIDED, Comparison
@@ -33,10 +33,10 @@ VERBS = {  # of one, and of several
     NOT_SHOWN: ("is not shown", "are not shown"),
 }
 MEANINGS = {
-    HOLDS: "It helped as claimed, in all comparisons.",
-    PART: "It helped as claimed in some comparisons, not in all.",
-    CONTRADICTED: "It was worse than claimed.",
-    NOT_SHOWN: "The intervals include the margin, so these runs do not tell.",
+    HOLDS: "The trainings show what is claimed, in all comparisons.",
+    PART: "They show it in some comparisons, but not in all.",
+    CONTRADICTED: "They show the opposite, at this size: these trainings are short, see the [method](#method).",
+    NOT_SHOWN: "The intervals are too wide for a yes or a no.",
 }
 CHANCE = 1 - LEVEL
 PROJECT = "A claim of this project"
@@ -64,7 +64,7 @@ class Page:
 
     def figures(self) -> dict[str, str]:
         """Return the figures by the names of their files."""
-        found = {family: [row for row in rows if row.lines] for family, rows in self.by_family().items()}
+        found = {family: [row for row in rows if row.has_differences] for family, rows in self.by_family().items()}
         return {
             f"evidence_{family}.svg": forest.draw(rows, f"{self.title_of(family)}: differences and their intervals")
             for family, rows in found.items()
@@ -104,7 +104,9 @@ class Page:
             told = [f"*{group}*: {', '.join(names)}" for group, names in found if names]
             yield wrapped(f"**On small data that needs no download.** {'; '.join(told)}.")
         if rows := self.of(UNDECIDED):
-            yield wrapped(f"**{TITLES[UNDECIDED]}.** {'; '.join(f'{name(row)}: {row.word}' for row in rows)}.")
+            yield wrapped(f"**{TITLES[UNDECIDED]}.** {', '.join(map(waiting, rows))}.")
+        if rows := self.of(NOT_RUN):
+            yield wrapped(f"**{TITLES[NOT_RUN]}.** {count(rows, 'claim')}, named below with their families.")
 
     def group(self, group: str, rows: Sequence[Row]) -> Iterator[str]:
         """Yield the rows of one verdict."""
@@ -130,22 +132,18 @@ class Page:
     def table(self) -> Iterator[str]:
         """Yield the table of all claims."""
         yield "## All claims\n"
+        shown = [row for row in self.rows if row.lines]
+        if not shown:
+            yield "None has results yet.\n"
+            return
         yield wrapped(
             "*Measured*: by how much an arm is better than the other one, the interval in brackets, and the number of seeds n "
             "(a negative number: it is worse)."
         )
         yield markdown_table(
             ("Technique", "What is claimed", "Measured", "Verdict", "Command"),
-            (
-                (self.technique(row), claimed(row), measured(row), verdict(row), f"`{row.command}`")
-                for row in self.rows
-                if row.lines
-            ),
+            ((self.technique(row), claimed(row), measured(row), verdict(row), f"`{row.command}`") for row in shown),
         )
-        if rows := self.of(NOT_RUN):
-            yield f"**{TITLES[NOT_RUN]}.** `python -m studies --only NAME` runs a claim.\n"
-            yield from (item(f"{name(row)} ({self.technique(row)}): {row.claim.text}") for row in rows)
-            yield ""
 
     def families(self) -> Iterator[str]:
         """Yield the figure of each family, and the lines behind it."""
@@ -153,17 +151,18 @@ class Page:
             run = [row for row in rows if row.lines]
             yield f"## {self.title_of(family)}\n"
             yield f"How to use them: [{self.title_of(family)}]({self.docs}{family}.md).\n"
-            if not run:
-                yield "Not run yet.\n"
-                continue
-            image = f"{self.images}evidence_{family}.svg"
-            yield f"![{self.title_of(family)}: differences of each claim and their intervals]({image})\n"
-            yield markdown_table(
-                ("Claim", "Arm", "Rate", "Mean ± standard error", "Seeds"),
-                (cells for row in run for cells in arms(row)),
-            )
-            yield from (item(settings(row)) for row in run)
-            yield ""
+            if any(row.has_differences for row in run):
+                image = f"{self.images}evidence_{family}.svg"
+                yield f"![{self.title_of(family)}: differences of each claim and their intervals]({image})\n"
+            if run:
+                yield markdown_table(
+                    ("Claim", "Arm", "Rate", "Mean ± standard error", "Seeds", "Processor time"),
+                    (cells for row in run for cells in arms(row)),
+                )
+                yield from (item(settings(row)) for row in run)
+                yield ""
+            if rest := [name(row) for row in rows if row.group == NOT_RUN]:
+                yield wrapped(f"{TITLES[NOT_RUN]}: {', '.join(rest)}. `python -m studies --only NAME` runs a claim.")
 
     def method(self) -> Iterator[str]:
         """Yield how the numbers came about."""
@@ -178,8 +177,12 @@ class Page:
         tasks = [f" *{name}*: {about(task)}" for name, task in TASKS.items() if name in used]
         yield (
             "**Data and networks.** Each claim names its data, and its settings are below the figure of its family."
-            f"{''.join(tasks)} The networks are small: these are tests of what a technique claims, at a size that one "
-            "processor thread trains in seconds, not records."
+            f"{''.join(tasks)}"
+        )
+        yield (
+            "**Size.** The networks are small and the trainings are short: one processor thread takes a minute or less for "
+            "each. Papers train far larger networks for far longer, and some effects need that. *Holds* and "
+            "*contradicted* are about this size. If your run is larger, try the technique on it."
         )
         yield (
             "**Rates.** Each arm has its own learning rate: the best of the grid of its claim, by validation, on seed "
@@ -191,17 +194,18 @@ class Page:
         )
         yield (
             f"**Number of comparisons.** The decided rows have {len(comparisons)}. Intervals are not corrected for this "
-            f"number: if no technique did anything, about {CHANCE / 2 * len(comparisons):.0f} of them would be above 0 by "
-            "chance. So one narrow row is no proof; several rows of a technique are."
+            f"number: if no technique did anything, about {CHANCE / 2 * len(comparisons):.1f} of them would be above 0 by "
+            "chance. So a single row that holds narrowly is weak evidence."
         )
         yield (
             f"**Verdict.** *{HOLDS}*: the whole interval is above the margin of the claim (0, or what the claim allows to "
-            f"lose), in all comparisons; *{PART}*: in some of them; *{CONTRADICTED}*: in none, and at least one is "
-            f"entirely below; *{NOT_SHOWN}*: neither. The rule was fixed before the results."
+            f"lose), in all comparisons; *{PART}*: in some of them, and others may be below; *{CONTRADICTED}*: in none, and "
+            f"at least one is entirely below; *{NOT_SHOWN}*: neither. The rule was fixed before the results."
         )
         yield (
-            "**Steps and time.** Arms have equal steps, unless a technique is there to save steps. A technique that costs "
-            "time is also compared with training for as much longer without it, where its claim says so."
+            "**Steps and time.** Arms have equal steps, up to the rounding of epochs, unless a technique is there to save "
+            "steps. Claims *at equal time* also compare it with a longer training without it. *Processor time* is the mean of "
+            "a training without its validations, where it was measured."
         )
         yield (
             "**Failures.** A training that ends in nan, or never reaches the target of its claim, is worse than any other. A "
@@ -271,6 +275,11 @@ def card_of(technique: type) -> str:
     return f"{family_of(technique)}/{technique.__module__.rpartition('.')[2]}.md"
 
 
+def waiting(row: Row) -> str:
+    """Return the name of a claim without a verdict, and what is missing."""
+    return name(row) if row.group == NOT_RUN else f"{name(row)}{row.word.removeprefix(UNDECIDED)}"
+
+
 def name(row: Row) -> str:
     """Return the name of a claim, as code."""
     return f"`{row.claim.name}`"
@@ -310,8 +319,11 @@ def measured(row: Row) -> str:
 
 
 def margin(row: Row) -> str:
-    """Return the margin of a claim, if it is not 0."""
-    return f"; holds above {digits(row)(row.claim.margin)}" if row.claim.margin else ""
+    """Return the margins of a claim, if one is not 0."""
+    form, claim = digits(row), row.claim
+    own = [f"`{arm}` above {form(value)}" for arm, value in claim.margins.items() if arm in claim.arms]
+    usual = f"holds above {form(claim.margin)}" if claim.margin or own else ""
+    return "".join(f"; {part}" for part in (usual, *own) if part)
 
 
 def numbers(row: Row, comparison: Comparison) -> str:
@@ -354,8 +366,10 @@ def quoted(row: Row) -> str:
     if not row.is_decided:
         return f"({row.word})"
     total, deciding = len(row.comparisons), HOLDS if row.group == PART else row.group
-    found = sum(each.word == deciding for each in row.comparisons)
+    found, against = (sum(each.word == word for each in row.comparisons) for word in (deciding, CONTRADICTED))
     several = f"{found} of {total} comparisons {VERBS[deciding][found > 1]}; " if total > 1 else ""
+    if row.group == PART and against:
+        several = several.replace(";", f", {against} {VERBS[CONTRADICTED][against > 1]};")
     differs = numbers(row, row.weakest).rpartition(", n = ")[0].replace("**", "").replace("(", "[").replace(")", "]")
     unit = re.sub("^points of .*", "points", shown_unit(row.claim))
     return f"({several}{row.data}: {differs} {unit})"
@@ -367,7 +381,13 @@ def arms(row: Row) -> Iterator[tuple[str, ...]]:
     for place, (arm, rate, mean, seeds) in enumerate(arm_rows(row.claim, row.lines)):
         unit = f" {row.claim.unit}".rstrip() if "of" not in mean else ""
         shown = f"`{arm}`: `{table[arm]}`" if arm in table else f"`{arm}`"
-        yield name(row) if place == 0 else "", shown, rate, f"{mean}{unit}", seeds
+        yield name(row) if place == 0 else "", shown, rate, f"{mean}{unit}", seeds, processor_time(row, arm)
+
+
+def processor_time(row: Row, arm: str) -> str:
+    """Return the mean processor time of the trainings of an arm, if it was measured."""
+    seconds = [line.metrics["cpu_seconds"] for line in row.lines if line.arm == arm and "cpu_seconds" in line.metrics]
+    return f"{sum(seconds) / len(seconds):.1f} s" if seconds else "-"
 
 
 def settings(row: Row) -> str:
@@ -381,7 +401,7 @@ def settings(row: Row) -> str:
     machines = len({str(line.origin.hardware) for line in row.lines})
     several = f"Its trainings are of {machines} machines." if machines > 1 else ""
     parts = (
-        f"{name(row)}: {row.data}, {row.claim.metric.replace('_', ' ')}{', ' if told else ''}{told}.",
+        f"{name(row)}: {row.data}, {words_of(claim.metric)}{', ' if told else ''}{told}.",
         grid,
         edge,
         several,

@@ -47,8 +47,14 @@ def print_report(plan: Plan) -> None:
         print("intervals: for each comparison alone, not corrected for their number")
     if any(math.isinf(value) for each in comparisons for value in each.differences):
         print("with an infinite difference: smallest to largest difference in place of the interval")
-    if claim.margin:
-        print(f"a difference counts if it is above {number(claim, claim.margin)}")
+    if any(each.margin for each in comparisons):
+        margins = {each.arm: number(claim, each.margin) for each in comparisons}
+        told = (
+            margins.values()
+            if len(set(margins.values())) == 1
+            else (f"{value} ({arm})" for arm, value in margins.items())
+        )
+        print(f"a difference counts if it is above {', '.join(dict.fromkeys(told))}")
     if edges := [arm for arm, rate in plan.rates.items() if is_edge(claim, rate)]:
         print(f"best rate at the end of the grid, so a better one may be outside: {', '.join(edges)}")
     print_origins(plan)
@@ -113,11 +119,21 @@ def number(claim: Claim[Any], difference: float) -> str:
 
 def shown_unit(claim: Claim[Any]) -> str:
     """Return what a difference counts, in words, such as ``"points of test accuracy"``."""
-    label, metric = claim.compared[0], claim.metric.replace("_", " ")
+    label, metric = claim.compared[0], words_of(claim.metric)
     unit = label.removeprefix("better by").strip()
     if unit == label:
         return label
     return metric if metric.startswith(unit) else f"{unit} of {metric}"
+
+
+def words_of(metric: str) -> str:
+    """Return a measurement in words.
+
+    Example:
+        >>> words_of("test_accuracy"), words_of("share")
+        ('test accuracy', 'found wrong labels')
+    """
+    return {"share": "found wrong labels", "eigenvalue": "largest eigenvalue"}.get(metric, metric.replace("_", " "))
 
 
 def is_edge(claim: Claim[Any], rate: float | None) -> bool:

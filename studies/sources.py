@@ -24,7 +24,8 @@ HOMES = dict.fromkeys(("lightning_grad", "studies", "benchmarks", "tests"), ROOT
 HOMES["plain_project"] = ROOT / "examples"
 WHOLE, REST = "", "*"  # in place of a name: all of a module, or its statements that define no name
 CLAIM = ("studies.claim", "Claim")
-WORDS = ("text", "paper", "margin", "scale", "unit", "seeds", "budget")  # of a claim, by which it is told or judged
+# The fields by which a claim is told or judged.
+WORDS = ("text", "paper", "about", "default_data", "margin", "margins", "scale", "unit", "seeds", "budget")
 Place = tuple[str, str]  # a module, and a name that it defines
 
 
@@ -177,7 +178,10 @@ class Code:
     def _named(self, module: Module, node: ast.AST) -> Iterator[Place]:
         """Yield the places that a part of a module names."""
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            yield from filter(None, (self.find(*place) for _, place in imports(node, module.package)))
+            found = [place for _, place in imports(node, module.package)]
+            if isinstance(node, ast.Import):
+                found += [(alias.name, WHOLE) for alias in node.names]  # import a.b in a function: all of both
+            yield from filter(None, (self.find(*place) for place in found))
         elif place := self._target(module, node):
             yield place
         else:

@@ -89,7 +89,8 @@ def compare(claim: Claim[Any], results: Sequence[Result]) -> list[Comparison]:
     for arm, reference in claim.comparisons():
         found = [difference(claim, own, arm, reference) for _, own in sorted(by_seed.items())]
         differences = [value for value in found if value is not None]
-        compared.append(Comparison(arm, reference, differences, claim.margin, claim.seeds))
+        margin = claim.margins.get(arm, claim.margin)
+        compared.append(Comparison(arm, reference, differences, margin, claim.seeds))
     return compared
 
 

@@ -75,7 +75,9 @@ class Spikes(Claim[Result]):
     result = Result
     reads = f"a UTF-8 text of at least {SHORTEST} characters"
     name: str = "clipping-spikes"
-    text: str = "Where the loss spikes, clipping with an adaptive threshold ends with a lower loss than no clipping."
+    text: str = (
+        "Where the loss spikes, each way to clip, with a fixed or an adaptive limit, ends with a lower loss than none."
+    )
     arms: Sequence[str] = tuple(RULES)
     reference: str = "none"
     metric: str = "validation_loss"
@@ -186,11 +188,12 @@ def find_spikes(losses: Sequence[float]) -> list[tuple[int, int]]:
 
 CLAIMS = (
     Spikes(
+        default_data="sums",
         paper=Paper(
             "ZClip",
             "clipping",
             "A limit that follows the recent gradient norms prevents spikes of the loss",
             "ZClip (2504.02507)",
-        )
+        ),
     ),
 )

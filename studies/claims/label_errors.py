@@ -140,4 +140,4 @@ def read_scores(folder: Path, epoch: int) -> SampleScores:
     return load_scores(folder / f"scores_epoch{epoch}.npz")
 
 
-CLAIMS = (LabelErrors(),)
+CLAIMS = (LabelErrors(about=("DataPruning",)),)

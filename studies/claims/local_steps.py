@@ -208,6 +208,7 @@ def _characters(ranks: int, budget: float) -> LocalSteps:
         text=f"On characters and {ranks} ranks, DiLoCo with an exchange every 30 steps ends with at most 0.05 more loss "
         "than DDP.",
         paper=_DILOCO,
+        default_data="Python sources",
         metric="validation_loss",
         higher=False,
         margin=-0.05,

@@ -123,13 +123,13 @@ def test_page_begins_with_the_verdicts_and_ends_with_how_to_trace_them(folder: P
     first = text.partition("## All claims")[0]
     groups = ["**Holds.**", "**Holds in part.**", "**Contradicted.**", "**Not shown.**", "**Seeds are missing.**"]
     assert sorted(groups, key=first.index) == groups
-    assert "`few`: undecided (3 of 5 seeds)" in first
+    assert "**Seeds are missing.** `few` (3 of 5 seeds)." in first
+    assert "**Not run yet.** 1 claim, named below with their families." in first
     table = text.partition("## All claims")[2].partition("## The clipping")[0]
     assert "[`ZClip`](docs/clipping/zclip.md), later" in table
     assert "It is better ([A paper (2504.02507)](https://arxiv.org/abs/2504.02507)).<br>Tested: Text of all." in table
-    assert "**Not run yet.**" in table
-    assert "`none`" in table.partition("**Not run yet.**")[2]
-    assert "| - |" not in table, "what has not run is below the table"
+    assert "none" not in table, "what has not run is named with its family"
+    assert "Not run yet: `none`." in text.partition("## The clipping")[2]
 
 
 def test_known_data_comes_first_and_the_rest_is_named(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_failed_trainings_are_counted(tmp_path: Path) -> None:
     assert "it fails in 2 of 5 seeds, in the others +10.00 to +20.00, n = 5" in text
     assert "nan" not in text.replace("ends in nan", "")
     assert "inf" not in re.sub(r"\w*(inform|infin)\w*", "", text)
-    assert "one of both fails in 2 of 5 seeds" in page.figures()["evidence_clipping.svg"]
+    assert "one of the two fails in 2 of 5 seeds" in page.figures()["evidence_clipping.svg"]
 
 
 def test_other_machines_and_other_code_are_told(tmp_path: Path) -> None:
@@ -232,6 +232,49 @@ def test_numbers_have_two_digits_of_the_narrowest_interval(tmp_path: Path) -> No
     assert "**+0.0011** (+0.0010 to +0.0013)" in text
     assert re.search(r"\*\*\+0\.1120\*\* \(\+0\.09\d\d to \+0\.12\d\d\)", text)
     assert "in nats of accuracy" in text
+
+
+def test_results_without_a_chosen_rate_are_not_nothing(tmp_path: Path) -> None:
+    claim = OnData(name="x", rates=(0.1, 0.2))
+    fill(tmp_path, claim, {"b": UP}, rate=0.1)
+    page = page_of(tmp_path, claim)
+    assert [row.word for row in page.rows] == ["undecided (0 of 5 seeds)"]
+    assert not page.figures(), "an axis without a difference says nothing"
+    assert "`x` (0 of 5 seeds)" in str(page)
+
+
+def test_the_quoted_comparison_supports_the_verdict_least(tmp_path: Path) -> None:
+    nearly = [0.1, 0.3, 0.1, 0.4, -0.1]
+    for name, gains in (("unclear", {"b": FLAT, "c": nearly}), ("sure", {"b": UP, "c": [2 * each for each in UP]})):
+        claim = OnData(name=name, arms=("a", "b", "c"))
+        fill(tmp_path, claim, gains)
+        (row,) = page_of(tmp_path, claim).rows
+        assert (row.word, row.weakest.arm) == ((NOT_SHOWN, "c") if name == "unclear" else (HOLDS, "b"))
+
+
+def test_what_is_contradicted_in_a_part_is_told(folder: Path) -> None:
+    assert "(1 of 2 comparisons holds, 1 is contradicted; digits: +11." in flat(
+        str(page_of(folder, *claims().values()))
+    )
+
+
+def test_an_arm_may_have_a_margin_of_its_own(tmp_path: Path) -> None:
+    claim = OnData(name="x", arms=("a", "b", "c"), margins={"c": -0.2})
+    fill(tmp_path, claim, {"b": UP, "c": FLAT})
+    page = page_of(tmp_path, claim)
+    assert [row.word for row in page.rows] == [HOLDS]
+    assert "holds above +0.0; `c` above \N{MINUS SIGN}20.0" in str(page)
+    assert page.figures()["evidence_clipping.svg"].count("stroke-dasharray") == 1
+    assert [row.word for row in page_of(tmp_path, replace(claim, margins={})).rows] == [PART]
+
+
+def test_processor_time_is_the_mean_of_the_lines(tmp_path: Path) -> None:
+    claim = replace(CLAIMS["infobatch-images"], rates=(0.1,), seeds=2)
+    for seed in (0, 1):
+        for arm in claim.arms:
+            result = claim.result(arm, seed, 0.1, 1.0, 0.5, 1.0, 0.5, 8, 10.0 + seed)
+            Store(tmp_path).append(claim, line_of(claim, result, 30.0, origin(claim)))
+    assert "| `all`: `no callback` | 0.1 | 50.00 ± 0.00 % | 2 | 10.5 s |" in str(page_of(tmp_path, claim))
 
 
 # The most telling rows.
@@ -315,14 +358,16 @@ def test_every_claim_is_on_the_page(tmp_path: Path) -> None:
 def test_papers_name_techniques_and_their_numbers() -> None:
     rows = [Row(claim, []) for claim in CLAIMS.values() if claim.paper]
     assert len(rows) > 20
-    assert not [row.claim.name for row in rows if not row.techniques]
+    assert not [name for name, claim in CLAIMS.items() if not Row(claim, []).techniques], "no card quotes it"
     assert not [row.claim.name for row in rows if not re.search(r"\(\d{4}\.\d{4,5}\)", row.claim.paper.source)]
 
 
 def test_data_has_a_name() -> None:
     assert data_of(CLAIMS["sparsity"]) == "digits"
     assert data_of(replace(CLAIMS["sparsity"], data=Path("some/folder"))) == "CIFAR-10"
-    assert data_of(CLAIMS["optimizers-characters"]) == "characters"
+    assert data_of(CLAIMS["clipping-spikes"]) == "sums"
+    for name in ("optimizers-characters", "local-steps-characters-2", "local-steps-characters-4"):
+        assert data_of(CLAIMS[name]) == "Python sources"
     assert data_of(replace(CLAIMS["clipping-spikes"], data=Path("book.txt"))) == "the text book.txt"
     assert data_of(replace(CLAIMS["optimizers-text"], data=Path("data"))) == "tinyshakespeare"
 

@@ -26,6 +26,7 @@ class Base:
 """,
     "maths": "HALF = 0.5\ndef square(x):\n    return x * x\ndef cube(x):\n    return x * HALF\n",
     "late": "def late():\n    from package import Two\n    return Two\n",
+    "dotted": "def dotted():\n    import package.maths\n    return package.maths.cube\n",
     "types": """
 from typing import TYPE_CHECKING
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ ONE = ("package", "One")
         (ONE, "maths", "x * x", "x * x * x"),  # through two imports, by an attribute of a module
         (ONE, "base", "LIMIT = 3", "LIMIT = 3\nprint(LIMIT)"),  # runs when the module is imported
         (("package.late", "late"), "two", "rate = 2", "rate = 9"),  # an import in a function, through the package
+        (("package.dotted", "dotted"), "maths", "x * HALF", "x"),  # the same, by a dotted name
         (("package.kept", "all_rules"), "kept", "return 1", "return 2"),  # no name leads from one to the other
         (("package.all", "find"), "one", "rate = 1", "rate = 9"),  # the whole package, by getattr
         (("package.maths", ""), "maths", "x * HALF", "x"),
@@ -132,7 +134,7 @@ def test_what_a_claim_names_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert digests[-1] == digests[0], "every claim uses it anyway"
 
 
-@pytest.mark.parametrize("field", ["text: str = 'Is better.'", "paper: Any = None", "margin: float = 0.1"])
+@pytest.mark.parametrize("field", ["text: str = 'Is better.'", "paper: Any = None", "margins: Any = None"])
 def test_how_a_claim_is_told_and_judged_changes_no_result(tmp_path: Path, field: str) -> None:
     (tmp_path / "studies").mkdir()
     digests = []

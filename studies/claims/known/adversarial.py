@@ -166,8 +166,8 @@ CLAIMS = (
         paper=Paper(
             "`AccuracyGradientLR`",
             "schedules",
-            "Cutting the rate where the robust accuracy stops rising makes adversarial training up to twice as fast.",
-            "Accelerating adversarial training by the accuracy gradient, AccelAT (2210.06888)",
+            "A rate that follows the slope of the accuracy makes adversarial training up to twice as fast.",
+            "AccelAT: Accelerating the Adversarial Training through Accuracy Gradient (2210.06888)",
         ),
         table=SCHEDULES,
         arms=tuple(SCHEDULES),

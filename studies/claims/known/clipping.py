@@ -28,7 +28,8 @@ ADAPTIVE = ("zclip", "autoclip", "spam")
 PAPER = Paper(
     "`ZClip`, `AutoClip`, `SpikeClipping`",
     "clipping",
-    "Limits that adapt to the recent norms (SPAM: to Adam's second moment) keep spikes from harming the training.",
+    "Limits that follow the training keep spikes from harming it (ZClip: by recent norms; SPAM: by Adam's second moment), "
+    "or make it smoother (AutoClip).",
     "ZClip (2504.02507); AutoClip (2007.14469); SPAM (2501.06842)",
 )
 

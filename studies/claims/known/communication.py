@@ -80,11 +80,11 @@ class OverLink(Claim[Result]):
 CLAIMS = (
     OverLink(
         name="slow-link-digits",
-        text="Over 100 Mbit/s, two machines learn digits faster if they send compressed gradients, or rarely.",
+        text="Over 100 Mbit/s, two machines learn digits in less time if they compress what they send, or send less often.",
         paper=Paper(
             "`PowerSGDStrategy`, `DGCStrategy`, `DiLoCoStrategy`",
             "communication",
-            "Gradients of low rank, sparse ones, or rare messages train as well and send far less.",
+            "Gradients of low rank, sparse gradients, or fewer exchanges train as well, and send far less.",
             "PowerSGD (1905.13727); Deep Gradient Compression (1712.01887); DiLoCo (2311.08105)",
         ),
         arms=ARMS,

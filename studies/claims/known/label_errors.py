@@ -74,7 +74,7 @@ CLAIMS = (
         paper=Paper(
             "`DataPruning(prune=0)`, scores",
             "data_pruning",
-            "Samples with a high score (AUM: a low margin over the training) are often mislabelled.",
+            "Samples with a high score (AUM: a low margin over the training) are often mislabeled.",
             "Identifying Mislabeled Data using the Area Under the Margin Ranking (2001.10528)",
         ),
         table=TABLE,

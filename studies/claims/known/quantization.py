@@ -29,7 +29,7 @@ CLAIMS = (
         paper=Paper(
             "`QuantizationAwareTraining`",
             "quantization",
-            "Quantizers that follow the statistics of the weights train better at few bits than plain rounding.",
+            "Quantizers fitted to the distribution of the weights train better at few bits than earlier ones.",
             "QuEST (2502.05003); Oscillation-free Quantization (2302.02210)",
         ),
         table={"dense": PLAIN, **TRAINED},
@@ -47,7 +47,7 @@ CLAIMS = (
             "`LearnedRounding`",
             "quantization",
             "Learning whether each weight is rounded up or down keeps more accuracy than rounding to nearest.",
-            "Up or Down? Adaptive Rounding (2004.10568); Gradient-Based Post-Training Quantization (2308.07662)",
+            "Up or Down? Adaptive Rounding for Post-Training Quantization (2004.10568)",
         ),
         table={"dense": PLAIN, **ROUNDED},
         arms=("dense", *ROUNDED),

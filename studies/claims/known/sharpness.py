@@ -24,7 +24,7 @@ def claim(name: str, flip: float) -> OnTask:
         paper=Paper(
             "`SAM`",
             "sharpness",
-            "Training toward flat minima raises the accuracy, most of all with wrong labels.",
+            "Training toward flat minima raises the accuracy, and makes it robust to wrong labels.",
             "Sharpness-Aware Minimization (2010.01412); ASAM (2102.11600)",
         ),
         table=TABLE,
