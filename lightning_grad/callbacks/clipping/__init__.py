@@ -2,7 +2,8 @@
 
 Each rule derives from :class:`lightning_grad.core.conditioner.GradientConditioner` (read that
 first) and calls a function of :mod:`lightning_grad.functional`; :class:`MomentumReset` derives from
-:class:`lightning_grad.core.OptimizerCallback`, and :class:`ZLoss` adds to the loss. ``docs/clipping.md`` helps to choose a rule.
+:class:`lightning_grad.core.OptimizerCallback`, and :class:`ZLoss` adds to the loss.
+``docs/clipping.md`` helps to choose a rule.
 """
 
 from lightning_grad.callbacks.clipping.adaptive_gradient_clipping import AdaptiveGradientClipping

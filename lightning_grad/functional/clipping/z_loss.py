@@ -50,7 +50,7 @@ def z_loss(logits: Tensor, coefficient: float = 1e-4, valid: Tensor | None = Non
     Example:
         >>> logits = torch.tensor([[0.0, 0.0], [5.0, 5.0]])
         >>> z_loss(logits, coefficient=1.0), z_loss(logits, coefficient=1.0, valid=torch.tensor([True, False]))
-        (tensor(16.4461), tensor(0.4805))
+        (tensor(16.4462), tensor(0.4805))
 
     References:
         Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", 2022, arXiv 2204.02311, section 5. Wortsman

@@ -255,6 +255,7 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
 
 
 def differentiable(values: Iterable[Any]) -> bool:
+    """Return True if a gradient can flow to one of the values."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
@@ -267,6 +268,7 @@ def in_backward() -> bool:
 
 
 def transformed(values: Iterable[Any]) -> bool:
+    """Return True if one of the values belongs to a transform of ``torch.func``."""
     if torch.compiler.is_compiling():  # is_transformed cannot be traced
         return False
     return any(isinstance(v, Tensor) and is_transformed(v) for v in values)
