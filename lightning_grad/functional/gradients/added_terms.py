@@ -35,10 +35,10 @@ class SoftmaxCall:
 
 
 class Added(NamedTuple):
-    """What was added to one call: the sum of the terms over its valid positions, and their number; detached."""
+    """What was added to one call: the sum of the terms over its valid positions, and the number of these; detached."""
 
     total: Tensor
-    count: Tensor
+    positions: Tensor
 
 
 class _LogProbabilities(NamedTuple):
@@ -91,12 +91,12 @@ class AddedTerms(TorchFunctionMode):
 
     def __enter__(self) -> AddedTerms:
         self.added, self.refused = [], []
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._log_probabilities = []
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -128,7 +128,7 @@ class AddedTerms(TorchFunctionMode):
         self.added.append(Added(total.detach(), count))
         reduced = {"none": term, "sum": total}.get(given["reduction"], total / count)
         if not self.reached:
-            reduced.register_hook(self._note)
+            reduced.register_hook(self._note)  # type: ignore[no-untyped-call]
         return value + (reduced - reduced.detach()).to(value.dtype)
 
     def _call(self, name: str, given: dict[str, Any], is_transformed: bool) -> SoftmaxCall | None:
