@@ -143,7 +143,7 @@ def fit_annealing_law(curves: Sequence[Curve], decay: float = 0.999) -> Annealin
             after the highest learning rate.
 
     Example:
-        >>> law = AnnealingConstants(floor=2.6, scale=0.5, alpha=0.5, annealing=0.4)
+        >>> law = AnnealingConstants(floor=2.6, scale=0.5, alpha=0.5, annealing=4e-4)
         >>> schedules = [[1.0] * 2000, [1.0] * 1000 + [0.1] * 1000]
         >>> fitted = fit_annealing_law([(rates, law.losses(rates)) for rates in schedules])
         >>> round(fitted.floor, 2), round(fitted.alpha, 2)
@@ -183,11 +183,11 @@ def forecast_loss(
         ValueError: As in :func:`fit_annealing_law`, or for refits below 0.
 
     Example:
-        >>> law = AnnealingConstants(floor=2.6, scale=0.5, alpha=0.5, annealing=0.4)
+        >>> law = AnnealingConstants(floor=2.6, scale=0.5, alpha=0.5, annealing=4e-4)
         >>> linear, constant = [1.0 - step / 8000 for step in range(8000)], [1.0] * 8000
         >>> forecast = forecast_loss([(linear, law.losses(linear))], constant)
-        >>> round(forecast.loss, 2), forecast.problem
-        (2.61, '')
+        >>> round(forecast.loss, 1), forecast.problem
+        (2.6, '')
 
     References:
         Tissue et al., 2024, arXiv 2408.11029. The band and its limits are our choice.
@@ -239,7 +239,7 @@ class _Points:
         x: S1, (n,).
         z: S2, (n,).
         losses: The losses, (n,).
-        counts: Number of steps of each point, as a multiple of their mean, (n,).
+        weights: Weight of each point in the fit, (n,).
         first: Unit of S1.
         second: Unit of S2.
     """
@@ -247,7 +247,7 @@ class _Points:
     x: Tensor
     z: Tensor
     losses: Tensor
-    counts: Tensor
+    weights: Tensor
     first: float
     second: float
 
@@ -263,7 +263,8 @@ class _Points:
             )
         x, z, losses, counts = rows.unbind(1)
         first, second = float(x.max()), float(z.abs().max()) or 1.0
-        return cls(x / first, z / second, losses, counts / counts.mean(), first, second)
+        # The Huber loss of large residuals is linear, and a mean over n steps has 1 / sqrt(n) of the noise.
+        return cls(x / first, z / second, losses, counts.sqrt(), first, second)
 
     def refits(self, number: int, seed: int) -> Tensor:
         """Return weights of the points for refits, (refits, n): without each block in turn, and of random blocks."""
@@ -292,7 +293,7 @@ class _Points:
         starts[:, 1] = (0.3 * spread).log()
         starts[:, 3] = (0.3 * spread).log()
         logs = starts.repeat(len(weights), 1)
-        weights = (weights * self.counts).repeat_interleave(len(_STARTS), 0)
+        weights = (weights * self.weights).repeat_interleave(len(_STARTS), 0)
         costs, damping = self._costs(logs, weights), torch.full((len(logs), 1), 1e-2, dtype=torch.float64)
         for _ in range(_ITERATIONS):
             moved = logs + self._step(logs, weights, damping)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_grad.functional import AnnealingConstants, annealing_areas, fit_annealing_law, forecast_loss
 
 STEPS = 6000
-LAW = AnnealingConstants(floor=2.6, scale=0.9, alpha=0.5, annealing=3e-4)
+LAW = AnnealingConstants(floor=2.6, scale=3.0, alpha=0.35, annealing=3e-4)
 
 
 def constant(steps: int = STEPS) -> list[float]:
