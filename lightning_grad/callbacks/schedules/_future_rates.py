@@ -52,7 +52,8 @@ def future_rates(trainer: pl.Trainer, pl_module: pl.LightningModule, steps: int,
     # Whatever refers to the optimizer then refers to the copy, which has no weights and no state.
     memo: dict[int, Any] = {id(trainer.optimizers[0]): light, id(trainer): trainer, id(pl_module): pl_module}
     accumulate, in_epoch = trainer.accumulate_grad_batches, trainer.num_training_batches
-    batch, epoch, found = batch_idx + 1, trainer.current_epoch, list[float]()
+    batch: float = batch_idx + 1
+    epoch, found = trainer.current_epoch, list[float]()
     if batch >= in_epoch:
         batch, epoch = 0, epoch + 1
     with random_streams_kept(), warnings.catch_warnings():

@@ -172,7 +172,8 @@ class AnnealingLaw(GradCallback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            self._window.append(loss.detach().float().reshape(()))
+            # Lightning has divided the loss by the number of batches of a step.
+            self._window.append(loss.detach().float().reshape(()) * trainer.accumulate_grad_batches)
         if self._rate is not None and self._window:
             mean = self._window[0] if len(self._window) == 1 else torch.stack(self._window).mean()
             self._pending.append((self._rate, mean))
@@ -202,9 +203,7 @@ class AnnealingLaw(GradCallback):
                 found = forecast_loss([(rates, losses)], [*rates, *rest], self.decay, self.refits, self.seed)
                 row |= {"final_loss": found.loss, "low": found.low, "high": found.high}
                 problem = problem or self._judged(found)
-            except UnknownRatesError as error:
-                problem = str(error)
-            except ValueError as error:  # too few losses after the highest learning rate
+            except (UnknownRatesError, ValueError) as error:  # also too few losses after the highest learning rate
                 problem = str(error)
         self._problem = problem
         self.record.add({**row, "steps": steps, "problem": problem})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -200,13 +200,10 @@ def forecast_loss(
     )
     first, second = (area[-1] for area in annealing_areas(rates, decay))
     losses = points.predict(solutions, first / points.first, second / points.second).squeeze(1)
-    found = LossForecast(
-        *(float(v) for v in (losses[0], losses.min(), losses.max())), points.constants(solutions[0], decay)
-    )
+    constants = points.constants(solutions[0], decay)
+    found = LossForecast(float(losses[0]), float(losses.min()), float(losses.max()), constants)
     seen = max(float(annealing_areas(of[0], decay)[1][-1]) for of in curves)
-    return LossForecast(
-        found.loss, found.low, found.high, found.constants, _problem(found, curves, seen, float(second))
-    )
+    return replace(found, problem=_problem(found, curves, seen, float(second)))
 
 
 def _problem(found: LossForecast, curves: Sequence[Curve], seen: float, second: float) -> str:
@@ -282,7 +279,7 @@ class _Points:
     def predict(logs: Tensor, x: Tensor, z: Tensor) -> Tensor:
         """Return the losses at points (n,) for logarithms of constants (k, 4), (k, n)."""
         floor, scale, alpha, annealing = logs.exp().unsqueeze(2).unbind(1)
-        return floor + scale * x**-alpha - annealing * z  # type: ignore[no-any-return]
+        return floor + scale * x**-alpha - annealing * z
 
     def fit(self, weights: Tensor) -> Tensor:
         """Return the logarithms of the best constants for each row of weights, (k, 4), in the units of the points."""
@@ -352,6 +349,6 @@ def _means(rates: Sequence[float] | Tensor, losses: Sequence[float] | Tensor, de
     peak = int(torch.as_tensor(rates, dtype=torch.float64).argmax())
     known = (torch.arange(len(losses)) >= peak) & losses.isfinite() & (first > 0.0)
     rows = torch.stack([first, second, losses], 1)[known]
-    edges = (torch.linspace(0.0, 1.0, _POINTS + 1).square() * len(rows)).round().long().unique().tolist()
+    edges = sorted({round(len(rows) * (number / _POINTS) ** 2) for number in range(_POINTS + 1)})
     means = [torch.cat([rows[a:b].mean(0), torch.tensor([float(b - a)]).double()]) for a, b in pairwise(edges)]
     return torch.stack(means) if means else torch.empty(0, 4, dtype=torch.float64)
