@@ -90,7 +90,7 @@ class AnnealingLaw(GradCallback):
             )
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"decay": 0.5, "max_band": 10.0}
+    trial: ClassVar[Mapping[str, Any]] = {"decay": 0.5, "max_band": 10.0, "refits": 0}
     neutral: ClassVar[Mapping[str, Any] | str] = {}
 
     record = until_next_fit.of(RunRecord).saved()

@@ -102,7 +102,7 @@ def test_it_knows_the_rates_of_the_rest_of_the_run(schedule: str) -> None:
 
 
 def test_the_forecast_of_a_planted_run(tmp_path: Any, capsys: Any) -> None:
-    callback, module = AnnealingLaw(DECAY), Planted()
+    callback, module = AnnealingLaw(DECAY, refits=0), Planted()
     trainer = fit(callback, module, logger=CSVLogger(tmp_path))
     final = float(module.law.losses(module.rates)[-1])
     trusted = [row for row in callback.record.rows() if not row["problem"]]
@@ -120,9 +120,13 @@ def test_the_forecast_of_a_planted_run(tmp_path: Any, capsys: Any) -> None:
     ("callback", "module", "words"),
     [
         (AnnealingLaw(), Planted(), "The run ended before step 3000"),
-        (AnnealingLaw(DECAY), Planted("plateau"), "A scheduler follows a metric"),
-        (AnnealingLaw(DECAY), Planted(law=AnnealingConstants(-3.0, 2.0, 0.5, 0.0)), "The law needs losses above 0"),
-        (AnnealingLaw(DECAY, max_band=1e-9), Planted(), "Refits differ by"),
+        (AnnealingLaw(DECAY, refits=0), Planted("plateau"), "A scheduler follows a metric"),
+        (
+            AnnealingLaw(DECAY, refits=0),
+            Planted(law=AnnealingConstants(-3.0, 2.0, 0.5, 0.0)),
+            "The law needs losses above 0",
+        ),
+        (AnnealingLaw(DECAY, refits=0, max_band=1e-9), Planted(), "Refits differ by"),
     ],
 )
 def test_it_is_silent_and_says_why(callback: AnnealingLaw, module: Planted, words: str, monkeypatch: Any) -> None:
@@ -142,14 +146,14 @@ class Halve(pl.Callback):
 
 
 def test_rates_that_do_not_follow_the_schedulers() -> None:
-    callback = AnnealingLaw(DECAY)
+    callback = AnnealingLaw(DECAY, refits=0)
     fit(callback, Planted(), Halve())
     problems = [row["problem"] for row in callback.record.rows()]
     assert all("did not follow" in problem for problem in problems[1:])
 
 
 def test_accumulated_batches_are_one_step() -> None:
-    callback, module = AnnealingLaw(DECAY), Planted()
+    callback, module = AnnealingLaw(DECAY, refits=0), Planted()
     losses = []
     step = module.training_step
     module.training_step = lambda batch, batch_idx: losses.append(step(batch, batch_idx)) or losses[-1]
@@ -164,6 +168,6 @@ def test_a_module_that_steps_its_schedulers_itself() -> None:
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
             scheduler.step()
 
-    callback = AnnealingLaw(DECAY)
+    callback = AnnealingLaw(DECAY, refits=0)
     fit(callback, Own())
     assert all("steps its schedulers itself" in row["problem"] for row in callback.record.rows())
