@@ -19,6 +19,7 @@ from lightning_grad.core.progress import check_total_steps, total_steps
 from lightning_grad.core.ranks import mean_over_ranks
 from lightning_grad.core.record import RunRecord
 from lightning_grad.functional import LossForecast, forecast_loss
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.checks import check_above, check_between, check_count
 from lightning_grad.utilities.reporting import is_log_step, log_many, stepped_batches
 
@@ -173,7 +174,7 @@ class AnnealingLaw(GradCallback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
             # Lightning has divided the loss by the number of batches of a step.
-            self._window.append(loss.detach().float().reshape(()) * trainer.accumulate_grad_batches)
+            self._window.append(plain_tensor(loss).detach().float().reshape(()) * trainer.accumulate_grad_batches)
         if self._rate is not None and self._window:
             mean = self._window[0] if len(self._window) == 1 else torch.stack(self._window).mean()
             self._pending.append((self._rate, mean))
