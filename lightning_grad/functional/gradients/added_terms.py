@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_grad.functional.gradients.loss_capture import differentiable, in_backward, transformed
-from lightning_grad.functional.gradients.loss_functions import LOSSES, bind_arguments, valid_positions
+from lightning_grad.functional.gradients.loss_functions import LOSSES, bind_arguments, dropped_weight, valid_positions
 from lightning_grad.functional.plain_tensors import plain_tensor
 
 _LOG_SOFTMAX = frozenset([F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax])
@@ -102,8 +102,10 @@ class AddedTerms(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         # Runs for every torch function of the step, so calls of other functions must cost only these lookups.
-        value = func(*args, **kwargs) if kwargs else func(*args)
         loss = LOSSES.get(func)
+        if loss is not None:
+            kwargs = {**(kwargs or {}), **dropped_weight(func, kwargs or {})}
+        value = func(*args, **kwargs) if kwargs else func(*args)
         if loss is not None and loss.defaults is not None and not in_backward():
             return self._with_term(loss.name, bind_arguments(loss.defaults, args, kwargs or {}), value)
         if func in _LOG_SOFTMAX:

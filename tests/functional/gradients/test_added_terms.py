@@ -138,6 +138,15 @@ def test_other_losses_are_named(loss: Any, reason: str) -> None:
     assert not terms.reached
 
 
+def test_a_weight_that_torch_does_not_pass_on_is_kept() -> None:
+    """F.l1_loss passes no weight to a mode, so a naive context would change its value."""
+    x, weight = logits(6, CLASSES), torch.linspace(0.1, 2.0, 30).reshape(6, CLASSES)
+    with context():
+        found = F.l1_loss(x, SOFT, weight=weight)
+    assert torch.equal(found, F.l1_loss(x, SOFT, weight=weight))
+    assert not torch.equal(found, F.l1_loss(x, SOFT))
+
+
 def test_a_capture_outside_reads_the_same_losses() -> None:
     x = logits(6, CLASSES)
     with LossCapture() as capture, context():
