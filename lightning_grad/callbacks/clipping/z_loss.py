@@ -10,8 +10,7 @@ from typing_extensions import override
 
 from lightning_grad.core import GradCallback, add_to_losses, during_fit, is_log_step, yes
 from lightning_grad.core.compatibility import Compatibility
-from lightning_grad.functional import squared_log_normalizers
-from lightning_grad.functional.gradients.added_terms import AddedTerms, SoftmaxCall
+from lightning_grad.functional import AddedTerms, SoftmaxCall, squared_log_normalizers
 from lightning_grad.utilities.checks import check_finite_at_least
 
 _BY_HAND = "add lightning_grad.functional.z_loss(logits) to the loss in training_step"
