@@ -33,7 +33,7 @@ from lightning_grad.core.dispatch import WrapOrder, wrap_method
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look
-from lightning_grad.core.losses.loss_tap import read_losses, reweight_losses
+from lightning_grad.core.losses.loss_tap import add_to_losses, read_losses, reweight_losses
 from lightning_grad.core.losses.scoring import look_at_all
 from lightning_grad.core.monitored import Interval, Mode, MonitoredCallback
 from lightning_grad.core.optimizers import OptimizerCallback
@@ -97,6 +97,7 @@ __all__ = [
     "WeightCallback",
     "WeightChoice",
     "WrapOrder",
+    "add_to_losses",
     "as_indices",
     "attach_view",
     "check_above",

@@ -22,6 +22,7 @@ from lightning_grad.functional.clipping import *
 from lightning_grad.functional.communication import *
 from lightning_grad.functional.data_pruning import *
 from lightning_grad.functional.diagnostics import *
+from lightning_grad.functional.gradients.added_terms import AddedTerms, SoftmaxCall
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.gradients.gradient_rows import (
     PerSampleGradients,
@@ -40,6 +41,7 @@ from lightning_grad.functional.sharpness import *
 from lightning_grad.functional.sparsity import *
 
 __all__ = [
+    "AddedTerms",
     "InseparableLossError",
     "LossCall",
     "LossCapture",
@@ -47,6 +49,7 @@ __all__ = [
     "PerSampleGradientNorms",
     "PerSampleGradients",
     "RademacherProjection",
+    "SoftmaxCall",
     "Terms",
     "per_sample_gradient_norms",
     "project_gradients",

@@ -16,7 +16,7 @@ from lightning_grad.testing import BATCH, BATCHES, CLASSES, TOKENS, WIDTH, make_
 from tests.contract.settings import CANONICAL, TECHNIQUES, Technique
 
 PAIRING = ("DataPruning", "InfoBatch", "UniformLearning")  # they credit values to indices
-DATA = [t for t in TECHNIQUES if t.name in (*PAIRING, "LossReweighting", "RepeatedRandomSubset")]
+DATA = [t for t in TECHNIQUES if t.name in (*PAIRING, "CurriculumWeighting", "LossReweighting", "RepeatedRandomSubset")]
 PROBES = [t for t in CANONICAL if getattr(t.kind, "credits_samples", False)]  # they show values of single samples
 OTHERS = [t for t in CANONICAL if t not in (*DATA, *PROBES)]
 BAD = 13  # a sample without a batch, and without a loss

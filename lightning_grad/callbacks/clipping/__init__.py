@@ -2,7 +2,8 @@
 
 Each rule derives from :class:`lightning_grad.core.conditioner.GradientConditioner` (read that
 first) and calls a function of :mod:`lightning_grad.functional`; :class:`MomentumReset` derives from
-:class:`lightning_grad.core.OptimizerCallback`. ``docs/clipping.md`` helps to choose a rule.
+:class:`lightning_grad.core.OptimizerCallback`, and :class:`ZLoss` adds to the loss.
+``docs/clipping.md`` helps to choose a rule.
 """
 
 from lightning_grad.callbacks.clipping.adaptive_gradient_clipping import AdaptiveGradientClipping
@@ -18,6 +19,7 @@ from lightning_grad.callbacks.clipping.skip_non_finite import SkipNonFinite
 from lightning_grad.callbacks.clipping.spike_clipping import SpikeClipping
 from lightning_grad.callbacks.clipping.spike_rewind import SpikeRewind
 from lightning_grad.callbacks.clipping.value_clipping import ValueClipping
+from lightning_grad.callbacks.clipping.z_loss import ZLoss
 from lightning_grad.callbacks.clipping.zclip import ZClip
 
 __all__ = [
@@ -35,4 +37,5 @@ __all__ = [
     "SpikeRewind",
     "ValueClipping",
     "ZClip",
+    "ZLoss",
 ]

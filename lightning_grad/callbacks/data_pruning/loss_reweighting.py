@@ -5,36 +5,26 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._batch_weighting import ONE_SIZE, BatchWeighting
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
 from lightning_grad.core.callback import GradCallback
-from lightning_grad.core.compatibility import Compatibility, manual, yes
+from lightning_grad.core.compatibility import Compatibility, manual
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.core.losses.batch_sizes import batch_size_of, size_by_sampler
 from lightning_grad.core.losses.given_functions import LOSS_FN
-from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.functional import annealed_temperature, loss_weights
-from lightning_grad.utilities.batch_copies import copy_of
-from lightning_grad.utilities.checks import check_above, check_between, is_sharded
+from lightning_grad.utilities.checks import check_above, check_between
 from lightning_grad.utilities.reporting import is_log_step
 
 _BY_HAND = "weight the losses in training_step with lightning_grad.functional.loss_weights"
-_ONE_SIZE = yes(
-    "Each batch is weighted separately. Ranks need batches of the same size, which Lightning's sampler provides."
-)
-_REHEARSALS = 4  # number of first batches that may have no loss before the check of rows is given up
-
 Rule = Literal["linupper", "quadratic", "extremes"]
 
 
-class LossReweighting(LossWeighting):
+class LossReweighting(BatchWeighting):
     r"""Weight the samples of each batch by their losses, more sharply as training progresses.
 
     .. math::
@@ -102,23 +92,18 @@ class LossReweighting(LossWeighting):
 
     namespace: ClassVar[str] = "data"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
-        accumulation=_ONE_SIZE,
-        ddp=_ONE_SIZE,
+        accumulation=ONE_SIZE,
+        ddp=ONE_SIZE,
         compiled=COMPILED,
         **manual(no_weighting(f"Use automatic optimization, or {_BY_HAND}")),
     )
     trial: ClassVar[Mapping[str, Any]] = {"warmup_fraction": 0.0}
     neutral: ClassVar[Mapping[str, Any] | str] = {"temperature": math.inf}
-    of_batch: ClassVar[tuple[str, ...]] = ("_batch_idx", "_samples", "_now")
+    of_batch: ClassVar[tuple[str, ...]] = ("_now",)
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
-    _trainer = during_fit[pl.Trainer]()
     _weights = until_next_fit[tuple[Tensor, Tensor] | None](lambda _: None)  # of the global batch, and their number
-    _first = during_fit[Any](lambda _: None)
-    _rehearsals_left = during_fit[int](lambda _: _REHEARSALS)
     _now = during_fit[float](lambda _: math.inf)
-    _batch_idx = during_fit.of(int)
-    _samples = during_fit[int | None](lambda _: None)  # of the batch
 
     def __init__(
         self,
@@ -149,17 +134,6 @@ class LossReweighting(LossWeighting):
         return math.isfinite(self._now)
 
     @override
-    def samples_of(self, batch: Any) -> int | None:
-        self._samples = batch_size_of(batch, lambda: size_by_sampler(self._trainer, self._batch_idx))
-        return self._samples
-
-    @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.fitting:
-            self._trainer = trainer
-
-    @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.acts:
             words = f"weights the samples of each batch by their losses (rule={self.rule!r})"
@@ -177,45 +151,20 @@ class LossReweighting(LossWeighting):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch_idx, self._samples = batch_idx, None
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self.acts:
             progress = run_progress(trainer, stated=self.total_steps)
             self._now = annealed_temperature(progress, self.start_temperature, self.temperature, self.warmup_fraction)
-            if self._rehearsals_left:
-                self._first = copy_of(batch)  # the step may change it
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if self._first is not None:
-            first, self._first = self._first, None
-            is_done = self._rehearse(trainer, pl_module, first)
-            self._rehearsals_left = 0 if is_done else self._rehearsals_left - 1
         if self._weights is not None and is_log_step(trainer):
             self.log_scalars(pl_module, {"temperature": self._now, "effective_samples": self._effective})
         super().on_train_batch_end(trainer, pl_module, *args)
 
-    def _rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> bool:
-        """Check that adjacent rows of the loss belong to one sample; return False if the batch has no loss."""
-        rehearsal = Rehearsal(trainer, pl_module, self.asked, by_terms=True)
-        # A callback that chooses samples may no longer know the samples of this batch, so use the number from the step.
-        samples = self._samples or self.samples_of(batch)
-        if is_sharded(trainer) and self.loss_fn is None:  # otherwise the first step has been checked
-            rehearsal.check_whole_loss(batch, samples)
-        if samples is None:
-            return True  # each row of the loss is a sample
-        if samples * trainer.world_size == 1:
-            rank_zero_warn(
-                f"{self.display_name} compares the samples of a batch, but the batch has only one, so every weight "
-                "is 1. Use larger batches."
-            )
-        is_done = rehearsal.check_batch(batch, samples)
-        if is_done:
-            self.learn_sample_loss(rehearsal)
-        return is_done
-
     @override
     def weigh(self, losses: SampleLosses) -> Tensor | None:
-        everyone = self._of_all_ranks(losses.losses)
+        everyone = self.of_all_ranks(losses.losses)
         weights = loss_weights(everyone.flatten(), self.rule, self._now).reshape(everyone.shape)
         counted = everyone.isfinite().sum()
         self._weights = weights, counted
@@ -228,23 +177,3 @@ class LossReweighting(LossWeighting):
         assert self._weights is not None
         weights, counted = self._weights
         return 1.0 / (weights.square().sum() * counted)
-
-    def _of_all_ranks(self, losses: Tensor) -> Tensor:
-        """Return the losses of the global batch, (ranks, B), padded with nan where a rank has fewer samples."""
-        if self._trainer.world_size == 1:
-            return losses.unsqueeze(0)
-        # The last batch may be smaller on one rank. Padding to the loader's batch size gives the reduction equal shapes
-        # without an exchange of sizes.
-        size = max(len(losses), _batch_size(self._trainer))
-        everyone = losses.new_zeros(self._trainer.world_size, size)
-        own = everyone[self._trainer.global_rank]
-        own[: len(losses)] = losses
-        own[len(losses) :] = math.nan
-        return sum_over_ranks(self._trainer, everyone)
-
-
-def _batch_size(trainer: pl.Trainer) -> int:
-    """Return the batch size of the training loader, or 0 if there are several loaders or none is set."""
-    loader = trainer.train_dataloader
-    owners = (loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None))
-    return next((size for owner in owners if isinstance(size := getattr(owner, "batch_size", None), int)), 0)

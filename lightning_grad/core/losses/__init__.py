@@ -6,7 +6,7 @@
 - ``batch_sizes.py``: the number of samples in a batch;
 - ``look.py``: measures one batch in a quiet module;
 - ``scoring.py``: measures every sample of a training set;
-- ``loss_tap.py``, ``weighted_steps.py``: reading and reweighting losses in training;
+- ``loss_tap.py``, ``weighted_steps.py``: reading losses in training, weighting them, adding to them;
 - ``rehearsal.py``, ``row_order.py``: check on one batch that rows of a loss follow their samples;
 - ``one_sample.py``: measures the cost of running a step on one sample at a time.
 """

@@ -1,7 +1,9 @@
-"""Read or reweight the loss of every sample in the training steps of a module.
+"""Read the loss of every sample in the training steps of a module, weight it, or add to it.
 
-Several techniques may read the losses of one module; at most one may reweight them. Weights act in
-the backward pass: the loss that the step returns and logs stays the plain loss. If one call of
+Several techniques may read the losses of one module. At most one may write: weight the samples
+(:func:`reweight_losses`) or add a term (:func:`add_to_losses`). A second writer raises an error that
+names both, because the result would depend on their order. Both act in the backward pass: the loss
+that the step returns and logs stays the plain loss. If one call of
 ``torch.nn.functional`` is the whole loss, only that call is captured
 (:class:`~lightning_grad.core.losses.weighted_steps.WeighingCapture`). Otherwise the whole step is
 traced, and the autograd graph of its loss shows the contribution of each sample
@@ -28,6 +30,7 @@ from lightning_grad.core.losses.batch_sizes import batch_size_of
 from lightning_grad.core.quiet import aside, eager, is_quiet, quiet
 from lightning_grad.core.steps.step_window import is_repeated
 from lightning_grad.functional import InseparableLossError, LossCall, LossCapture, Terms
+from lightning_grad.functional.gradients.added_terms import AddedTerms
 from lightning_grad.functional.gradients.whole_loss import WholeLossCapture
 from lightning_grad.utilities.batch_copies import copy_of
 from lightning_grad.utilities.checks import is_sharded
@@ -191,24 +194,51 @@ def reweight_losses(
         Callable: Removes the weighting.
 
     Raises:
-        ValueError: If another technique already weights the module's samples.
+        ValueError: If another technique already weights the module's samples, or adds to its losses.
     """
     tap = _tap_of(pl_module)
-    if tap.weighing is not None:
-        raise ValueError(
-            f"{tap.weighing.asked.display_name} and {asked.display_name} would both weight the samples of a batch. "
-            "Keep one of them in the list of callbacks."
-        )
-    tap.weighing = ways.Weighing(reweight, asked, acts, needs)
+    weighing = ways.Weighing(reweight, asked, acts, needs)
+    tap.write(weighing, asked.display_name)
     if tap.samples is batch_size_of:
         tap.samples = samples or tap.samples
-    return lambda: tap.remove(None)
+    return lambda: tap.remove(weighing)
+
+
+def add_to_losses(pl_module: pl.LightningModule, terms: AddedTerms, display_name: str) -> Any:
+    """Add a term to the softmax losses of every training step, in its backward pass.
+
+    Quiet runs of the step, such as scores and attacks, see the plain loss.
+
+    Args:
+        pl_module: The module.
+        terms: Context that adds the terms; each step runs inside it.
+        display_name: Name of the technique, for errors.
+
+    Returns:
+        Callable: Removes the terms.
+
+    Raises:
+        ValueError: If another technique already weights the module's samples, or adds to its losses.
+    """
+    tap = _tap_of(pl_module)
+    tap.write(terms, display_name)
+    return lambda: tap.remove(terms)
 
 
 def _tap_of(pl_module: pl.LightningModule) -> _LossTap:
     if pl_module not in _TAPS:
         _TAPS[pl_module] = _LossTap(pl_module)
     return _TAPS[pl_module]
+
+
+def _inside(terms: AddedTerms, inner: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a step that runs inside a context, so a capture of losses is further outside and sees its calls."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with terms:
+            return inner(*args, **kwargs)
+
+    return run
 
 
 @dataclass(eq=False)
@@ -240,11 +270,11 @@ class _Reader:
 
 
 class _LossTap:
-    """The wrapper of one module's ``training_step``; it exists while it has a reader or a weighting."""
+    """The wrapper of one module's ``training_step``; it exists while it has a reader or a writer."""
 
     def __init__(self, pl_module: pl.LightningModule) -> None:
         self.readers: list[_Reader] = []
-        self.weighing: ways.Weighing | None = None
+        self.writer: tuple[ways.Weighing | AddedTerms, str] | None = None  # with its name
         self.samples: Callable[[Any], int | None] = batch_size_of
         self._way: ways.Way | None = None  # the way to weight samples, chosen in the first step with a loss
         self._has_loss = False  # whether a step has returned a loss
@@ -253,18 +283,42 @@ class _LossTap:
         def around(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if is_quiet(pl_module):
                 return inner(*args, **kwargs)
+            if self.terms is not None:
+                inner = _inside(self.terms, inner)
+            if not self.readers and self.weighing is None:
+                return inner(*args, **kwargs)
             samples = self.samples(next(iter((*args, *kwargs.values()))))
             is_read = bool(self.readers) and not is_repeated(pl_module)
             return self._run(ways.Step(pl_module, inner, args, kwargs, samples, is_read, may_skip))
 
         self._undo = wrap_method(pl_module, "training_step", around, order=WrapOrder.LOSSES)
 
-    def remove(self, entry: _Reader | None) -> None:
-        if entry is None:
-            self.weighing, self._way = None, None
-        else:
-            self.readers = [other for other in self.readers if other is not entry]
-        if self.weighing is None and not self.readers:
+    @property
+    def weighing(self) -> ways.Weighing | None:
+        """The technique that weights samples."""
+        return self.writer[0] if self.writer is not None and isinstance(self.writer[0], ways.Weighing) else None
+
+    @property
+    def terms(self) -> AddedTerms | None:
+        """The terms that a technique adds."""
+        return self.writer[0] if self.writer is not None and isinstance(self.writer[0], AddedTerms) else None
+
+    def write(self, writer: ways.Weighing | AddedTerms, display_name: str) -> None:
+        """Let a technique write the loss; raise if another does."""
+        if self.writer is not None:
+            other, its_name = self.writer
+            both_weight = isinstance(writer, ways.Weighing) and isinstance(other, ways.Weighing)
+            what = "weight the samples of a batch" if both_weight else "change the loss of a step"
+            raise ValueError(
+                f"{its_name} and {display_name} would both {what}. Keep one of them in the list of callbacks."
+            )
+        self.writer = writer, display_name
+
+    def remove(self, entry: _Reader | ways.Weighing | AddedTerms) -> None:
+        if self.writer is not None and entry is self.writer[0]:
+            self.writer, self._way = None, None
+        self.readers = [other for other in self.readers if other is not entry]
+        if self.writer is None and not self.readers:
             self._undo()
             for module in [module for module, tap in _TAPS.items() if tap is self]:
                 del _TAPS[module]

@@ -23,6 +23,7 @@ from lightning_grad.functional.clipping.skip_non_finite import nonfinite
 from lightning_grad.functional.clipping.spike_clipping import clip_spikes_
 from lightning_grad.functional.clipping.spike_rewind import is_spike
 from lightning_grad.functional.clipping.value_clipping import clip_value_
+from lightning_grad.functional.clipping.z_loss import squared_log_normalizers, z_loss
 from lightning_grad.functional.clipping.zclip import zclip_state, zclip_threshold_
 from lightning_grad.functional.gradients.total_norm import total_norm
 
@@ -45,7 +46,9 @@ __all__ = [
     "normalize_layers_",
     "reset_moments_",
     "reset_warmup",
+    "squared_log_normalizers",
     "total_norm",
+    "z_loss",
     "zclip_state",
     "zclip_threshold_",
 ]

@@ -1,6 +1,7 @@
 """Scores of samples, selection of samples by score, and weights of their losses."""
 
 from lightning_grad.functional.data_pruning.clustering import prototype_distance
+from lightning_grad.functional.data_pruning.curriculum_weighting import curriculum_weights, easiness
 from lightning_grad.functional.data_pruning.histories import (
     aum,
     aum_state,
@@ -25,6 +26,8 @@ __all__ = [
     "aum",
     "aum_state",
     "count_kept",
+    "curriculum_weights",
+    "easiness",
     "el2n",
     "forgetting",
     "forgetting_state",

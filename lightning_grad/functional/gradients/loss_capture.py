@@ -157,7 +157,7 @@ class LossCapture(TorchFunctionMode):
     ) -> Any:
         # Runs for every torch function of the step, so calls of other functions must cost only this lookup.
         loss = LOSSES.get(func)
-        if loss is not None and not _in_backward():
+        if loss is not None and not in_backward():
             kwargs = kwargs or {}
             return self._handle(func, loss, args, {**kwargs, **dropped_weight(func, kwargs)})
         return func(*args, **kwargs) if kwargs else func(*args)
@@ -188,7 +188,7 @@ class LossCapture(TorchFunctionMode):
             read = self._read_or_raise(func, loss, args, kwargs, value)
         except Exception as error:  # observing must not break the step; `only` reports the error later
             indivisible = isinstance(error, IndivisibleError)
-            graph = _differentiable([*args, *kwargs.values()])
+            graph = differentiable([*args, *kwargs.values()])
             if indivisible and graph and self.reweight is not None:
                 raise
             self.unread.append(UnreadLoss(loss.name, str(error), graph, indivisible))
@@ -206,12 +206,12 @@ class LossCapture(TorchFunctionMode):
         bound = bind_arguments(loss.defaults, args, kwargs)
         given = {name: plain_tensor(v) if isinstance(v, Tensor) else v for name, v in bound.items()}
         value = plain_tensor(value) if isinstance(value, Tensor) else value
-        if _transformed(given.values()):
+        if transformed(given.values()):
             raise TypeError("it was called inside a transform of torch.func")
         detached = {name: v.detach() if isinstance(v, Tensor) else v for name, v in given.items()}
         positions = self._positions(func, given, detached, value)
         samples = _samples(loss.name, positions, self.samples, self.way_out)
-        has_graph = _differentiable(given.values())
+        has_graph = differentiable(given.values())
         call, sums = read(loss.name, given, detached, positions, samples, self.keep_graph, has_graph)
         return _Read(call, positions, sums)
 
@@ -254,11 +254,12 @@ def _samples(name: str, positions: Tensor, samples: int | None, way_out: str) ->
     return samples
 
 
-def _differentiable(values: Iterable[Any]) -> bool:
+def differentiable(values: Iterable[Any]) -> bool:
+    """Return True if a gradient can flow to one of the values."""
     return torch.is_grad_enabled() and any(isinstance(v, Tensor) and v.requires_grad for v in values)
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Return True during a backward pass, which computes checkpointed losses again."""
     # Since torch 2.11 torch.autograd.backward disables the context, as Tensor.backward always did.
     if TORCH >= (2, 11) or torch.compiler.is_compiling():
@@ -266,7 +267,8 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _transformed(values: Iterable[Any]) -> bool:
+def transformed(values: Iterable[Any]) -> bool:
+    """Return True if one of the values belongs to a transform of ``torch.func``."""
     if torch.compiler.is_compiling():  # is_transformed cannot be traced
         return False
     return any(isinstance(v, Tensor) and is_transformed(v) for v in values)

@@ -110,4 +110,11 @@ ENTRIES = [
     ),
     conditioner("NormalizedGradient", wrong=(({"scope": "layers"}, "Did you mean 'layer'"),)),
     conditioner("NormalizedGradient", "by-layer", {"scope": "layer"}, broad=False),
+    Technique(
+        "ZLoss",
+        wrong=(
+            ({"coefficient": -1.0}, "coefficient must be at least 0"),
+            ({"coefficient": _INF}, "coefficient must be finite"),
+        ),
+    ),
 ]

@@ -135,7 +135,7 @@ def weights(module: pl.LightningModule) -> dict[str, Tensor]:
 
 
 FAMILIES = ("clipping", "diagnostics", "schedules")  # what they read are gradients, weights and metrics
-OF_CLASSES = ("GradCAMLogger", "InputGradientLogger")  # they explain the answers of classifiers
+OF_CLASSES = ("GradCAMLogger", "InputGradientLogger", "ZLoss")  # they need a classifier
 
 
 @pytest.mark.parametrize("kind", [LabelledInputs, LabelledParameter, Both], ids=lambda kind: kind.__name__)

@@ -59,6 +59,14 @@ ENTRIES = [
         ),
     ),
     Technique(
+        "CurriculumWeighting",
+        wrong=(
+            ({"epochs": -1.0}, "epochs must be at least 0"),
+            ({"epochs": float("inf")}, "epochs must be finite"),
+            ({"score_files": ["missing.npz"]}, "finds no score file 'missing.npz'"),
+        ),
+    ),
+    Technique(
         "UniformLearning",
         wrong=(({"epoch": 0}, "epoch must be at least 1"), ({"repeats": -1}, "repeats must be at least 0")),
     ),

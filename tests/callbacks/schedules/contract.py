@@ -36,4 +36,14 @@ ENTRIES = [
         neutral="the module's own schedule is set aside",
         broad=False,
     ),
+    Technique(
+        "AnnealingLaw",
+        needs_end={},
+        wrong=(
+            ({"decay": 1.0}, "decay must be below 1"),
+            ({"decay": -0.1}, "decay must be from 0 to 1"),
+            ({"max_band": 0.0}, "max_band must be above 0"),
+            ({"refits": -1}, "refits must be at least 0"),
+        ),
+    ),
 ]
