@@ -1,0 +1,5 @@
+"""Batch size: what large batches change, and how large they should be. ``docs/batch_size.md`` helps to choose."""
+
+from lightning_grad.callbacks.batch_size.ghost_batch_norm import GhostBatchNorm
+
+__all__ = ["GhostBatchNorm"]
