@@ -23,11 +23,11 @@ class GhostBatchNorm(GradCallback):
     r"""Normalize large batches in small chunks, whose noisy statistics generalize better (Ghost Batch Normalization).
 
     .. math::
-        \hat x_i = \frac{x_i - \mu_{c(i)}}{\sqrt{\sigma_{c(i)}^2 + \epsilon}}
+        \hat x_i = \frac{x_i - \mu_{i \bmod k}}{\sqrt{\sigma_{i \bmod k}^2 + \epsilon}}
 
-    :math:`c(i)` is the chunk of sample i. In training, each BatchNorm layer divides its batch into equal chunks of at
-    most ``size`` samples and normalizes each by its own mean and variance. Running statistics are updated once for
-    each chunk. Evaluation does not change, and a batch of at most ``size`` samples is normalized as before.
+    In training, each BatchNorm layer divides its batch into k equal chunks of at most ``size`` samples and normalizes
+    each by its own mean and variance. Sample i belongs to chunk :math:`i \bmod k`. Running statistics are updated
+    once for each chunk. Evaluation does not change, and a batch of at most ``size`` samples is normalized as before.
 
     Each rank, and each batch that gradient accumulation adds up, already has statistics of its own. So ``size`` counts
     the samples of one rank in one forward pass.
@@ -50,8 +50,8 @@ class GhostBatchNorm(GradCallback):
 
     **State.** None: buffers and keys of the module stay the same.
 
-    **Cost.** Measured in docs/batch_size/ghost_batch_norm.md: several smaller calls, and a copy of the outputs of
-    each layer.
+    **Cost.** A contiguous batch is normalized by one call, without a copy. Uneven chunks, other memory formats such
+    as channels_last, and layers with their own ``forward`` take one call for each chunk, and a copy of the outputs.
 
     Example:
         .. code-block:: yaml
@@ -64,8 +64,8 @@ class GhostBatchNorm(GradCallback):
 
     References:
         Hoffer et al., "Train longer, generalize better: closing the generalization gap in large batch training of
-        neural networks", NeurIPS 2017, arXiv 1705.08741, section 4 and algorithm 1. The paper does not say how to
-        divide a batch that is no multiple of the size, and names no choice of layers.
+        neural networks", NeurIPS 2017, arXiv 1705.08741, section 4 and algorithm 1. The paper does not say which samples
+        form a chunk, and how to divide a batch that is no multiple of the size.
     """
 
     namespace: ClassVar[str] = "batch_size"
@@ -114,7 +114,7 @@ class GhostBatchNorm(GradCallback):
         words = f"normalizes batches of {counted(len(chosen), 'layer')} in chunks of at most {self.size} samples"
         self.announce(words, "layers", list(chosen))
 
-    def _choose(self, pl_module: pl.LightningModule) -> dict[str, nn.Module]:
+    def _choose(self, pl_module: pl.LightningModule) -> dict[str, _BatchNorm]:
         """Return the layers by name."""
         layers = {clean_name(name): m for name, m in pl_module.named_modules() if isinstance(m, _BatchNorm)}
         if not layers:
@@ -155,6 +155,6 @@ class GhostBatchNorm(GradCallback):
             )
 
 
-def _in_chunks(layer: nn.Module, size: int, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
+def _in_chunks(layer: _BatchNorm, size: int, inner: Callable[..., Tensor], input: Tensor) -> Tensor:
     """Wrap the ``forward`` of a layer. The name of the input is that of torch, for calls by keyword."""
-    return ghost_batch_norm(inner, input, size) if layer.training else inner(input)
+    return ghost_batch_norm(layer, input, size, inner) if layer.training else inner(input)

@@ -35,12 +35,13 @@ class Module(pl.LightningModule):
 
 
 class ByHand(nn.BatchNorm1d):
-    """Divides its batch into two chunks."""
+    """Divides its batch into two chunks: every other sample."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
             return super().forward(input)
-        return torch.cat([nn.BatchNorm1d.forward(self, chunk) for chunk in input.chunk(2)])
+        chunks = [nn.BatchNorm1d.forward(self, input[start::2]) for start in range(2)]
+        return torch.stack(chunks, dim=1).flatten(0, 1)
 
 
 class Halves(Module):
@@ -63,9 +64,10 @@ def run(*acting: Any, module: Any = None, batch: int = 8, **arguments: Any) -> A
 def test_it_is_a_layer_that_divides_its_batch(others: list[Any], accumulate: int) -> None:
     trained = run(*copy.deepcopy(others), GhostBatchNorm(4, include=["body"]), accumulate_grad_batches=accumulate)
     by_hand = run(*copy.deepcopy(others), module=Halves(), accumulate_grad_batches=accumulate)
-    assert_identical(trained.state_dict(), by_hand.state_dict())
+    for name, value in trained.state_dict().items():
+        torch.testing.assert_close(value, by_hand.state_dict()[name], rtol=1e-4, atol=1e-5)
     plain = run(*copy.deepcopy(others), accumulate_grad_batches=accumulate)
-    assert not torch.equal(plain.head[0].weight, trained.head[0].weight)
+    assert not torch.allclose(plain.head[0].weight, trained.head[0].weight, rtol=1e-3)
 
 
 def test_a_chunk_as_large_as_the_batch_is_the_plain_layer() -> None:
@@ -123,7 +125,12 @@ def synchronized() -> Any:
             {"strategy": "ddp_fork", "devices": 2, "sync_batchnorm": True},
             "SyncBatchNorm over all ranks",
         ),
-        ([GhostBatchNorm(4, include=["boddy"])], Module, {}, "no BatchNorm layer is named 'boddy'. Layers: body.1, head.1"),
+        (
+            [GhostBatchNorm(4, include=["boddy"])],
+            Module,
+            {},
+            "no BatchNorm layer is named 'boddy'. Did you mean 'body.1'",
+        ),
         ([GhostBatchNorm(4, include=["body"], exclude=["body"])], Module, {}, "chooses no BatchNorm layer"),
         ([GhostBatchNorm(4), GhostBatchNorm(2, name="b")], Module, {}, "would both divide the batches of 'body.1'"),
     ],

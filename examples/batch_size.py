@@ -1,0 +1,47 @@
+"""Train a small network with large batches, normalized as a whole and in small chunks. Takes seconds.
+
+::
+
+    python examples/batch_size.py
+    python examples/batch_size.py --batch-size 256 --size 16
+
+Only the callbacks in :func:`main` use lightning-grad.
+"""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from plain_project import Digits, ImageClassifier
+from torch import nn
+
+from lightning_grad.callbacks import GhostBatchNorm
+
+
+def train(name: str, callbacks: list[Callback], batch_size: int, epochs: int, output: Path) -> None:
+    """Train a small network with BatchNorm and print its accuracy."""
+    seed_everything(0, verbose=False)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+    logger = CSVLogger(output, name=name, version="")
+    trainer = Trainer(max_epochs=epochs, accelerator="cpu", log_every_n_steps=2, callbacks=callbacks, logger=logger)
+    trainer.fit(ImageClassifier(net), Digits(batch_size=batch_size))
+    print(f"{name}: {float(trainer.callback_metrics['val_acc']):.1%} right")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train twice with the options of the command line."""
+    parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=256, help="samples of a batch")
+    parser.add_argument("--size", type=int, default=32, help="largest number of samples in a chunk")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
+    parser.add_argument("--output", type=Path, default=Path("runs/batch_size"), help="folder of the results")
+    given = parser.parse_args(arguments)
+    train("plain", [], given.batch_size, given.epochs, given.output)
+    train("chunks", [GhostBatchNorm(given.size)], given.batch_size, given.epochs, given.output)
+    print(f"Written to {given.output}/, plain/ and chunks/: metrics.csv.")
+
+
+if __name__ == "__main__":
+    main()
