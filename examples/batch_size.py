@@ -1,4 +1,4 @@
-"""Train a small network with large batches, normalized as a whole and in small chunks. Takes seconds.
+"""Train a small network with large batches: as it is, and with rates and statistics for them. Takes seconds.
 
 ::
 
@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, ImageClassifier
 from torch import nn
 
-from lightning_grad.callbacks import GhostBatchNorm
+from lightning_grad.callbacks import BatchSizeLRScaling, GhostBatchNorm
 
 
 def train(name: str, callbacks: list[Callback], batch_size: int, epochs: int, output: Path) -> None:
@@ -35,12 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=256, help="samples of a batch")
     parser.add_argument("--size", type=int, default=32, help="largest number of samples in a chunk")
+    parser.add_argument("--base", type=int, default=64, help="samples for which the learning rate was chosen")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of each training")
     parser.add_argument("--output", type=Path, default=Path("runs/batch_size"), help="folder of the results")
     given = parser.parse_args(arguments)
     train("plain", [], given.batch_size, given.epochs, given.output)
-    train("chunks", [GhostBatchNorm(given.size)], given.batch_size, given.epochs, given.output)
-    print(f"Written to {given.output}/, plain/ and chunks/: metrics.csv.")
+    scaled = [GhostBatchNorm(given.size), BatchSizeLRScaling(base_batch_size=given.base)]
+    train("scaled", scaled, given.batch_size, given.epochs, given.output)
+    print(f"Written to {given.output}/, plain/ and scaled/: metrics.csv.")
 
 
 if __name__ == "__main__":

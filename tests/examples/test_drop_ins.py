@@ -101,11 +101,12 @@ def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pyte
     assert "sam/sharpness" not in (tmp_path / "plain/metrics.csv").read_text()
 
 
-def test_large_batches_are_divided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_large_batches_get_their_rates_and_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batch_size.main(["--epochs", "1", "--output", str(tmp_path)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("% right")]
-    assert [line.partition(":")[0] for line in lines] == ["plain", "chunks"]
-    check_files(tmp_path / "chunks")
+    assert [line.partition(":")[0] for line in lines] == ["plain", "scaled"]
+    check_files(tmp_path / "scaled")
+    assert "batch_size/lr_factor" in (tmp_path / "scaled/metrics.csv").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:SpikeRewind goes back")

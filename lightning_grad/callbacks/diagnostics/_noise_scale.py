@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
+from lightning_grad.core.ranks import averaging_ranks
 from lightning_grad.functional import noise_scale_terms
 from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
@@ -82,7 +83,7 @@ class NoiseScaleMeter:
             return "gradients of sharded parameters are reduced before they can be measured"
         if getattr(trainer.strategy, "gradient_is_compressed", False):
             return "the exchanged gradient is not a mean, as entries come late (the strategy's log_noise_scale=True logs it)"
-        if _ranks(trainer) == 1 and trainer.accumulate_grad_batches == 1:
+        if averaging_ranks(trainer) == 1 and trainer.accumulate_grad_batches == 1:
             return "it compares parts of a batch, so it needs accumulate_grad_batches or several ranks that average gradients"
         return None
 
@@ -119,7 +120,7 @@ class NoiseScaleMeter:
 
         It reduces over the ranks, so all of them must call it.
         """
-        ranks, parts, accumulated = _ranks(trainer), self._parts, trainer.accumulate_grad_batches
+        ranks, parts, accumulated = averaging_ranks(trainer), self._parts, trainer.accumulate_grad_batches
         squares, self._squares = self._squares, []
         self.stop()
         if not squares or parts * ranks < 2:
@@ -136,8 +137,3 @@ class NoiseScaleMeter:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _ranks(trainer: pl.Trainer) -> int:
-    """Return over how many ranks the gradient is averaged."""
-    return 1 if getattr(trainer.strategy, "gradient_is_local", False) else trainer.world_size
