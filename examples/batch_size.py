@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/batch_size"), help="folder of the results")
     given = parser.parse_args(arguments)
     train("plain", [], given.batch_size, given.epochs, given.output)
-    scaled = [GhostBatchNorm(given.size), BatchSizeLRScaling(base_batch_size=given.base)]
+    scaled: list[Callback] = [GhostBatchNorm(given.size), BatchSizeLRScaling(base_batch_size=given.base)]
     train("scaled", scaled, given.batch_size, given.epochs, given.output)
     print(f"Written to {given.output}/, plain/ and scaled/: metrics.csv.")
 

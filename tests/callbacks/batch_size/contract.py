@@ -6,6 +6,18 @@ from tests.contract.entries import Technique
 
 ENTRIES = [
     Technique(
+        "AdaptiveBatchSize",
+        wrong=(
+            ({"eta": 0.0}, "eta must be above 0"),
+            ({"eta": float("inf")}, "eta must be finite"),
+            ({"max_accumulation": 0}, "max_accumulation must be at least 1"),
+            ({"start": 0}, "start must be at least 1"),
+            ({"start": 3, "max_accumulation": 2}, "start must be at most max_accumulation=2"),
+            ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+            ({"estimator": "biased"}, "estimator must be 'unbiased' or 'paper'"),
+        ),
+    ),
+    Technique(
         "BatchSizeLRScaling",
         arguments={"base_batch_size": 4, "batch_size": 8},  # some loaders of the suite do not say it
         wrong=(
