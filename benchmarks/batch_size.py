@@ -1,7 +1,8 @@
-"""The cost of GhostBatchNorm: steps of a fit next to a plain step and to layers that divide their batch themselves.
+"""The cost of GhostBatchNorm and AdaptiveBatchSize: batches of a fit next to those of a plain one.
 
 A residual network trains on a batch that is divided into two and into four chunks. "By hand" are BatchNorm layers of a class
-of their own. All fits take turns step by step, and the rows "again" show the noise.
+of their own. Then it accumulates four batches, and measures the noise of the gradient in every step; by default, one step in
+ten is measured. All fits take turns batch by batch, and the rows "again" show the noise.
 
 With one thread the script measures processor time, which excludes the time that other processes get.
 
@@ -14,10 +15,11 @@ With one thread the script measures processor time, which excludes the time that
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, seed_everything
@@ -40,12 +42,13 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import GhostBatchNorm
+from lightning_grad.callbacks import AdaptiveBatchSize, GhostBatchNorm
 
-STEPS_OF = "steps of a residual convnet"  # title of a table
+STEPS_OF, ACCUMULATED = "steps of a residual convnet", "batches of an accumulation"  # titles of tables
 PLAIN, BY_HAND = "plain", "chunks by hand"
-BATCH, STEPS = 32, 8
-GHOST_BUDGET = 1.03
+MEASURED = "AdaptiveBatchSize, every step measured"
+BATCH, STEPS, ACCUMULATE = 32, 8, 4
+GHOST_BUDGET, MEASURED_BUDGET = 1.03, 1.05
 Make = Callable[[], tuple[LightningModule, list[Callback]]]
 
 
@@ -87,30 +90,56 @@ def _name(chunks: int) -> str:
     return f"GhostBatchNorm, {chunks} chunks"
 
 
+def accumulating() -> dict[str, Make]:
+    """Return the modules and callbacks whose batches are compared. The size stays, so all do the same work."""
+    adaptive = AdaptiveBatchSize(start=ACCUMULATE, max_accumulation=ACCUMULATE, every_n_steps=1)
+    return {
+        PLAIN: lambda: (convnet()[0], []),
+        MEASURED: lambda: (convnet()[0], [adaptive]),
+        f"{PLAIN}{AGAIN}": lambda: (convnet()[0], []),
+    }
+
+
 def step_rows(rounds: int, clock: Clock) -> list[Row]:
-    """Time the steps of all variants in turn."""
-    fits = {name: partial(_steps, make, clock) for name, make in variants().items()}
+    """Time the steps of GhostBatchNorm."""
+    typical = times_of(variants(), rounds, clock)
+    by_hand, two = f"{BY_HAND}{AGAIN}", _name(2)
+    rows = [row_of(typical, name, PLAIN, GHOST_BUDGET if name == two else None) for name in typical if name != by_hand]
+    return [*rows, row_of(typical, two, BY_HAND), row_of(typical, by_hand, BY_HAND)]
+
+
+def accumulated_rows(rounds: int, clock: Clock) -> list[Row]:
+    """Time the batches of AdaptiveBatchSize."""
+    typical = times_of(accumulating(), rounds, clock, accumulate_grad_batches=ACCUMULATE)
+    return [row_of(typical, name, PLAIN, MEASURED_BUDGET if name == MEASURED else None) for name in typical]
+
+
+def times_of(makes: Mapping[str, Make], rounds: int, clock: Clock, **arguments: Any) -> dict[str, float]:
+    """Run all fits in turn, and return the mean over an accumulation of the median times of its batches."""
+    fits = {name: partial(_steps, make, clock, arguments) for name, make in makes.items()}
     found: list[list[list[float]]] = [in_turns(list(fits.values())) for _ in range(rounds)]
     of_each = dict(zip(fits, zip(*found, strict=True), strict=True))
-    typical = {name: median(time for times in fits_of for time in times) for name, fits_of in of_each.items()}
-
-    def row(name: str, baseline: str, budget: float | None = None) -> Row:
-        to = "" if name == baseline else baseline
-        return Row(name, 1000 * typical[name], typical[name] / typical[baseline], budget, baseline=to)
-
-    by_hand = f"{BY_HAND}{AGAIN}"
-    rows = [row(name, PLAIN, GHOST_BUDGET if name == _name(2) else None) for name in typical if name != by_hand]
-    return [*rows, row(_name(2), BY_HAND), row(by_hand, BY_HAND)]
+    every: int = arguments.get("accumulate_grad_batches", 1)
+    return {
+        name: mean(median(time for times in found for time in times[place::every]) for place in range(every))
+        for name, found in of_each.items()
+    }
 
 
-def _steps(make: Make, clock: Clock, pause: Callable[[], None]) -> list[float]:
+def row_of(typical: Mapping[str, float], name: str, baseline: str, budget: float | None = None) -> Row:
+    """Return the row of a variant."""
+    to = "" if name == baseline else baseline
+    return Row(name, 1000 * typical[name], typical[name] / typical[baseline], budget, baseline=to)
+
+
+def _steps(make: Make, clock: Clock, arguments: Mapping[str, Any], pause: Callable[[], None]) -> list[float]:
     seed_everything(0, verbose=False)
     module, callbacks = make()
-    return timed_fit(module, convnet()[1], STEPS, callbacks, clock, pause)
+    return timed_fit(module, convnet()[1], STEPS, callbacks, clock, pause, **arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table and write it."""
+    """Measure, print the tables and write them."""
     assert __doc__ is not None
     options = speed_options(__doc__, arguments, quick="one round: a rough answer in half a minute")
     silence()
@@ -118,6 +147,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{machine(options.device)}; {options.rounds} rounds")
     tables = {STEPS_OF: step_rows(options.rounds, Clock(options.device))}
     show("Steps of a residual convnet", tables[STEPS_OF])
+    tables[ACCUMULATED] = accumulated_rows(options.rounds, Clock(options.device))
+    show("Batches of a residual convnet that accumulates four", tables[ACCUMULATED])
     show_missed(tables)
     write_tables(options, tables)
 

@@ -1,4 +1,4 @@
-"""Train a small network with large batches: as it is, and with rates and statistics for them. Takes seconds.
+"""Train a small network with large batches: as it is, with rates and statistics for them, and growing. Takes seconds.
 
 ::
 
@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger
 from plain_project import Digits, ImageClassifier
 from torch import nn
 
-from lightning_grad.callbacks import BatchSizeLRScaling, GhostBatchNorm
+from lightning_grad.callbacks import AdaptiveBatchSize, BatchSizeLRScaling, GhostBatchNorm
 
 
 def train(name: str, callbacks: list[Callback], batch_size: int, epochs: int, output: Path) -> None:
@@ -31,7 +31,7 @@ def train(name: str, callbacks: list[Callback], batch_size: int, epochs: int, ou
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train twice with the options of the command line."""
+    """Train three times with the options of the command line."""
     parser = ArgumentParser(description=__doc__.split("\n")[0], formatter_class=ArgumentDefaultsHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=256, help="samples of a batch")
     parser.add_argument("--size", type=int, default=32, help="largest number of samples in a chunk")
@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train("plain", [], given.batch_size, given.epochs, given.output)
     scaled: list[Callback] = [GhostBatchNorm(given.size), BatchSizeLRScaling(base_batch_size=given.base)]
     train("scaled", scaled, given.batch_size, given.epochs, given.output)
-    print(f"Written to {given.output}/, plain/ and scaled/: metrics.csv.")
+    grown: list[Callback] = [AdaptiveBatchSize(start=2, every_n_steps=5), BatchSizeLRScaling(base_batch_size=2 * 16)]
+    train("grown", grown, 16, given.epochs, given.output)
+    print(f"Written to {given.output}/, plain/, scaled/ and grown/: metrics.csv.")
 
 
 if __name__ == "__main__":

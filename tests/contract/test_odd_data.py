@@ -148,6 +148,9 @@ def test_probes_that_credit_samples(technique):
 
 @pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
 @pytest.mark.filterwarnings("ignore:.*training_step. returned .None")
+@pytest.mark.filterwarnings(
+    "ignore:Detected call of .lr_scheduler"
+)  # Lightning's, if such a batch ends an accumulation
 @pytest.mark.parametrize("technique", OTHERS, ids=str)
 def test_others_run(technique):
     assert_finite(run(technique, two_views, collate_fn=sort)[1])

@@ -39,12 +39,13 @@ def test_it_measures_everything(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(batch_size, "convnet", small)
-    monkeypatch.setattr(batch_size, "STEPS", 2)
+    monkeypatch.setattr(batch_size, "STEPS", 4)
     batch_size.main(["--quick", "--out", str(tmp_path / "speed.json")])
     assert "Budgets missed:" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "speed.json").read_text())[batch_size.STEPS_OF]
-    assert all(row["ratio"] > 0 for row in rows)
-    assert {row["name"] for row in rows} == set(batch_size.variants())
+    tables = json.loads((tmp_path / "speed.json").read_text())
+    for title, makes in ((batch_size.STEPS_OF, batch_size.variants), (batch_size.ACCUMULATED, batch_size.accumulating)):
+        assert all(row["ratio"] > 0 for row in tables[title])
+        assert {row["name"] for row in tables[title]} == set(makes())
 
 
 def test_layers_by_hand_divide_their_batch() -> None:

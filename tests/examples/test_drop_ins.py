@@ -104,9 +104,10 @@ def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pyte
 def test_large_batches_get_their_rates_and_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     batch_size.main(["--epochs", "1", "--output", str(tmp_path)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("% right")]
-    assert [line.partition(":")[0] for line in lines] == ["plain", "scaled"]
+    assert [line.partition(":")[0] for line in lines] == ["plain", "scaled", "grown"]
     check_files(tmp_path / "scaled")
     assert "batch_size/lr_factor" in (tmp_path / "scaled/metrics.csv").read_text()
+    assert "batch_size/wanted" in (tmp_path / "grown/metrics.csv").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:SpikeRewind goes back")

@@ -244,6 +244,8 @@ class AdaptiveBatchSize(GradCallback):
     ) -> None:
         if batch_idx == 0:
             self._change(trainer, self._target)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._meter.stop()  # a batch that was None, or ended its epoch, left a step unfinished
         if self._measures:
             self._meter.begin_batch([p for o in trainer.optimizers for g in o.param_groups for p in g["params"]], batch)
             self._batch_size = max(self._batch_size, self._meter.batch_size)

@@ -192,7 +192,11 @@ def on_each_rank() -> tuple[list[int], float, float]:
 
     acting = growing(start=1, estimator="paper", eta=0.3)
     trainer, module = run(acting, module=Plain(), strategy="ddp", devices=2, log_every_n_steps=1)
-    return module.sizes, float(trainer.callback_metrics["batch_size/variance"]), float(next(module.parameters()).detach().sum())
+    return (
+        module.sizes,
+        float(trainer.callback_metrics["batch_size/variance"]),
+        float(next(module.parameters()).detach().sum()),
+    )
 
 
 def test_ranks_have_a_variance_and_change_together() -> None:
