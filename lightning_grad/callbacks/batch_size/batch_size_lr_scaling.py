@@ -82,7 +82,7 @@ class BatchSizeLRScaling(GradCallback):
             yes("If the module itself accumulates batches, set `batch_size` to the samples of a step on one rank.")
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"base_batch_size": 4}
+    trial: ClassVar[Mapping[str, Any]] = {"base_batch_size": 4, "batch_size": 8}  # some loaders do not say it
     neutral: ClassVar[Mapping[str, Any] | str] = "whether a factor is 1 depends on the batches of the run"
 
     _factors = until_next_fit.of(dict[str, float]).saved()  # by index of the optimizer

@@ -19,7 +19,6 @@ ENTRIES = [
     ),
     Technique(
         "BatchSizeLRScaling",
-        arguments={"base_batch_size": 4, "batch_size": 8},  # some loaders of the suite do not say it
         wrong=(
             ({"base_batch_size": 0}, "base_batch_size must be at least 1"),
             ({"base_batch_size": 8, "batch_size": 0}, "batch_size must be at least 1"),

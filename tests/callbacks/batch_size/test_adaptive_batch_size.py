@@ -64,7 +64,7 @@ def known(acting: Any, epochs: int = 1, batches: int = 500, **arguments: Any) ->
 
 def test_the_size_on_known_noise() -> None:
     acting = AdaptiveBatchSize(ETA, 64, start=4, every_n_steps=1)
-    trainer, module = known(acting, epochs=3)
+    trainer, module = known(acting, epochs=4, batches=250)
     assert module.sizes == sorted(module.sizes)
     assert module.sizes[0] == 4
     assert module.sizes[-1] * BATCH == pytest.approx(TRUTH, rel=0.1)

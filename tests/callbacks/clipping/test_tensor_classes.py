@@ -139,9 +139,7 @@ OTHERS = ("GradCAMLogger", "InputGradientLogger", "GhostBatchNorm")  # of classi
 
 
 @pytest.mark.parametrize("kind", [LabelledInputs, LabelledParameter, Both], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize(
-    "technique", [t for t in CANONICAL if t.family in FAMILIES and t.name not in OTHERS], ids=str
-)
+@pytest.mark.parametrize("technique", [t for t in CANONICAL if t.family in FAMILIES and t.name not in OTHERS], ids=str)
 def test_a_technique_does_what_it_does_with_plain_tensors(technique, kind):
     trained = []
     for module in (Plain(), kind()):
