@@ -81,12 +81,13 @@ class Classifier(LightningModule):
         super().__init__()
         layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.norm = nn.BatchNorm2d(CHANNELS)
         self.head = nn.Linear(WIDTH, CLASSES)
         self._optimizer = optimizer
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        tokens = F.pixel_unshuffle(x, PATCH).flatten(2).transpose(1, 2)
+        tokens = F.pixel_unshuffle(self.norm(x), PATCH).flatten(2).transpose(1, 2)
         logits: Tensor = self.head(self.encoder(tokens).mean(1))
         return logits
 

@@ -15,6 +15,7 @@ SCRIPTS = (
     "optimizers",
     "quantization",
     "sharpness",
+    "batch_size",
     "diagnostics",
     "data_pruning",
     "adversarial",

@@ -60,7 +60,8 @@ LAYERS = {WIDE: (400, 32), FEW: (250, 8), MANY: (1000, 8)}  # number of linear l
 STEPS = 20
 # A doctor stops watching, and its first batches only count events; here it times every batch.
 SETTINGS: dict[str, dict[str, Any]] = {"TrainingDoctor": {"batches": 10**9, "host_syncs": False, "figure": False}}
-MEASURED = [name for name in callbacks.__all__ if name != "GradCAMLogger"]  # which needs images
+_OTHERS = ("GradCAMLogger", "GhostBatchNorm")  # which need images, and BatchNorm
+MEASURED = [name for name in callbacks.__all__ if name not in _OTHERS]
 STEP_BUDGETS = {"NMSparsity": 1.10}
 # What adds less than this with few parameters is not in the table of growth, because the noise is as large.
 _NOTICEABLE, _NOTICEABLE_START = 0.05, 4.0  # of a plain step; milliseconds

@@ -6,6 +6,7 @@ classes are in :mod:`lightning_grad.core`.
 
 from lightning_grad.callbacks import (
     adversarial,
+    batch_size,
     clipping,
     data_pruning,
     diagnostics,
@@ -16,6 +17,7 @@ from lightning_grad.callbacks import (
     sparsity,
 )
 from lightning_grad.callbacks.adversarial import *
+from lightning_grad.callbacks.batch_size import *
 from lightning_grad.callbacks.clipping import *
 from lightning_grad.callbacks.data_pruning import *
 from lightning_grad.callbacks.diagnostics import *
@@ -27,6 +29,7 @@ from lightning_grad.callbacks.sparsity import *
 
 __all__: list[str] = []
 __all__ += adversarial.__all__
+__all__ += batch_size.__all__
 __all__ += clipping.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__

@@ -27,6 +27,11 @@ def mean_over_ranks(trainer: pl.Trainer, values: Tensor) -> Tensor:
     return torch.where(mean.abs() > _INFINITE / 1e3, mean.sign() * float("inf"), mean)
 
 
+def averaging_ranks(trainer: pl.Trainer) -> int:
+    """Return over how many ranks the gradient of a step is averaged; 1 if each rank takes its own steps."""
+    return 1 if getattr(trainer.strategy, "gradient_is_local", False) else trainer.world_size
+
+
 def first_of_ranks(trainer: pl.Trainer, own: dict[str, T]) -> dict[str, T]:
     """Return the dictionary of the first rank whose own is not empty; all ranks get the same."""
     for rank in range(trainer.world_size if trainer.world_size > 1 else 0):

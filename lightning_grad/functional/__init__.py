@@ -7,6 +7,7 @@ state.
 
 from lightning_grad.functional import (
     adversarial,
+    batch_size,
     clipping,
     communication,
     data_pruning,
@@ -18,6 +19,7 @@ from lightning_grad.functional import (
     sparsity,
 )
 from lightning_grad.functional.adversarial import *
+from lightning_grad.functional.batch_size import *
 from lightning_grad.functional.clipping import *
 from lightning_grad.functional.communication import *
 from lightning_grad.functional.data_pruning import *
@@ -55,6 +57,7 @@ __all__ = [
     "project_gradients",
 ]
 __all__ += adversarial.__all__
+__all__ += batch_size.__all__
 __all__ += clipping.__all__
 __all__ += communication.__all__
 __all__ += data_pruning.__all__

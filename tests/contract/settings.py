@@ -28,7 +28,7 @@ DIFFERENT: list[Technique] = [
 CHOOSING: list[Technique] = [
     next((entry for entry in TECHNIQUES if entry.name == first.name and entry.chooses), first)
     for first in CANONICAL
-    if "include" in first.build().settings
+    if "include" in first.build().settings and first.name != "GhostBatchNorm"  # which chooses layers
 ]
 """A setting of each technique that chooses parameters by their names."""
 BROAD: list[Technique] = [technique for technique in TECHNIQUES if technique.broad]

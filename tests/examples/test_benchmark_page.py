@@ -8,6 +8,7 @@ import pytest
 from benchmarks import __main__ as runner
 from benchmarks import (
     adversarial,
+    batch_size,
     clipping,
     communication,
     data_pruning,
@@ -31,6 +32,7 @@ TITLES = {
     "optimizers": (optimizers.STATE, optimizers.STEPS_OF, optimizers.OF_MATRICES, optimizers.MATRIX_STEPS),
     "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
     "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
+    "batch_size": (batch_size.STEPS_OF, batch_size.ACCUMULATED),
     "diagnostics": (*diagnostics.MODELS, diagnostics.LOOKS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import adversarial
+import batch_size
 import communication
 import diagnostics
 import local_steps
@@ -22,6 +23,7 @@ from lightning_grad.callbacks import (
     SAM,
     AccuracyGradientLR,
     DataPruning,
+    GhostBatchNorm,
     GradCAMLogger,
     GradientMonitor,
     NMSparsity,
@@ -97,6 +99,15 @@ def test_sharpness_is_measured_after_both_trainings(tmp_path: Path, capsys: pyte
     check_files(tmp_path / "sam")
     assert "sam/sharpness" in (tmp_path / "sam/metrics.csv").read_text()
     assert "sam/sharpness" not in (tmp_path / "plain/metrics.csv").read_text()
+
+
+def test_large_batches_get_their_rates_and_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    batch_size.main(["--epochs", "1", "--output", str(tmp_path)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("% right")]
+    assert [line.partition(":")[0] for line in lines] == ["plain", "scaled", "grown"]
+    check_files(tmp_path / "scaled")
+    assert "batch_size/lr_factor" in (tmp_path / "scaled/metrics.csv").read_text()
+    assert "batch_size/wanted" in (tmp_path / "grown/metrics.csv").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:SpikeRewind goes back")
@@ -177,6 +188,7 @@ def test_two_processes_train_apart(
         ("quantization", QuantizationAwareTraining, None),
         ("probes", GradCAMLogger, "grad_cam_logger.png"),
         ("sharpness", SAM, None),
+        ("batch_size", GhostBatchNorm, None),
         ("spikes", SpikeRewind, "gradient_monitor.png"),
     ],
 )

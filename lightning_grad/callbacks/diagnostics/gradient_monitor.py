@@ -2,7 +2,7 @@
 
 Its parts: ``_optimizer_watch.py`` measures the gradients of one optimizer, ``_monitor_place.py``
 finds the parameters to watch and the hooks, ``_monitor_record.py`` keeps and draws the measurements
-and names the first bad step, ``_noise_scale.py`` measures the gradient noise scale, and
+and names the first bad step, ``core/steps/noise_scale.py`` measures the gradient noise scale, and
 ``_logits.py`` measures logits. The formulas are in
 ``functional/diagnostics/gradient_statistics.py``.
 """
@@ -21,7 +21,6 @@ from typing_extensions import override
 from lightning_grad.callbacks.diagnostics._logits import LogitWatch
 from lightning_grad.callbacks.diagnostics._monitor_place import Vantage, named_parameters, why_none
 from lightning_grad.callbacks.diagnostics._monitor_record import FirstBadStep, MonitorRecord, SpikeTable
-from lightning_grad.callbacks.diagnostics._noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
 from lightning_grad.core import (
     GradCallback,
@@ -38,6 +37,7 @@ from lightning_grad.core.compatibility import Compatibility, manual, yes
 from lightning_grad.core.conditioner import GradientConditioner
 from lightning_grad.core.roles import refuse_order
 from lightning_grad.core.samples.batch_indices import BatchIndices
+from lightning_grad.core.steps.noise_scale import NoiseScale, NoiseScaleMeter
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.forward_order import ForwardOrder, is_compiled
 from lightning_grad.utilities.optimizers import optimizer_index, optimizer_shape

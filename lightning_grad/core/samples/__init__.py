@@ -4,5 +4,6 @@
 - ``training_loaders.py``: the loaders of a fit, their batch samplers, and the Trainer's number of
   batches per epoch;
 - ``schedule_warp.py``: learning-rate schedules that still reach their end if epochs get shorter or
-  longer.
+  longer;
+- ``loader_batch_size.py``: the number of samples in a full batch.
 """

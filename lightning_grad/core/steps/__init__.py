@@ -6,6 +6,7 @@
 - ``held_rates.py``: learning rates multiplied during one step;
 - ``chosen_rates.py``: learning rates scaled for the rest of the run, and their
   schedulers;
+- ``noise_scale.py``: the noise of the gradient, from its micro-batches and ranks;
 - ``replacement.py``: another optimizer, for everything that holds the module's;
 - ``frozen_moments.py``: frozen moments of an Adam-like optimizer.
 """

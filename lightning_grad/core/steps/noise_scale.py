@@ -1,6 +1,6 @@
 """The gradient noise scale of a run. Its small batches are micro-batches, or the batches of the ranks.
 
-Used by ``gradient_monitor.py``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
+Used by ``GradientMonitor`` and ``AdaptiveBatchSize``; the estimate is :func:`lightning_grad.functional.noise_scale_terms`.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 
+from lightning_grad.core.ranks import averaging_ranks
 from lightning_grad.functional import noise_scale_terms
 from lightning_grad.functional.diagnostics.gradient_statistics import average_noise_terms
 from lightning_grad.functional.gradients.tensor_lists import joined_norm
@@ -24,14 +25,22 @@ _DECAY = 0.95  # of the averages of noise and signal, per measurement
 
 
 class NoiseScale:
-    """The running averages of noise and signal, which outlast a step."""
+    """The running averages of noise and signal, which outlast a step.
 
-    def __init__(self) -> None:
+    Args:
+        warms_up: Average the first measurements equally. Otherwise the first one counts more than each later one.
+    """
+
+    def __init__(self, warms_up: bool = False) -> None:
+        self._warms_up = warms_up
         self._averages: Tensor | None = None
+        self.count = 0  # of the measurements
 
     def add(self, terms: Tensor) -> None:
         """Add the noise and the signal of one step, if they are finite."""
-        self._averages = average_noise_terms(self._averages, terms, _DECAY)
+        decay = min(_DECAY, self.count / (self.count + 1)) if self._warms_up else _DECAY
+        self._averages = average_noise_terms(self._averages, terms, decay)
+        self.count += 1
 
     def read(self) -> dict[str, Tensor]:
         """Return the noise scale in samples, and the averages that it is computed from."""
@@ -48,11 +57,11 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages."""
-        return {"averages": None if self._averages is None else self._averages.clone()}
+        return {"averages": None if self._averages is None else self._averages.clone(), "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue with saved averages."""
-        self._averages = state["averages"]
+        self._averages, self.count = state["averages"], state.get("count", 0)
 
 
 class NoiseScaleMeter:
@@ -70,7 +79,7 @@ class NoiseScaleMeter:
         self._handles: list[Any] = []
         self._squares: list[Tensor] = []
         self._parts = 0
-        self._batch_size = 1
+        self.batch_size = 1  # of the last part
         self._is_again = False
 
     @staticmethod
@@ -82,7 +91,7 @@ class NoiseScaleMeter:
             return "gradients of sharded parameters are reduced before they can be measured"
         if getattr(trainer.strategy, "gradient_is_compressed", False):
             return "the exchanged gradient is not a mean, as entries come late (the strategy's log_noise_scale=True logs it)"
-        if _ranks(trainer) == 1 and trainer.accumulate_grad_batches == 1:
+        if averaging_ranks(trainer) == 1 and trainer.accumulate_grad_batches == 1:
             return "it compares parts of a batch, so it needs accumulate_grad_batches or several ranks that average gradients"
         return None
 
@@ -96,9 +105,9 @@ class NoiseScaleMeter:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about batches whose size is ambiguous
             try:
-                self._batch_size = int(extract_batch_size(batch))
+                self.batch_size = int(extract_batch_size(batch))
             except Exception:  # Lightning cannot read the size either: count in parts of a batch
-                self._batch_size = 1
+                self.batch_size = 1
 
     @on_plain_tensors
     def _see(self, gradient: Tensor) -> None:
@@ -114,30 +123,31 @@ class NoiseScaleMeter:
         if self._handles:
             self._parts += 1
 
-    def measure(self, trainer: pl.Trainer, norm: Tensor) -> None:
+    def measure(self, trainer: pl.Trainer, norm: Tensor) -> tuple[Tensor, int] | None:
         """Add the gradient norm of the whole batch, just before the optimizer's step.
 
         It reduces over the ranks, so all of them must call it.
+
+        Returns:
+            tuple: Noise and signal of this step, (2,), and its number of samples; ``None`` without two parts.
         """
-        ranks, parts, accumulated = _ranks(trainer), self._parts, trainer.accumulate_grad_batches
+        ranks, parts, accumulated = averaging_ranks(trainer), self._parts, trainer.accumulate_grad_batches
         squares, self._squares = self._squares, []
         self.stop()
         if not squares or parts * ranks < 2:
-            return
+            return None
         # The loss of each part was divided by the number of parts of a full batch, and multiplied by the loss scale.
         small = torch.stack(squares).sum() / parts * (accumulated / loss_scale(trainer, norm.device)) ** 2
         if ranks > 1:
             small = trainer.strategy.reduce(small, reduce_op="mean")
         big = (norm * accumulated / parts).square()
-        self._scale.add(torch.stack(noise_scale_terms(small, big, self._batch_size, self._batch_size * parts * ranks)))
+        samples = self.batch_size * parts * ranks
+        terms = torch.stack(noise_scale_terms(small, big, self.batch_size, samples))
+        self._scale.add(terms)
+        return terms, samples
 
     def stop(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-
-
-def _ranks(trainer: pl.Trainer) -> int:
-    """Return over how many ranks the gradient is averaged."""
-    return 1 if getattr(trainer.strategy, "gradient_is_local", False) else trainer.world_size
