@@ -16,7 +16,7 @@ from studies.arms import Arm, Use
 from studies.claim import Run
 from studies.claims import CLAIMS
 from studies.common import hush
-from studies.on_task import OnTask
+from studies.on_task import OnTask, look
 from studies.tasks import TASKS
 
 KNOWN = {name: claim for name, claim in CLAIMS.items() if isinstance(claim, OnTask)}
@@ -44,7 +44,7 @@ def trained(claim: OnTask, arm: str) -> Any:
     """Return the result of a short training."""
     seed_everything(0, verbose=False)
     hush()
-    return claim.train(Run(arm, 0, claim.rates[0]))
+    return claim.train(Run(arm, 0, claim.rates[0] if claim.rates else None))
 
 
 def distinct() -> list[tuple[str, str]]:
@@ -87,3 +87,22 @@ def test_other_data_must_be_there(task: str, tmp_path: Path) -> None:
     claim = replace(next(each for each in KNOWN.values() if each.task == task), data=tmp_path)
     with pytest.raises(ValueError, match=str(tmp_path)):
         claim.check()
+
+
+def test_sensitivity_is_the_mean_loss_above_the_best_rate_and_a_diverged_training_counts_as_none(
+    tmp_path: Path,
+) -> None:
+    claim = replace(short(KNOWN["rate-sensitivity-text"], tmp_path), swept=(1e-3, 1e-2, 1e30))
+    result = trained(claim, "plain")
+    start, _ = untrained_loss(claim)
+    assert result.losses[2] == pytest.approx(start, rel=1e-6)
+    assert result.best_loss == min(result.losses) < start
+    assert result.sensitivity == pytest.approx(sum(result.losses) / 3 - result.best_loss)
+
+
+def untrained_loss(claim: Any) -> tuple[float, float]:
+    """Return the loss and the accuracy of a new module on the test data, of as many batches as the claim looks at."""
+    data = TASKS["text"].data(None, 0, 0.0)
+    data.setup("fit")
+    trainer = claim.trainer(Run("plain", 0), [], limit_val_batches=claim.limit_batches)
+    return look(trainer, claim.untrained(Run("plain", 0), data), data.test_dataloader())

@@ -11,8 +11,20 @@ from studies.claims.known import (
     label_errors,
     optimizers,
     quantization,
+    sensitivity,
     sharpness,
     sparsity,
 )
 
-FAMILIES = (sparsity, data, label_errors, sharpness, optimizers, quantization, clipping, adversarial, communication)
+FAMILIES = (
+    sparsity,
+    data,
+    label_errors,
+    sharpness,
+    optimizers,
+    quantization,
+    clipping,
+    adversarial,
+    communication,
+    sensitivity,
+)
