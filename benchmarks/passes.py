@@ -48,6 +48,7 @@ PLAIN, TRIAL, NEUTRAL = "plain", "trial", "neutral"
 _COUNTED = tuple(str(Path(str(module.__file__)).parent) for module in (lightning_grad, torch))
 _MEMORY_ONLY = ("empty", "new_empty")
 _OVERWRITING = ("normal_", "zero_", "fill_", "copy_", "_foreach_zero_", "_foreach_copy_")  # the old content is not read
+_OF_HOOKS = ("__setattr__", "__instancecheck__")  # Lightning writes the name of each hook on the module
 _SLACK = 1.1  # of Python calls, which a harmless change of the code may move
 
 
@@ -124,7 +125,10 @@ class Counter(pl.Callback):
         code = frame.f_code
         # Comprehensions are calls in some versions of Python only.
         self._python[self._epoch] += (
-            event == "call" and code.co_filename.startswith(_COUNTED) and code.co_name[0] != "<"
+            event == "call"
+            and code.co_filename.startswith(_COUNTED)
+            and code.co_name[0] != "<"
+            and code.co_name not in _OF_HOOKS
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -188,7 +188,8 @@ def telling(rows: Sequence[Row], number: int) -> list[Row]:
     """Return the most telling decided rows, good and bad ones, in the order of the page.
 
     A row tells more on known data than on the default, and the further its weakest comparison is from the margin. The best
-    row of each family comes first. Of the chosen rows, two are contradicted or not shown, if there are as many.
+    row of each family comes first. Of the chosen rows, two are contradicted, or not shown, if there are as many; of these,
+    the best of each technique comes first.
 
     Args:
         rows: The rows of the page.
@@ -196,10 +197,16 @@ def telling(rows: Sequence[Row], number: int) -> list[Row]:
     """
     decided = [row for row in rows if row.is_decided]
     ranked = sorted(decided, key=lambda row: (not row.is_on_known_data, -strength(row.weakest)))
-    firsts = {row.family: row for row in reversed(ranked)}
-    ranked.sort(key=lambda row: row is not firsts[row.family])
-    good = [row for row in ranked if row.group in (HOLDS, PART)]
-    bad = [row for row in ranked if row not in good]
+    good = varied([row for row in ranked if row.group in (HOLDS, PART)], lambda row: row.family)
+    bad = [row for row in ranked if row.group not in (HOLDS, PART)]
+    bad = varied(sorted(bad, key=lambda row: row.group != CONTRADICTED), lambda row: row.techniques)
     most = max(number - len(bad), min(len(good), number - 2))
     chosen = [*good[:most], *bad[: number - len(good[:most])]]
     return [row for row in rows if any(row is each for each in chosen)]
+
+
+def varied(rows: Sequence[Row], kind: Callable[[Row], Any]) -> list[Row]:
+    """Return rows in their order, but the first of each kind before the others."""
+    kinds = [kind(row) for row in rows]
+    repeated = [own in kinds[:place] for place, own in enumerate(kinds)]
+    return [row for wanted in (False, True) for row, again in zip(rows, repeated, strict=True) if again is wanted]

@@ -23,7 +23,7 @@ from studies.page import Page, write
 from studies.plan import CHOICE_SEED
 from studies.results import FOLDER, Origin, Store, line_of
 from studies.sources import digest_of
-from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART
+from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART, UNDECIDED
 from tests.studies.toy import Result, Toy
 
 PAPER = Paper("ZClip, later", "clipping", "It is better.", "A paper (2504.02507)")
@@ -379,8 +379,10 @@ def test_each_row_of_the_committed_results_leads_to_its_lines(name: str) -> None
     rows = rows_of([CLAIMS[name]], Store(FOLDER))
     trained = [(each["arm"], each["rate"], each["seed"], each["date"]) for each in raw]
     for row in rows:
-        assert row.lines, "no line has the settings of the claim"
+        assert row.lines or row.group in (NOT_RUN, UNDECIDED), "no line has the settings of the claim"
         assert not [line for line in row.lines if (line.arm, line.rate, line.seed, line.date) not in trained]
         assert CHOICE_SEED not in {line.seed for line in row.lines}
-    assert sum(len(row.found) for row in rows) > len(raw) / 2, "most lines have other settings than the claim"
+    assert sum(len(row.found) for row in rows) > len(raw) / 2 or not any(row.is_decided for row in rows), (
+        "most lines have other settings than the claim"
+    )
     assert {each["origin"]["commit"] for each in raw} != {"unknown"}
