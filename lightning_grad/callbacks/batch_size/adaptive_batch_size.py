@@ -215,8 +215,9 @@ class AdaptiveBatchSize(GradCallback):
 
     def _begin(self, trainer: pl.Trainer) -> None:
         """Continue with the accumulated batches of a checkpoint, or begin with those that are given."""
-        self._accumulation = self._accumulation or self._given
-        self._target = max(self._target, self._accumulation)
+        # A checkpoint may be of a run with a larger max_accumulation.
+        self._accumulation = min(self._accumulation or self._given, self.max_accumulation)
+        self._target = min(max(self._target, self._accumulation), self.max_accumulation)
         trainer.accumulate_grad_batches = self._accumulation
 
     @override

@@ -247,6 +247,7 @@ class AnnealingLaw(GradCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._collect(trainer)  # the run may end within an epoch, between log steps
         losses = self._curve[1]
         if not losses:
             return

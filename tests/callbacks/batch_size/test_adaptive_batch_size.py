@@ -73,6 +73,16 @@ def test_the_size_on_known_noise() -> None:
     assert trainer.accumulate_grad_batches == 1, "as before the fit"
 
 
+def test_a_smaller_last_batch_has_its_own_noise() -> None:
+    """Every step has batches of 8, 8 and 1."""
+    acting = AdaptiveBatchSize(ETA, 3, start=3, every_n_steps=1)
+    samples = torch.randn(300, 17, ENTRIES, generator=torch.Generator().manual_seed(3))
+    sizes = [part for window in samples for part in window.split(BATCH)]
+    make_trainer(callbacks=[acting], max_epochs=1).fit(Known(), DataLoader(sizes, batch_size=None))  # type: ignore[arg-type]
+    averages = acting._noise.read()
+    assert float(averages["noise_trace"]) == pytest.approx(ENTRIES * SIGMA**2, rel=0.1)
+
+
 def test_the_paper_asks_for_fewer() -> None:
     """Its first size is that of one step with four batches, whose norm is mostly noise."""
     trainer, _ = known(AdaptiveBatchSize(ETA, 64, start=4, estimator="paper", every_n_steps=1), batches=4)
@@ -182,6 +192,15 @@ def test_a_run_that_was_stopped_within_a_window_continues_on_the_grid(tmp_path: 
     first, *later = module.sizes
     assert first == saved["accumulation"] - 15 % saved["accumulation"]
     assert set(later) <= set(range(saved["accumulation"], 7)) | {28 % n for n in range(2, 7)}
+    assert module.worst < 1e-6
+
+
+def test_a_run_that_continues_with_a_smaller_limit_keeps_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    _, module = run(growing(estimator="paper"), Saves(28, path), loader=ResumableLoader)
+    assert max(module.sizes) > 4
+    _, module = run(growing(estimator="paper", max_accumulation=4), ckpt=path, loader=ResumableLoader)
+    assert max(module.sizes) == 4
     assert module.worst < 1e-6
 
 
