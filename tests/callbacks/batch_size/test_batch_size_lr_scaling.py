@@ -164,7 +164,11 @@ def test_loaders(loader: Any, says: bool) -> None:
     ("acting", "kind", "error"),
     [
         ([BatchSizeLRScaling(8)], torch.optim.Rprop, "knows no rule for Rprop. Set rule='linear'"),
-        ([BatchSizeLRScaling(8), LearningRateFinder()], torch.optim.SGD, "LearningRateFinder finds the rate for the batch"),
+        (
+            [BatchSizeLRScaling(8), LearningRateFinder()],
+            torch.optim.SGD,
+            "LearningRateFinder finds the rate for the batch",
+        ),
         ([BatchSizeLRScaling(8), BatchSizeLRScaling(8, name="b")], torch.optim.SGD, "Use only one BatchSizeLRScaling"),
     ],
 )
