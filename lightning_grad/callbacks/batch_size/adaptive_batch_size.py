@@ -312,7 +312,8 @@ class AdaptiveBatchSize(GradCallback):
             return
         self._accumulation = trainer.accumulate_grad_batches = accumulation
         samples = accumulation * self._batch_size * averaging_ranks(trainer)
-        self.say(f"accumulates {accumulation} batches ({samples} samples) from step {trainer.global_step} on")
+        size = f" ({samples} samples)" if samples else ""  # unknown in the first batch of a run that resumes
+        self.say(f"accumulates {accumulation} batches{size} from step {trainer.global_step} on")
 
     @override
     def on_train_batch_end(

@@ -63,7 +63,8 @@ class AnnealingLaw(GradCallback):
     steps). At the end: a table of all forecasts, also those that cannot be trusted, each with the reason, and a figure:
     ``annealing_law.csv`` and ``.png``.
 
-    **State.** Learning rates and losses of all steps, and the forecasts. Resuming is bit-exact.
+    **State.** Learning rates and losses of all steps, and the forecasts. Resuming is bit-exact. With several ranks, steps
+    since the last log step continue with the losses of the first rank.
 
     **Cost.** Nothing per step. A forecast takes some tenths of a second; there are about 25 in a run ten times as long as
     the first forecast. The first one also runs the schedulers ahead, in about ten microseconds per remaining step. The
