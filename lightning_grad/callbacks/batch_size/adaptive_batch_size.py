@@ -67,8 +67,7 @@ class AdaptiveBatchSize(GradCallback):
             gradients; under manual optimization, FSDP, DeepSpeed and strategies that do not average gradients.
 
     **Hooks.** Hooks of the parameters in measured steps. ``on_before_optimizer_step`` decides, and
-    ``on_train_batch_end`` changes ``trainer.accumulate_grad_batches``, or the first batch of an epoch. After the fit
-    it is what it was.
+    ``on_train_batch_start`` changes ``trainer.accumulate_grad_batches``. After the fit it is what it was.
 
     **Logs** under ``batch_size/``, at log steps: ``samples`` (of a step), ``wanted`` (by the norm test), ``variance``
     (of one sample) and ``norm`` (of the gradient), both of the last measured step.
@@ -215,8 +214,9 @@ class AdaptiveBatchSize(GradCallback):
 
     def _begin(self, trainer: pl.Trainer) -> None:
         """Continue with the accumulated batches of a checkpoint, or begin with those that are given."""
-        self._accumulation = self._accumulation or self._given
-        self._target = max(self._target, self._accumulation)
+        # A checkpoint may be of a run with a larger max_accumulation.
+        self._accumulation = min(self._accumulation or self._given, self.max_accumulation)
+        self._target = min(max(self._target, self._accumulation), self.max_accumulation)
         trainer.accumulate_grad_batches = self._accumulation
 
     @override
@@ -244,6 +244,9 @@ class AdaptiveBatchSize(GradCallback):
     ) -> None:
         if batch_idx == 0:
             self._change(trainer, self._target)
+        elif self._target > self._accumulation and batch_idx % self._accumulation == 0:
+            # Not at the end of the batch before, where others still need the number of its step.
+            self._change(trainer, next_accumulation(batch_idx, self._accumulation, self._target))
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._meter.stop()  # a batch that was None, or ended its epoch, left a step unfinished
         if self._measures:
@@ -284,7 +287,11 @@ class AdaptiveBatchSize(GradCallback):
                 wanted = norm_test_batch_size(averages["noise_trace"], averages["signal_squared"], self.eta)
             self._seen = {"wanted": wanted, "variance": noise, "norm": (signal + noise / samples).clamp(min=0.0).sqrt()}
         if self._target < self.max_accumulation:
-            target = self._target if wanted is None else self._decide(trainer, float(wanted))
+            target = self._target
+            if wanted is not None:
+                size, variance = torch.stack([wanted, noise]).tolist()
+                self._noise.count -= not math.isfinite(variance)  # an overflow is no measurement
+                target = self._decide(trainer, size)
             # A rank may have measured other batch sizes.
             self._target = int(trainer.strategy.broadcast(target)) if trainer.world_size > 1 else target
 
@@ -305,7 +312,8 @@ class AdaptiveBatchSize(GradCallback):
             return
         self._accumulation = trainer.accumulate_grad_batches = accumulation
         samples = accumulation * self._batch_size * averaging_ranks(trainer)
-        self.say(f"accumulates {accumulation} batches ({samples} samples) from step {trainer.global_step} on")
+        size = f" ({samples} samples)" if samples else ""  # unknown in the first batch of a run that resumes
+        self.say(f"accumulates {accumulation} batches{size} from step {trainer.global_step} on")
 
     @override
     def on_train_batch_end(
@@ -314,6 +322,3 @@ class AdaptiveBatchSize(GradCallback):
         if self._seen and is_log_step(trainer):
             samples = self._accumulation * self._batch_size * averaging_ranks(trainer)
             self.log_scalars(pl_module, {"samples": float(samples), **self._seen})
-        batches = batch_idx + 1
-        if self._target > self._accumulation and batches % self._accumulation == 0:
-            self._change(trainer, next_accumulation(batches, self._accumulation, self._target))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -41,7 +42,8 @@ class BatchSizeLRScaling(GradCallback):
 
     Raises:
         ValueError: In the constructor for a batch size below 1. Before the first batch if the loader does not say its
-            batch size, for an optimizer without a known rule, and for a second instance.
+            batch size, for an optimizer without a known rule, for a second instance, and next to ``LearningRateFinder``,
+            whose rate is for the batch size of the run already.
 
     **Hooks.** ``on_train_start``, after the optimizers of a checkpoint are restored, and the start of batches after a
     change.
@@ -108,6 +110,11 @@ class BatchSizeLRScaling(GradCallback):
         others = [c for c in trainer.callbacks if isinstance(c, BatchSizeLRScaling)]  # type: ignore[attr-defined]
         if self.fitting and len(others) > 1:
             raise ValueError("Use only one BatchSizeLRScaling per Trainer: the factors of two would multiply.")
+        if self.fitting and any(isinstance(c, LearningRateFinder) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"LearningRateFinder finds the rate for the batch size of this run, and {self.display_name} would multiply "
+                "it again. Search in a run without it, then set base_batch_size to the samples of one step of that run."
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

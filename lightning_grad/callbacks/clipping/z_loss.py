@@ -108,7 +108,8 @@ class ZLoss(GradCallback):
     ) -> None:
         if self._terms is None:
             return
-        if self._has_backward or (pl_module.automatic_optimization and outputs is not None):
+        # Without a loss, Lightning passes empty outputs.
+        if self._has_backward or (pl_module.automatic_optimization and outputs):
             self._check()
         if self._terms.added and is_log_step(trainer):
             totals, counts = zip(*self._terms.added, strict=True)

@@ -63,7 +63,8 @@ class AnnealingLaw(GradCallback):
     steps). At the end: a table of all forecasts, also those that cannot be trusted, each with the reason, and a figure:
     ``annealing_law.csv`` and ``.png``.
 
-    **State.** Learning rates and losses of all steps, and the forecasts. Resuming is bit-exact.
+    **State.** Learning rates and losses of all steps, and the forecasts. Resuming is bit-exact. With several ranks, steps
+    since the last log step continue with the losses of the first rank.
 
     **Cost.** Nothing per step. A forecast takes some tenths of a second; there are about 25 in a run ten times as long as
     the first forecast. The first one also runs the schedulers ahead, in about ten microseconds per remaining step. The
@@ -247,6 +248,7 @@ class AnnealingLaw(GradCallback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._collect(trainer)  # the run may end within an epoch, between log steps
         losses = self._curve[1]
         if not losses:
             return

@@ -4,6 +4,7 @@ Used by ``GradientMonitor`` and ``AdaptiveBatchSize``; the estimate is :func:`li
 """
 
 import math
+import statistics
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -79,6 +80,7 @@ class NoiseScaleMeter:
         self._handles: list[Any] = []
         self._squares: list[Tensor] = []
         self._parts = 0
+        self._sizes: list[int] = []
         self.batch_size = 1  # of the last part
         self._is_again = False
 
@@ -99,7 +101,7 @@ class NoiseScaleMeter:
         """Prepare for one part of the batch of a measured step."""
         self._is_again = False
         if not self._handles:
-            self._squares, self._parts = [], 0
+            self._squares, self._parts, self._sizes = [], 0, []
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             self._handles = [p.register_hook(self._see) for p in trained]  # type: ignore[no-untyped-call]
         with warnings.catch_warnings():
@@ -122,14 +124,17 @@ class NoiseScaleMeter:
         """Count one backward pass."""
         if self._handles:
             self._parts += 1
+            if not self._is_again:
+                self._sizes.append(self.batch_size)
 
-    def measure(self, trainer: pl.Trainer, norm: Tensor) -> tuple[Tensor, int] | None:
+    def measure(self, trainer: pl.Trainer, norm: Tensor) -> tuple[Tensor, float] | None:
         """Add the gradient norm of the whole batch, just before the optimizer's step.
 
         It reduces over the ranks, so all of them must call it.
 
         Returns:
-            tuple: Noise and signal of this step, (2,), and its number of samples; ``None`` without two parts.
+            tuple: Noise and signal of this step, (2,), and its number of samples (by the harmonic mean, if parts differ);
+                ``None`` without two parts.
         """
         ranks, parts, accumulated = averaging_ranks(trainer), self._parts, trainer.accumulate_grad_batches
         squares, self._squares = self._squares, []
@@ -141,8 +146,10 @@ class NoiseScaleMeter:
         if ranks > 1:
             small = trainer.strategy.reduce(small, reduce_op="mean")
         big = (norm * accumulated / parts).square()
-        samples = self.batch_size * parts * ranks
-        terms = torch.stack(noise_scale_terms(small, big, self.batch_size, samples))
+        # The noise of a part is that of one sample, divided by the size of the part. The last part may be smaller.
+        size = statistics.harmonic_mean(self._sizes)
+        samples = size * parts * ranks
+        terms = torch.stack(noise_scale_terms(small, big, size, samples))
         self._scale.add(terms)
         return terms, samples
 

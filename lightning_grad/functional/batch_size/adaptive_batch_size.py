@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def norm_test_batch_size(noise: Tensor, signal: Tensor, eta: float, batch_size: int | None = None) -> Tensor:
+def norm_test_batch_size(noise: Tensor, signal: Tensor, eta: float, batch_size: float | None = None) -> Tensor:
     r"""Return the smallest batch size that passes the norm test.
 
     .. math::

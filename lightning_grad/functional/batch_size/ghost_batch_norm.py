@@ -67,7 +67,8 @@ def _in_one_call(layer: _BatchNorm, inputs: Tensor, chunks: int) -> Tensor:
     layer._check_input_dim(inputs)  # type: ignore[no-untyped-call]
     joined = inputs.view(len(inputs) // chunks, chunks * inputs.shape[1], *inputs.shape[2:])
     weight, bias = (None if value is None else value.repeat(chunks) for value in (layer.weight, layer.bias))
-    if layer.running_mean is None or layer.running_var is None:
+    # The switch may also be set on a layer that has running statistics, to keep them as they are.
+    if not layer.track_running_stats or layer.running_mean is None or layer.running_var is None:
         return F.batch_norm(joined, None, None, weight, bias, training=True, eps=layer.eps).view_as(inputs)
     # With a momentum of 1, these become the statistics of each chunk.
     mean, var = (torch.zeros_like(each).repeat(chunks) for each in (layer.running_mean, layer.running_var))

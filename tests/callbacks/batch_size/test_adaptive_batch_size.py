@@ -12,7 +12,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_grad.callbacks import SAM, AdaptiveBatchSize, BatchSizeLRScaling, GradientMonitor, NormClipping
+from lightning_grad.callbacks import (
+    SAM,
+    AdaptiveBatchSize,
+    AnnealingLaw,
+    BatchSizeLRScaling,
+    GradientMonitor,
+    NormClipping,
+)
 from lightning_grad.testing import ResumableLoader, assert_identical, make_trainer, on_ranks, state_of
 
 ENTRIES, SIGMA, MEAN, ETA, BATCH = 50, 2.0, 0.3, 0.5, 8
@@ -71,6 +78,28 @@ def test_the_size_on_known_noise() -> None:
     assert trainer.callback_metrics["batch_size/wanted"] == pytest.approx(TRUTH, rel=0.1)
     assert trainer.callback_metrics["batch_size/samples"] == module.sizes[-1] * BATCH
     assert trainer.accumulate_grad_batches == 1, "as before the fit"
+
+
+def test_a_smaller_last_batch_has_its_own_noise() -> None:
+    """Every step has batches of 8, 8 and 1."""
+    acting = AdaptiveBatchSize(ETA, 3, start=3, every_n_steps=1)
+    samples = torch.randn(300, 17, ENTRIES, generator=torch.Generator().manual_seed(3))
+    sizes = [part for window in samples for part in window.split(BATCH)]
+    make_trainer(callbacks=[acting], max_epochs=1).fit(Known(), DataLoader(sizes, batch_size=None))  # type: ignore[arg-type]
+    averages = acting._noise.read()
+    assert float(averages["noise_trace"]) == pytest.approx(ENTRIES * SIGMA**2, rel=0.1)
+
+
+def test_steps_that_overflow_are_no_measurements() -> None:
+    class Late(Known):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * (torch.inf if batch_idx < 20 else 1.0)
+
+    module = Late()
+    trainer = make_trainer(callbacks=[AdaptiveBatchSize(ETA, 64, start=4, every_n_steps=1)], max_epochs=1)
+    trainer.fit(module, DataLoader(Noise(80), BATCH))
+    assert module.sizes[:10] == [4] * 10  # five overflows, and five measurements for the first decision
+    assert module.sizes[-1] > 4
 
 
 def test_the_paper_asks_for_fewer() -> None:
@@ -185,6 +214,15 @@ def test_a_run_that_was_stopped_within_a_window_continues_on_the_grid(tmp_path: 
     assert module.worst < 1e-6
 
 
+def test_a_run_that_continues_with_a_smaller_limit_keeps_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    _, module = run(growing(estimator="paper"), Saves(28, path), loader=ResumableLoader)
+    assert max(module.sizes) > 4
+    _, module = run(growing(estimator="paper", max_accumulation=4), ckpt=path, loader=ResumableLoader)
+    assert max(module.sizes) == 4
+    assert module.worst < 1e-6
+
+
 def on_each_rank() -> tuple[list[int], float, float]:
     class Plain(Windows):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -234,6 +272,27 @@ def test_rates_follow() -> None:
 
     for acting in ([growing(), BatchSizeLRScaling(8)], [BatchSizeLRScaling(8), growing()]):
         assert max(run(*acting, module=Rates())[1].sizes) > 2
+
+
+def test_others_see_the_number_of_each_step() -> None:
+    """AnnealingLaw multiplies losses, which Lightning has divided by the accumulated batches of their step."""
+
+    class Losses(Windows):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.seen.append(loss.item())
+            return loss
+
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            self.sizes.append(len(self.seen))
+            self.means.append(sum(self.seen) / len(self.seen))
+            self.seen = []
+
+    module, law = Losses(), AnnealingLaw(0.5, figure=False)
+    module.seen, module.means = [], []
+    run(growing(), law, module=module)
+    assert max(module.sizes) > 2
+    assert law.curve[1] == pytest.approx(module.means, rel=1e-5)
 
 
 def test_it_measures_the_gradients_of_sam() -> None:

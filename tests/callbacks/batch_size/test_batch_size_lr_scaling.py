@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, LearningRateFinder
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
@@ -164,6 +164,11 @@ def test_loaders(loader: Any, says: bool) -> None:
     ("acting", "kind", "error"),
     [
         ([BatchSizeLRScaling(8)], torch.optim.Rprop, "knows no rule for Rprop. Set rule='linear'"),
+        (
+            [BatchSizeLRScaling(8), LearningRateFinder()],
+            torch.optim.SGD,
+            "LearningRateFinder finds the rate for the batch",
+        ),
         ([BatchSizeLRScaling(8), BatchSizeLRScaling(8, name="b")], torch.optim.SGD, "Use only one BatchSizeLRScaling"),
     ],
 )

@@ -176,6 +176,23 @@ def test_a_loss_that_cannot_be_seen_ends_the_first_step(kind: type[Plain], words
     fit(kind, ZLoss(0.0), max_epochs=1)
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_without_a_loss_are_skipped(accumulate: int) -> None:
+    def skips(kind: type[Plain]) -> type[Plain]:
+        class Skips(kind):  # type: ignore[misc, valid-type]
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+        return Skips
+
+    arguments = {"accumulate_grad_batches": accumulate}
+    by_hand = fit(skips(ByHand), **arguments)
+    torch.testing.assert_close(fit(skips(Plain), ZLoss(C), **arguments).state_dict(), by_hand.state_dict())
+    with pytest.raises(RuntimeError, match="went through none"):
+        fit(skips(HandWritten), ZLoss())
+
+
 @pytest.mark.parametrize(
     "make", [lambda: (ZLoss(), InfoBatch()), lambda: (LossReweighting(), ZLoss()), lambda: (ZLoss(), ZLoss(name="b"))]
 )

@@ -163,6 +163,13 @@ def test_accumulated_batches_are_one_step() -> None:
     assert callback.curve[1] == pytest.approx(means, rel=1e-6)
 
 
+def test_a_run_that_ends_within_an_epoch_keeps_its_last_losses() -> None:
+    callback, module = AnnealingLaw(DECAY, refits=0), Planted()
+    fit(callback, module, max_steps=7)
+    assert callback.curve[0] == module.rates
+    assert len(callback.curve[1]) == 7
+
+
 def test_a_module_that_steps_its_schedulers_itself() -> None:
     class Own(Planted):
         def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:

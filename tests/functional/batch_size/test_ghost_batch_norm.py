@@ -16,8 +16,10 @@ LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "3d": (nn.BatchNorm3d(3), (3, 2, 3, 2)),
     "mean over all": (nn.BatchNorm1d(3, momentum=None), (3,)),
     "without running statistics": (nn.BatchNorm1d(3, track_running_stats=False), (3,)),
+    "with statistics that are kept": (nn.BatchNorm1d(3), (3,)),
     "without weights": (nn.BatchNorm1d(3, affine=False), (3,)),
 }
+LAYERS["with statistics that are kept"][0].track_running_stats = False
 
 
 class Own(nn.BatchNorm2d):
