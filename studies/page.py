@@ -304,7 +304,7 @@ def source(words: str) -> str:
 
 
 def verdict(row: Row) -> str:
-    """Return the verdict, and where it rests on."""
+    """Return the verdict, and how many of its trainings were made by other code."""
     older = f"<br>({len(row.old)} of {len(row.lines)} trainings by other code)" if row.old else ""
     return f"**{row.word}**{older}"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_grad.functional import dct_adamw_, dct_basis
-from lightning_grad.functional.optimizers.dct_adamw import rank_within
+from lightning_grad.functional.optimizers.projection_rank import rank_within
 from lightning_grad.optimizers.matrix_optimizer import MatrixOptimizer
 from lightning_grad.utilities.checks import check_count
 

@@ -110,9 +110,8 @@ class Frugal(MatrixOptimizer):
         places = list(range(len(weights)))
         if group["order"] == "descending":
             places.reverse()
-        elif (
-            group["order"] == "random"
-        ):  # from the saved count of steps, so it is equal on all ranks and after a resume
+        elif group["order"] == "random":
+            # From the saved count of steps, so it is equal on all ranks and after a resume.
             stream = Random(hashed_seed(group["seed"], group["steps"]))
             stream.shuffle(places)
             start = stream.randrange(sum(map(len, weights)))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lightning_grad.functional import galore_adamw_, gradient_basis, is_settled, pack_int4, unpack_int4
-from lightning_grad.functional.optimizers.dct_adamw import rank_within
+from lightning_grad.functional.optimizers.projection_rank import rank_within
 from lightning_grad.optimizers.matrix_optimizer import MatrixOptimizer
 from lightning_grad.utilities.checks import check_between, check_count, check_finite_at_least
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_grad.functional.optimizers.dct_adamw import rank_within
+from lightning_grad.functional.optimizers.projection_rank import rank_within
 from lightning_grad.utilities.checks import check_finite_at_least
 from lightning_grad.utilities.reporting import listed
 

@@ -31,16 +31,6 @@ def dct_basis(size: int, dtype: torch.dtype = torch.float32, device: torch.devic
     return basis.to(device=device, dtype=dtype)
 
 
-def rank_within(shape: Sequence[int], rank: int) -> int:
-    """Return the rank that a projection of a matrix can have at most.
-
-    Example:
-        >>> rank_within((8, 64), 16), rank_within((64, 32), 16)
-        (8, 16)
-    """
-    return min(rank, *shape)
-
-
 def largest_columns(coefficients: Tensor, rank: int) -> Tensor:
     """Return a mask of the columns with the largest sum of absolute values.
 

@@ -112,7 +112,7 @@ def test_the_paper_asks_for_fewer() -> None:
 
 
 class Windows(pl.LightningModule):
-    """Compares each gradient with one that is computed anew from the batches of its step."""
+    """Compares each gradient with one that is computed again from the batches of its step."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,6 +28,8 @@ from tests.callbacks.optimizers.test_optimizer_swap import fp16
 from tests.callbacks.optimizers.test_schedulers import THERE
 from tests.cases import cases
 
+needs_muon = pytest.mark.skipif(TORCH < (2, 9), reason="torch has no Muon")
+
 DCT: dict[str, Any] = {"rank": 2}
 
 
@@ -72,10 +74,9 @@ def one_cycle(optimizer: Optimizer) -> OneCycleLR:
 # The same as by hand.
 
 
+@needs_muon
 def test_muon_and_adamw_are_two_optimizers_by_hand(tmp_path: Path) -> None:
     """Under OneCycleLR, which cycles beta1 of AdamW and the momentum of Muon; also resumed, and with clipping."""
-    if TORCH < (2, 9):
-        pytest.skip("torch has no Muon")
     hand = Deep(scheduler=one_cycle, betas=(0.9, 0.95))
     user, schedule = (lambda made: (made["optimizer"], made["lr_scheduler"]["scheduler"]))(hand.configure_optimizers())
     muon = torch.optim.Muon(hidden(hand), adjust_lr_fn="match_rms_adamw")
@@ -344,7 +345,7 @@ def test_after_the_fit_the_module_has_its_own_optimizer_again() -> None:
         assert [len(group["params"]) for group in module.mine.param_groups] == [4, 6]
 
 
-@pytest.mark.skipif(TORCH < (2, 9), reason="torch has no Muon")
+@needs_muon
 def test_a_module_with_muon_for_its_matrices_keeps_it() -> None:
     native, swapped = (Deep(lambda groups, lr: torch.optim.Muon(groups[0]["params"], lr=lr)) for _ in range(2))
     train(native, max_epochs=1)
@@ -393,9 +394,8 @@ def test_wrong_arguments_raise_in_the_constructor(arguments: dict[str, Any], wor
         OptimizerSwap(**arguments)
 
 
+@needs_muon
 def test_a_negative_option_of_muon_raises_in_the_constructor() -> None:
-    if TORCH < (2, 9):
-        pytest.skip("torch has no Muon")
     with pytest.raises(ValueError, match="options: ns_steps must be at least 0; got -1"):
         OptimizerSwap("muon", {"ns_steps": -1})
     OptimizerSwap("muon", {"ns_coefficients": [3.4, -4.8, 2.0]})
