@@ -35,7 +35,7 @@ from studies.page import Page, write
 from studies.plan import CHOICE_SEED
 from studies.report import print_estimate, print_report, show_family
 from studies.results import FOLDER, Store
-from studies.runner import Study, run_claims
+from studies.runner import Study, run_claims, verify_claims
 
 GENERAL = ("arms", "rates")  # of the fields of every claim, what --set may change
 
@@ -53,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     code = 0
     try:
-        code = 0 if options.report else int(bool(run_claims(studies, options.budget)))
+        if options.verify:
+            code = int(bool(verify_claims(studies)))
+        elif not options.report:
+            code = int(bool(run_claims(studies, options.budget)))
     except KeyboardInterrupt:
         print("\nStopped. The same command continues.")
         code = 130
@@ -86,6 +89,9 @@ def build_parser() -> ArgumentParser:
     add("--data", type=Path, help="folder with CIFAR-10, or text for clipping-spikes, instead of the default data")
     add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the claims; lists have commas")
     add("--fresh", action="store_true", help="train again what was trained by other code, versions or hardware")
+    add(
+        "--verify", action="store_true", help="train one result of each arm again where other code made it, and compare"
+    )
     add("--list", action="store_true", help="list the claims and how long they take, and do not run them")
     add("--report", action="store_true", help="print what is known, and do not run anything")
     add("--figures", action="store_true", help="also print all measurements of the family, and draw its figures")

@@ -17,6 +17,7 @@ from typing import Any
 from lightning_grad.cli.catalog import techniques
 from studies.claim import Claim, freeze
 from studies.plan import CHOICE_SEED, Plan
+from studies.repeats import standing
 from studies.results import Line, Store
 from studies.sources import digest_of
 from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART, UNDECIDED, Comparison, compare, judge
@@ -33,11 +34,13 @@ class Row:
 
     Args:
         claim: The claim, with the data and the device of the results.
-        found: All lines with its settings.
+        found: All lines with its settings: of each training, the last one.
+        history: All lines with its settings.
     """
 
     claim: Claim[Any]
     found: Sequence[Line]
+    history: Sequence[Line] = ()
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -109,10 +112,20 @@ class Row:
         return [each for each in known if each in own or each.__name__ in words]
 
     @cached_property
-    def old(self) -> list[Line]:
+    def other(self) -> list[Line]:
         """The lines of other code than that of this repository."""
-        current = digest_of(self.claim) if self.lines else ""
-        return [line for line in self.lines if line.origin.code != current]
+        return [line for line in self.lines if line.origin.code != self.code]
+
+    @cached_property
+    def old(self) -> list[Line]:
+        """The lines of other code whose results the current code was not seen to repeat."""
+        repeated = standing(self.history, self.code) if self.other else set()
+        return [line for line in self.other if (line.arm, line.origin.code) not in repeated]
+
+    @cached_property
+    def code(self) -> str:
+        """The digest of the current code."""
+        return digest_of(self.claim) if self.lines else ""
 
     @cached_property
     def weakest(self) -> Comparison:
@@ -180,7 +193,7 @@ def _rows(claim: Claim[Any], store: Store) -> Iterator[Row]:
         for each in (replace(claim, data=None), *(replace(claim, data=Path(name)) for name in names))
         for device in devices
     }
-    rows = [Row(each, found) for each in kinds.values() if (found := store.read(each))]
+    rows = [Row(each, found, store.history(each)) for each in kinds.values() if (found := store.read(each))]
     yield from rows or [Row(replace(claim, data=None), [])]
 
 

@@ -222,6 +222,7 @@ class Page:
         told = [f"{count(own, 'training')} on {machine(own[0])}" for own in groups]
         gpu = "" if any(line.origin.device == "cuda" for line in lines) else " No GPU was at hand."
         yield f"**Machines and versions.** {'; '.join(told)}.{gpu}"
+        other = [line for row in self.rows for line in row.other]
         old = [line for row in self.rows for line in row.old]
         hours = sum(line.seconds for line in lines) / 3600
         commits = {line.origin.commit for line in lines}
@@ -230,8 +231,10 @@ class Page:
         names = f" ({', '.join(name(row) for row in self.rows if row.old)})" if old else ""
         yield (
             f"**Code.** {count(lines, 'training')} at the chosen rates took {hours:.1f} h, at {count(commits, 'commit')}"
-            f"{changed}. A digest in each line follows the code that its claim uses: {len(lines) - len(old):,} have the "
-            f"digest of the current code, {len(old):,} that of other code{names}."
+            f"{changed}. A digest in each line follows the code that its claim uses: {len(lines) - len(other):,} have the "
+            f"digest of the current code. The others have that of older code. For {len(other) - len(old):,} of them, the "
+            "current code was tried on one training of the same arm, and gave the same numbers, digit for digit; for "
+            f"{len(old):,}, it was not{names}."
         )
 
     def tracing(self) -> Iterator[str]:
@@ -304,7 +307,7 @@ def source(words: str) -> str:
 
 
 def verdict(row: Row) -> str:
-    """Return the verdict, and how many of its trainings were made by other code."""
+    """Return the verdict, and how many of its trainings were made by other code that may give other numbers."""
     older = f"<br>({len(row.old)} of {len(row.lines)} trainings by other code)" if row.old else ""
     return f"**{row.word}**{older}"
 

@@ -149,11 +149,11 @@ def print_origins(plan: Plan) -> None:
     for own in groups.values():
         print(wrapped(f"{len(own)} results of {own[-1].origin}", 100, "    "))
     if len(groups) > 1:
-        print(
-            "Note: these results are of different code, versions or hardware; --fresh trains again what is not current."
-        )
+        print("Note: these results are of different code, versions or hardware.")
     elif groups and plan.origin.code not in {code for code, _ in groups}:
-        print(f"Note: the code has changed since (now {plan.origin.code}); --fresh trains again with it.")
+        print(f"Note: the code has changed since (now {plan.origin.code}).")
+    if any(line.origin.same != plan.origin.same for line in plan.reported):
+        print("--verify tries one training of each arm by the current code, --fresh trains all of them again.")
 
 
 def show_family(plan: Plan) -> None:

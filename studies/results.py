@@ -162,18 +162,17 @@ class Store:
             claim: The claim.
             origin: If given, ignore results of other code, versions or hardware.
         """
-        found: dict[Run, Line] = {}
+        lines = [line for line in self.history(claim) if origin is None or line.origin.same == origin.same]
+        return list({line.key: line for line in lines}.values())
+
+    def history(self, claim: Claim[Any]) -> list[Line]:
+        """Return all results with the settings of a claim, on its device; of some trainings there are several."""
         wanted = {arm: freeze(claim.settings_of(arm)) for arm in claim.arms}
-        for line in self.all(claim):
-            if (
-                line.arm not in wanted
-                or freeze(line.settings) != wanted[line.arm]
-                or line.origin.device != claim.device
-            ):
-                continue
-            if origin is None or line.origin.same == origin.same:
-                found[line.key] = line
-        return list(found.values())
+        return [
+            line
+            for line in self.all(claim)
+            if line.arm in wanted and freeze(line.settings) == wanted[line.arm] and line.origin.device == claim.device
+        ]
 
     def all(self, claim: Claim[Any]) -> list[Line]:
         """Return all results in the file of a claim."""

@@ -16,8 +16,9 @@ from lightning.pytorch import seed_everything
 from studies.claim import Claim, Result, Run
 from studies.common import Ticker, hush
 from studies.plan import Plan, describe, minutes
+from studies.repeats import differences, standing
 from studies.report import print_estimate
-from studies.results import Store, line_of, origin_of
+from studies.results import Line, Store, line_of, origin_of
 
 R = TypeVar("R", bound=Result)
 PAUSE = 1.0  # seconds between looks at what another process trains
@@ -68,6 +69,29 @@ class Study:
                 if self.clock() > deadline:
                     return plan.missing
         return 0
+
+    def verify(self) -> bool:
+        """Train one result of each arm again if other code made it, and return whether all numbers are the same."""
+        hush()
+        plan = self.plan()
+        stands = standing(self.store.history(self.claim), plan.origin.code)
+        others = [line for line in plan.reported if line.origin.code != plan.origin.code]
+        firsts = {(line.arm, line.origin.code): line for line in reversed(others)}
+        found = [self.repeat(line, plan) for place, line in reversed(firsts.items()) if place not in stands]
+        return not any(found)
+
+    def repeat(self, old: Line, plan: Plan) -> list[str]:
+        """Train a result once more, and return what is different."""
+        if old.origin.same[1] != plan.origin.same[1]:
+            print(f"{describe(old.key)}: made on other hardware or with other versions, so it cannot be compared.")
+            return []
+        start = self.clock()
+        result = train(self.claim, old.key, "once more")
+        new = line_of(self.claim, result, self.clock() - start, plan.origin)
+        self.store.append(self.claim, new)
+        found = differences(old, new)
+        print(f"{describe(old.key)}: {'; '.join(found) or 'the same numbers'}.", flush=True)
+        return found
 
     def fits(self, run: Run, plan: Plan, deadline: float) -> bool:
         """Return True if a training probably ends before the deadline."""
@@ -137,6 +161,17 @@ def run_claims(studies: Sequence[Study], budget: float | None) -> list[str]:
         if study.claim.name not in failed and (missing := study.plan().missing):
             print(f"{study.claim.name}: the budget ends before {missing} trainings. The same command continues.")
     return failed
+
+
+def verify_claims(studies: Sequence[Study]) -> list[str]:
+    """Train some results of other code again, and return the names of the claims whose numbers are not the same."""
+    changed = []
+    for study in studies:
+        print(f"\n{study.claim.name}:", flush=True)
+        if not study.verify():
+            changed.append(study.claim.name)
+            print(f"{study.claim.name}: the current code gives other numbers. --fresh trains all of them again.")
+    return changed
 
 
 def turns(studies: Sequence[Study], end: float) -> Iterator[tuple[Study, float]]:

@@ -167,7 +167,7 @@ def test_other_machines_and_other_code_are_told(tmp_path: Path) -> None:
     fill(tmp_path, claim, {"b": UP[:3]})
     text = flat(str(page_of(tmp_path, claim)))
     assert "6 trainings on EPYC (1 thread), python 3.11.1, torch 2.6. No GPU was at hand." in text
-    assert "6 have the digest of the current code, 0 that of other code." in text
+    assert "6 have the digest of the current code. " in text
     later: Any = {
         "hardware": {"cpu": "Xeon", "threads": 4, "gpu": None},
         "code": "old",
@@ -183,8 +183,40 @@ def test_other_machines_and_other_code_are_told(tmp_path: Path) -> None:
     assert "6 trainings on EPYC (1 thread), python 3.11.1, torch 2.6; 4 trainings on Xeon (4 threads)" in text
     assert "Its trainings are of 2 machines." in text
     assert "at 2 commits, 4 of them with changes that were not committed" in text
-    assert "6 have the digest of the current code, 4 that of other code (`x`)." in text
+    assert "6 have the digest of the current code. " in text
+    assert "digit for digit; for 4, it was not (`x`)." in text
     assert "**holds**<br>(4 of 10 trainings by other code)" in text
+
+
+def test_results_of_older_code_stand_if_the_current_code_repeats_one_of_each_arm(tmp_path: Path) -> None:
+    claim = OnData(name="x")
+    fill(tmp_path, claim, {"b": UP}, code="old")
+    assert len(page_of(tmp_path, claim).rows[0].old) == 10
+    again(tmp_path, claim, a=0.5, b=0.5 + UP[0] + 1e-9)
+    assert {line.arm for line in page_of(tmp_path, claim).rows[0].old} == {"b"}, (
+        "b gives other numbers, though by little"
+    )
+    again(tmp_path, claim, b=0.5 + UP[0])
+    assert {line.arm for line in page_of(tmp_path, claim).rows[0].old} == {"b"}, "what differed once does not stand"
+
+
+def test_a_repetition_on_another_machine_says_nothing(tmp_path: Path) -> None:
+    claim = OnData(name="x")
+    fill(tmp_path, claim, {"b": UP}, code="old")
+    again(tmp_path, claim, a=0.5, hardware={"cpu": "Xeon", "threads": 1, "gpu": None})
+    assert len(page_of(tmp_path, claim).rows[0].old) == 9, "all but the new one"
+    again(tmp_path, claim, a=0.5, b=0.5 + UP[0])
+    text = flat(str(page_of(tmp_path, claim)))
+    assert "2 have the digest of the current code" in text
+    assert "For 8 of them" in text
+    assert "other code" not in text
+
+
+def again(folder: Path, claim: Any, /, hardware: Any = None, **values: float) -> None:
+    """Write results of the first seed by the current code."""
+    place = origin(claim, **({"hardware": hardware} if hardware else {}))
+    for arm, value in values.items():
+        Store(folder).append(claim, line_of(claim, Result(arm, 0, None, value, []), 2.0, place))
 
 
 def test_a_gpu_is_told(tmp_path: Path) -> None:

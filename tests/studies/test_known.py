@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch import seed_everything
@@ -15,6 +16,7 @@ from lightning_grad.callbacks import LearnedRounding
 from studies.arms import Arm, Use
 from studies.claim import Run
 from studies.claims import CLAIMS
+from studies.claims.known.adversarial import under_autopgd
 from studies.common import hush
 from studies.on_task import OnTask, look
 from studies.tasks import TASKS
@@ -106,3 +108,14 @@ def untrained_loss(claim: Any) -> tuple[float, float]:
     data.setup("fit")
     trainer = claim.trainer(Run("plain", 0), [], limit_val_batches=claim.limit_batches)
     return look(trainer, claim.untrained(Run("plain", 0), data), data.test_dataloader())
+
+
+def test_autopgd_moves_pixels_by_epsilon_and_no_further() -> None:
+    module = pl.LightningModule()
+    module.forward = lambda images: images.mean((1, 2, 3))[:, None] * torch.tensor([-1.0, 1.0])  # type: ignore[method-assign]
+    labels = torch.tensor([0, 1] * 8)
+    pixels = 0.5 + 0.05 * (2.0 * labels - 1)[:, None, None, None].expand(-1, 1, 4, 4)
+    for epsilon, withstand in ((0.04, 1.0), (0.06, 0.0)):
+        images = (pixels - 0.5) / 0.25
+        found = under_autopgd(module, [(images, labels)], epsilon, bounds=(0.0, 1.0), mean=[0.5], std=[0.25])
+        assert found == withstand

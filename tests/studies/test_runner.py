@@ -16,7 +16,7 @@ import pytest
 from studies.claim import Run
 from studies.plan import CHOICE_SEED, Plan
 from studies.results import Line, Origin, Store, origin_of
-from studies.runner import run_claims
+from studies.runner import run_claims, verify_claims
 from tests.studies.toy import Toy, study
 
 HERE = origin_of(Toy())
@@ -274,3 +274,40 @@ def test_origin_is_written_in_words() -> None:
     hardware = {"cpu": "EPYC", "threads": 1, "gpu": None}
     origin = Origin("cpu", hardware, {"torch": "2.6"}, "abc", "0123", dirty=True)
     assert str(origin) == "commit 0123 with uncommitted changes (code abc), EPYC, 1 thread(s), torch 2.6"
+
+
+# Results of other code.
+
+
+def test_verify_trains_one_result_of_each_arm_again_until_it_stands(tmp_path: Path, capsys: Any) -> None:
+    asked = study(tmp_path)
+    for arm, seed in (("a", 0), ("b", 0), ("a", 1), ("b", 1)):
+        gain = 0.1 * (arm == "b")
+        metrics = {"accuracy": 0.5 + gain + 0.01 * seed, "curve": [math.nan, math.inf, seed]}
+        asked.store.append(asked.claim, replace(line(arm, seed, code="older"), metrics=metrics))
+    assert verify_claims([asked]) == []
+    assert asked.claim.trained == [("a", 0, None), ("b", 0, None)]
+    assert "b seed 0: the same numbers." in capsys.readouterr().out
+    assert verify_claims([asked]) == []
+    assert len(asked.claim.trained) == 2, "nothing is left to try"
+
+
+def test_verify_tells_other_numbers(tmp_path: Path, capsys: Any) -> None:
+    asked = study(tmp_path, seeds=1)
+    for arm in "ab":
+        asked.store.append(asked.claim, line(arm, 0, code="older"))
+    assert verify_claims([asked]) == ["toy"]
+    printed = capsys.readouterr().out
+    assert "b seed 0: accuracy 0.5 became 0.6" in printed
+    assert "--fresh trains all of them again" in printed
+
+
+def test_verify_says_when_numbers_cannot_be_compared(tmp_path: Path, capsys: Any) -> None:
+    asked = study(tmp_path, seeds=1)
+    for arm in "ab":
+        asked.store.append(asked.claim, line(arm, 0, code="older", versions={"torch": "1.0"}))
+    verify_claims([asked])
+    assert asked.claim.trained == [], "it would cost time and tell nothing"
+    assert (
+        "a seed 0: made on other hardware or with other versions, so it cannot be compared." in capsys.readouterr().out
+    )

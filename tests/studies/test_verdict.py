@@ -101,7 +101,7 @@ def test_results_of_other_code_are_never_mixed_silently(tmp_path: Path, capsys: 
     printed = capsys.readouterr().out
     assert "undecided (2 of 5 seeds)" in printed
     assert "2 results of commit 0123456789ab" in printed
-    assert "Note: these results are of different code, versions or hardware; --fresh" in printed
+    assert "Note: these results are of different code, versions or hardware.\n--verify tries one" in printed
     for seed in range(2):
         asked.store.append(asked.claim, line("a", seed, code="old"))
     print_report(asked.plan())
