@@ -1,3 +1,5 @@
 """Fine-tuning: low-rank factors, and the choice of what trains."""
 
-__all__: list[str] = []
+from lightning_grad.functional.fine_tuning.saliency import random_labels, saliency_masks
+
+__all__ = ["random_labels", "saliency_masks"]
