@@ -16,6 +16,7 @@ from lightning_grad.core.losses.scoring import runner, scoring_loader, to_device
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, random_streams_kept, seed_streams
 from lightning_grad.utilities.precision import loss_scale
 
+_TRIES = 8  # number of batches to try until one has a loss
 Forget = Sequence[int] | Callable[[Any], Any]
 
 
@@ -103,11 +104,11 @@ class ForgetPass:
             self._samples = len(chunk)
             yield None if batch is None else to_device(self._trainer, batch)
 
-    def mixed_batch(self) -> list[int]:
-        """Return samples of one batch, spread over the training set, so that it has several classes."""
+    def mixed_batches(self) -> list[list[int]]:
+        """Return the samples of some batches, drawn from the whole training set, so that they have several classes."""
         sampler = self._training_set.sampler
-        places = torch.linspace(0, len(sampler.population) - 1, min(sampler.batch_size, len(sampler.population)))
-        return sampler.population[places.round().long().unique()].tolist()
+        order = torch.randperm(len(sampler.population), generator=torch.Generator().manual_seed(0))
+        return [chunk.tolist() for chunk in sampler.population[order].split(sampler.batch_size)[:_TRIES]]
 
     def gradients(self, forget: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the mean loss of some samples, the same on all ranks; 0 where there is none.

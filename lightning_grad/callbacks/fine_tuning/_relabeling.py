@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.core import Look
+from lightning_grad.core.losses.look import SkippedBatchError
 from lightning_grad.data.random_streams import seed_streams
 from lightning_grad.functional import InseparableLossError, LossCall
 from lightning_grad.functional.fine_tuning.saliency import label_shifts, shifted_labels
@@ -41,6 +43,21 @@ class BatchFunction:
         return self._relabel(batch, torch.tensor(forget), torch.Generator().manual_seed(seed))
 
 
+@dataclass(frozen=True)
+class FoundLabels:
+    """What a batch and a step show of the labels.
+
+    Args:
+        path: Place of the labels in a batch.
+        num_classes: Number of classes; ``None`` if the loss does not show it.
+        is_target: Whether the loss compares them as they are in the batch.
+    """
+
+    path: Path
+    num_classes: int | None
+    is_target: bool = False
+
+
 @dataclass
 class Labels:
     """The labels in a batch: where they are, and the number of classes.
@@ -48,12 +65,14 @@ class Labels:
     Args:
         path: Place of the labels in a batch.
         num_classes: Number of classes.
+        is_target: As in :class:`FoundLabels`.
         draws: Uniform number of each sample of the data set, (n,).
         display_name: Name of the technique, for errors.
     """
 
     path: Path
     num_classes: int
+    is_target: bool
     draws: Tensor
     display_name: str
 
@@ -86,7 +105,7 @@ class Labels:
         return label_shifts(self.draws[indices], self.num_classes).to(labels.device)
 
 
-def find_labels(look_at: Callable[[Any], Look], batch: Any, samples: int, display_name: str) -> tuple[Path, int | None]:
+def find_labels(look_at: Callable[[Any], Look], batches: Iterable[tuple[Any, int]], display_name: str) -> FoundLabels:
     """Return where the labels are in a batch, and the number of classes if the loss shows it.
 
     The labels are the tensor that a loss call of ``torch.nn.functional`` compares with the outputs. If the loss is
@@ -94,20 +113,31 @@ def find_labels(look_at: Callable[[Any], Look], batch: Any, samples: int, displa
 
     Args:
         look_at: Function (batch) -> look, in a quiet module.
-        batch: The batch, with several classes in it.
-        samples: Number of its samples.
+        batches: Batches with several classes and the number of their samples; the first one that has a loss is used.
         display_name: Name of the technique, for errors.
 
     Raises:
         ValueError: If no tensor, or more than one, may hold the labels.
         InseparableLossError: If the loss is not a sum of one term for each sample.
     """
+    for batch, samples in batches:
+        if batch is not None:
+            with suppress(SkippedBatchError):
+                return _find(look_at, batch, samples, display_name)
+    raise ValueError(
+        f"{display_name} must find the labels in a batch, but no batch had a loss: each was None, or training_step returned "
+        "None for it. Make collate_fn and training_step return something for some batches in eval mode."
+    )
+
+
+def _find(look_at: Callable[[Any], Look], batch: Any, samples: int, display_name: str) -> FoundLabels:
     candidates = [(path, value) for path, value in _tensors(batch) if _may_be_labels(value, samples)]
     call = _call(look_at(batch))
-    if call is not None and _compares_classes(call):
+    classes = None if call is None else _classes(call)
+    if call is not None and classes is not None:
         same = [path for path, value in candidates if torch.equal(_numbers(value), _numbers(call.target))]
         if len(same) == 1:
-            return same[0], _classes(call)
+            return FoundLabels(same[0], classes, is_target=True)
     found = [path for path, value in candidates if _decides(look_at, batch, path, value)]
     if len(found) != 1:
         what = f"{' and '.join(map(text_of, found))} both change" if found else "no tensor of classes (B,) changes"
@@ -115,7 +145,7 @@ def find_labels(look_at: Callable[[Any], Look], batch: Any, samples: int, displa
             f"{display_name} gives the samples to forget other labels, but does not know which part of a batch holds "
             f"the labels: {what} the loss of each sample. {RELABEL[0].upper()}{RELABEL[1:]}."
         )
-    return found[0], None
+    return FoundLabels(found[0], classes)
 
 
 def _tensors(batch: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
@@ -143,15 +173,13 @@ def _call(look: Look) -> LossCall | None:
         return None
 
 
-def _compares_classes(call: LossCall) -> bool:
-    return call.labels is not None or (call.name in _BINARY and call.input.numel() == call.samples)
-
-
 def _classes(call: LossCall) -> int | None:
-    if call.name in _BINARY:
+    """Return the number of classes that a loss call compares; ``None`` if it compares something else."""
+    if call.name in _BINARY and call.input.numel() == call.samples:
         return 2
     scores = call.options.get("linear_weight")  # of linear_cross_entropy, whose input are features
-    return len(scores) if scores is not None else call.input.shape[1] if call.input.dim() > 1 else None
+    is_seen = call.has_class_indices and call.input.dim() > 1
+    return len(scores) if scores is not None else call.input.shape[1] if is_seen else None
 
 
 def _decides(look_at: Callable[[Any], Look], batch: Any, path: Path, value: Tensor) -> bool:

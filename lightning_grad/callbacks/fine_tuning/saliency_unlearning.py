@@ -102,7 +102,9 @@ class SaliencyUnlearning(OptimizerCallback):
     moves_weights: ClassVar[bool] = True
     compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
         ddp=yes("With every sampler of `torch.utils.data`. Each rank finds its own samples in its batches."),
-        sparse_gradients=no("masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"),
+        sparse_gradients=no(
+            "masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"
+        ),
         **manual(no("runs training_step without training, and under {} the step trains", "Use automatic optimization")),
         **WHOLE_WEIGHTS,
     )
@@ -200,24 +202,22 @@ class SaliencyUnlearning(OptimizerCallback):
         self._forgotten, self._mark = set(self._forget.tolist()), found.mark
         asked = LossRequest(self.display_name, way_out=RELABEL)
         looks = ForgetPass(trainer, pl_module, found, asked)
-        Rehearsal(
-            trainer, pl_module, asked, found, runs_the_step=self.relabel is None, by_terms=True
-        ).check_loader()
+        Rehearsal(trainer, pl_module, asked, found, runs_the_step=self.relabel is None, by_terms=True).check_loader()
         self._relabel = self._find_labels(looks) if self.relabel is None else BatchFunction(self.relabel, self.seed)
         self._fix_weights(looks, self._forget)
 
     def _find_labels(self, looks: ForgetPass) -> Labels:
-        samples = looks.mixed_batch()
-        with looks.batches([samples]) as batches, torch.no_grad():
-            path, classes = find_labels(looks.look_at, next(batches), len(samples), self.display_name)
-        number = self.num_classes or classes
+        chunks = looks.mixed_batches()
+        with looks.batches(chunks) as batches, torch.no_grad():
+            found = find_labels(looks.look_at, zip(batches, map(len, chunks), strict=True), self.display_name)
+        number = self.num_classes or found.num_classes
         if number is None:
             raise ValueError(
                 f"{self.display_name} draws another label for each sample, but the loss does not show the number of "
                 "classes. Set num_classes."
             )
         draws = torch.rand(self._training_set.sampler.total, generator=torch.Generator().manual_seed(self.seed))
-        return Labels(path, number, draws, self.display_name)
+        return Labels(found.path, number, found.is_target, draws, self.display_name)
 
     def _fix_weights(self, looks: ForgetPass, forget: Tensor) -> None:
         """Find the mask, unless a checkpoint holds it, and remember the weights that do not train."""
@@ -276,11 +276,9 @@ class SaliencyUnlearning(OptimizerCallback):
     def _count(self, answers: Tensor, labels: Tensor) -> None:
         """Add the answers of a batch to the counts; a sample to forget is right if it has its own label."""
         forget = torch.tensor([index in self._forgotten for index in self._indices], device=labels.device)
-        known = forget  # by their own labels
-        if isinstance(self._relabel, Labels):
-            labels = self._relabel.own(labels, self._indices, forget)
-        else:
-            known = torch.zeros_like(forget)
+        known = torch.zeros_like(forget)
+        if isinstance(self._relabel, Labels) and self._relabel.is_target:
+            labels, known = self._relabel.own(labels, self._indices, forget), forget
         right = answers == labels
         counts = [(right & known).sum(), known.sum(), (right & ~forget).sum(), (~forget).sum()]
         self._counts = self._counts.to(labels.device) + torch.stack(counts)
@@ -305,7 +303,8 @@ class SaliencyUnlearning(OptimizerCallback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         right, forget, retained, retain = sum_over_ranks(trainer, self._counts).tolist()
         shares = {"forget_accuracy": (right, forget), "retain_accuracy": (retained, retain)}
-        self.log_scalars(pl_module, {key: part / whole for key, (part, whole) in shares.items() if whole})
+        known = {key: part / whole for key, (part, whole) in shares.items() if whole}
+        self.log_scalars(pl_module, known, sync_dist=True)
 
 
 def _checked(forget: Sequence[int]) -> list[int]:
