@@ -178,7 +178,9 @@ def labels_of(module: Net) -> list[dict[int, int]]:
     """Return, for each epoch, the label that each sample had in the steps."""
     x, _ = make_data().tensors
     rows = [
-        (int((x == row).all(1).nonzero()), int(label)) for xs, ys in module.got for row, label in zip(xs, ys.flatten())
+        (int((x == row).all(1).nonzero()), int(label))
+        for xs, ys in module.got
+        for row, label in zip(xs, ys.flatten(), strict=False)
     ]
     return [dict(rows[start : start + SAMPLES]) for start in range(0, len(rows), SAMPLES)]
 
@@ -282,7 +284,12 @@ def test_targets_that_are_no_classes_need_a_function() -> None:
         return [batch[0], torch.where(forget[:, None], 99.0, batch[1])]
 
     _, module = run(SaliencyUnlearning(FORGET, relabel=relabel), module=Regression(), data=data)
-    rows = {int((x == row).all(1).nonzero()) for xs, ys in module.got for row, y in zip(xs, ys) if (y == 99.0).all()}
+    rows = {
+        int((x == row).all(1).nonzero())
+        for xs, ys in module.got
+        for row, y in zip(xs, ys, strict=False)
+        if (y == 99.0).all()
+    }
     assert rows == set(FORGET)
     first = list(seen)
     seen.clear()
@@ -341,7 +348,7 @@ def test_a_function_names_the_samples() -> None:
     x, _ = make_data().tensors
     by_hand = x[FORGET, 0].tolist()
     spied = SaliencyUnlearning(lambda sample: sample[0][0].item() in by_hand)
-    (trainer, module), (_, other) = run(spied), run(SaliencyUnlearning(FORGET))
+    (_trainer, module), (_, other) = run(spied), run(SaliencyUnlearning(FORGET))
     assert_identical(module.state_dict(), other.state_dict())
 
 
@@ -420,7 +427,7 @@ class Saves(pl.Callback):
 
 def labels_seen(module: Net) -> dict[int, int]:
     x, _ = make_data().tensors
-    return {int((x == row).all(1).nonzero()): int(y) for xs, ys in module.got for row, y in zip(xs, ys)}
+    return {int((x == row).all(1).nonzero()): int(y) for xs, ys in module.got for row, y in zip(xs, ys, strict=False)}
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")

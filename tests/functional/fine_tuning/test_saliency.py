@@ -31,7 +31,7 @@ def test_one_threshold_ranks_the_entries_of_the_whole_network(keep: float) -> No
 
 
 def test_half_are_the_entries_above_the_median() -> None:
-    gradients = make_gradients()[:1] + [torch.tensor([5.0])]
+    gradients = [*make_gradients()[:1], torch.tensor([5.0])]
     median = torch.cat([gradient.abs().flatten() for gradient in gradients]).median()
     for mask, gradient in zip(saliency_masks(gradients), gradients, strict=True):
         assert torch.equal(mask, gradient.abs() > median)
