@@ -108,7 +108,8 @@ class ForgetPass:
         """Return the samples of some batches, drawn from the whole training set, so that they have several classes."""
         sampler = self._training_set.sampler
         order = torch.randperm(len(sampler.population), generator=torch.Generator().manual_seed(0))
-        return [chunk.tolist() for chunk in sampler.population[order].split(sampler.batch_size)[:_TRIES]]
+        mixed, size = sampler.population[order].tolist(), sampler.batch_size
+        return [mixed[start : start + size] for start in range(0, min(len(mixed), _TRIES * size), size)]
 
     def gradients(self, forget: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
         """Return the gradients of the mean loss of some samples, the same on all ranks; 0 where there is none.

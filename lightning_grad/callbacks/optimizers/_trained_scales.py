@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_grad.core import WeightCallback
 from lightning_grad.functional import rescale_, round_to_scales_
@@ -36,7 +35,6 @@ class ScalesByName(dict[str, Tensor]):
             else:
                 self[name] = scales.clone()
 
-    @override
     def __copy__(self) -> ScalesByName:
         return ScalesByName(self)
 

@@ -177,11 +177,8 @@ def test_a_sample_to_forget_in_no_batch_of_its_own_loss_is_an_error() -> None:
 def labels_of(module: Net) -> list[dict[int, int]]:
     """Return, for each epoch, the label that each sample had in the steps."""
     x, _ = make_data().tensors
-    rows = [
-        (int((x == row).all(1).nonzero()), int(label))
-        for xs, ys in module.got
-        for row, label in zip(xs, ys.flatten(), strict=False)
-    ]
+    steps = [pair for xs, ys in module.got for pair in zip(xs, ys.flatten(), strict=True)]
+    rows = [(int((x == row).all(1).nonzero()), int(label)) for row, label in steps]
     return [dict(rows[start : start + SAMPLES]) for start in range(0, len(rows), SAMPLES)]
 
 
@@ -287,7 +284,7 @@ def test_targets_that_are_no_classes_need_a_function() -> None:
     rows = {
         int((x == row).all(1).nonzero())
         for xs, ys in module.got
-        for row, y in zip(xs, ys, strict=False)
+        for row, y in zip(xs, ys, strict=True)
         if (y == 99.0).all()
     }
     assert rows == set(FORGET)
@@ -411,8 +408,8 @@ def test_a_run_resumes_with_its_mask_and_its_labels(tmp_path: Path) -> None:
     whole, (trainer, _) = train(4), train(2)
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     assert_identical(state_of(*whole), state_of(*train(4, tmp_path / "two.ckpt")))
+    other = make_trainer(callbacks=[SaliencyUnlearning([0])], max_epochs=4)
     with pytest.raises(ValueError, match="forget"):
-        other = make_trainer(callbacks=[SaliencyUnlearning([0])], max_epochs=4)
         other.fit(Plain(), DataLoader(make_data(), BATCH), ckpt_path=tmp_path / "two.ckpt")
 
 
@@ -427,7 +424,7 @@ class Saves(pl.Callback):
 
 def labels_seen(module: Net) -> dict[int, int]:
     x, _ = make_data().tensors
-    return {int((x == row).all(1).nonzero()): int(y) for xs, ys in module.got for row, y in zip(xs, ys, strict=False)}
+    return {int((x == row).all(1).nonzero()): int(y) for xs, ys in module.got for row, y in zip(xs, ys, strict=True)}
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use `self.log")
