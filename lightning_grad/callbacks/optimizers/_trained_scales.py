@@ -121,10 +121,17 @@ class TrainedScales:
         """Return the scales of a parameter."""
         return self._weights[id(parameter)].scales
 
-    def show(self) -> None:
-        """Give the weights the scales as they are now."""
+    def show(self, step: bool) -> None:
+        """Give the weights the scales as they are now.
+
+        Args:
+            step: Whether a step has moved the scales: negative ones then become (almost) 0.
+        """
         for each in self._weights.values():
-            each.scales.copy_(torch.where(each.scales.abs() < _LEAST_SCALE, _LEAST_SCALE, each.scales))
+            if step:
+                each.scales.clamp_(min=_LEAST_SCALE)
+            else:
+                each.scales.copy_(torch.where(each.scales.abs() < _LEAST_SCALE, _LEAST_SCALE, each.scales))
             rescale_(each.weight, each.shown, each.scales, each.dim)
             each.shown.copy_(each.scales)
 

@@ -57,7 +57,7 @@ class ZerothOrder(OptimizerCallback):
     only the scales s move (QZO):
 
     .. math::
-        w = k \, s, \qquad s \leftarrow s - \eta \, d \, z
+        w = k \, s, \qquad s \leftarrow \max(s - \eta \, d \, z, 0)
 
     The integers k keep their values in the whole run, and other parameters do not train. The module
     and its checkpoints hold the products k s. A weight that lies on such a grid at the start, such as
@@ -280,7 +280,7 @@ class ZerothOrder(OptimizerCallback):
     ) -> None:
         for weight, group in zip(weights, groups, strict=True):
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        self._move(weights, [-group["lr"] * derivative for group in groups], seed)
+        self._move(weights, [-group["lr"] * derivative for group in groups], seed, step=True)
 
     @torch.no_grad()
     def _write_gradients(self, weights: Sequence[Tensor], derivative: Tensor, seed: int) -> None:
@@ -290,10 +290,12 @@ class ZerothOrder(OptimizerCallback):
         self._move(gradients, [derivative] * len(gradients), seed)
 
     @on_plain_tensors
-    def _move(self, weights: Sequence[Tensor], lengths: Sequence[float | Tensor], seed: int) -> None:
+    def _move(
+        self, weights: Sequence[Tensor], lengths: Sequence[float | Tensor], seed: int, step: bool = False
+    ) -> None:
         move_along_(weights, lengths, seed)
         if self._scaled is not None:
-            self._scaled.show()
+            self._scaled.show(step)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -70,7 +70,7 @@ class Watch(pl.Callback):
 @pytest.mark.parametrize("group_size", [None, 2])
 @pytest.mark.parametrize("module", [ForSGD, Double])
 def test_integers_never_change_and_scales_do(module: Any, group_size: int | None) -> None:
-    technique = ZerothOrder(bits=BITS, group_size=group_size)
+    technique = ZerothOrder(bits=BITS, group_size=group_size, max_derivative=1.0)
     watch, start = Watch(technique), module()
     _, trained = run(technique, watch, module=module(), epochs=4)
     assert len(watch.integers) == 25
@@ -105,7 +105,7 @@ def test_it_is_a_loop_by_hand_and_the_derivative_is_that_of_autograd() -> None:
         derivatives.append(sum((g * z).sum().item() for g, z in zip(gradients, directions, strict=True)))
         with torch.no_grad():
             for s, z in zip(scales, directions, strict=True):
-                s.sub_(RATE * (derivatives[-1] * z + DECAY * s))
+                s.sub_(RATE * (derivatives[-1] * z + DECAY * s)).clamp_(min=1e-30)
     technique = ZerothOrder(epsilon=1e-5, bits=BITS)
     watch = Watch(technique)
     run(technique, seen, watch, module=Double(), max_steps=steps, log_every_n_steps=1)
@@ -134,6 +134,19 @@ def test_it_trains() -> None:
             weight.copy_(quantize_weight(weight, 3).dequantize())
     _, module = run(technique, module=Slow(), epochs=60)
     assert module.loss(DATA).item() < 0.7 * rounded.loss(DATA).item()
+
+
+def test_a_step_keeps_scales_positive_and_the_integers() -> None:
+    class Wild(ForSGD):
+        rate = 1.0
+
+    technique = ZerothOrder(bits=BITS, max_derivative=0.1)
+    watch = Watch(technique)
+    run(technique, watch, module=Wild(), epochs=1)
+    least = min(s.min() for scales in watch.scales for s in scales.values())
+    assert 0 < least < 1e-20, "some scale would have become negative"
+    for integers in watch.integers:
+        assert_identical(integers, watch.integers[0])
 
 
 def test_integers_of_an_earlier_rounding_stay() -> None:
