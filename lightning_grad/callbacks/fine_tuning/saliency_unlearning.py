@@ -34,9 +34,11 @@ from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.functional import LossCapture, saliency_masks
+from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.checks import check_count, check_ratio, refuse_dataloader_iter
 from lightning_grad.utilities.parameters import all_names
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _NAMES_SAMPLES = "the mask and the labels belong to the samples to forget"
 
 
@@ -81,7 +83,7 @@ class SaliencyUnlearning(OptimizerCallback):
     **State.** The samples to forget, the mask (one bit for each weight) and the counts of the epoch.
 
     **Cost.** One pass with gradients over the samples to forget, once. Each step: a mask on gradients and weights, and one
-    more evaluation of the loss function. It holds one byte for each weight, and a copy of those that do not train.
+    more evaluation of the loss function. It holds a copy of the weights, and one byte for each.
 
     Example:
         .. code-block:: yaml
@@ -105,6 +107,7 @@ class SaliencyUnlearning(OptimizerCallback):
         sparse_gradients=no(
             "masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"
         ),
+        complex_parameters=no("masks the bits of real weights, and {} is complex", "Store it as real and imaginary part"),
         **manual(no("runs training_step without training, and under {} the step trains", "Use automatic optimization")),
         **WHOLE_WEIGHTS,
     )
@@ -125,7 +128,8 @@ class SaliencyUnlearning(OptimizerCallback):
     _training_set = during_fit[TrainingSet]()
     _relabel = during_fit[BatchFunction | Labels]()
     _forgotten = during_fit.of(set[int])
-    _fixed = during_fit.of(dict[int, tuple[Tensor, Tensor]])  # where a parameter does not train, and its values there
+    # By id of the parameter: where it trains, and its bits, which are 0 where it trains.
+    _fixed = during_fit.of(dict[int, tuple[Tensor, Tensor]])
     _indices = during_fit.of(list[int])
 
     def __init__(
@@ -231,9 +235,9 @@ class SaliencyUnlearning(OptimizerCallback):
             packed = self._masks.get(names[key][0])
             if packed is None:  # it did not train when the mask was made
                 continue
-            fixed = ~unpack_bits(packed, parameter)
-            share = [share[0] + int((~fixed).sum()), share[1] + fixed.numel()]
-            self._fixed[key] = fixed, parameter.detach()[fixed].clone()
+            mask = unpack_bits(packed, parameter)
+            share = [share[0] + int(mask.sum()), share[1] + mask.numel()]
+            self._fixed[key] = mask, as_bits(parameter) * ~mask
         total = len(self._training_set.sampler.population)
         self.say(f"forgets {len(forget)} of {total} samples, and trains {share[0] / share[1]:.1%} of the weights")
 
@@ -285,17 +289,17 @@ class SaliencyUnlearning(OptimizerCallback):
 
     @override
     def before_update(self, index: int, optimizer: Optimizer) -> None:
-        for parameter, fixed, _ in self._held(optimizer):
+        for parameter, mask, _ in self._held(optimizer):
             if parameter.grad is not None:
-                parameter.grad.masked_fill_(fixed, 0.0)
+                as_bits(parameter.grad).mul_(mask)
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
-        for parameter, fixed, values in self._held(optimizer):
-            parameter.masked_scatter_(fixed, values)
+        for parameter, mask, kept in self._held(optimizer):
+            as_bits(parameter).mul_(mask).add_(kept)
 
     def _held(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the parameters of an optimizer, each with the places that do not train and their values."""
+        """Return the parameters of an optimizer, each with its mask and the bits of what does not train."""
         weights = [p for group in optimizer.param_groups for p in group["params"]]
         return [(p, *self._fixed[id(p)]) for p in weights if id(p) in self._fixed]
 
@@ -305,6 +309,14 @@ class SaliencyUnlearning(OptimizerCallback):
         shares = {"forget_accuracy": (right, forget), "retain_accuracy": (retained, retain)}
         known = {key: part / whole for key, (part, whole) in shares.items() if whole}
         self.log_scalars(pl_module, known, sync_dist=True)
+
+
+def as_bits(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor as integers that share its memory.
+
+    Products and sums of integers are exact, also for NaN, and many times faster on a CPU than ``masked_fill_``.
+    """
+    return plain_tensor(tensor).detach().view(_INTEGERS[tensor.element_size()])
 
 
 def _checked(forget: Sequence[int]) -> list[int]:

@@ -78,7 +78,7 @@ class MaskSpy(pl.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         fixed = self.callback._fixed
-        self.masks = {name: ~fixed[id(p)][0] for name, p in pl_module.named_parameters()}
+        self.masks = {name: fixed[id(p)][0] for name, p in pl_module.named_parameters()}
 
 
 def expected_masks(keep: float = 0.5, forget: list[int] = FORGET) -> dict[str, Tensor]:
