@@ -25,14 +25,16 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from benchmarks.common import (
+    WARM_STEPS,
     Clock,
+    StepTimer,
     in_turns,
     machine,
     quiet_trainer,
@@ -45,8 +47,10 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
+from lightning_grad.callbacks import SaliencyUnlearning
 from lightning_grad.utilities import optimizer_report
 
+UNLEARNING = "steps of unlearning"
 STEPS_OF, STATE, SAVED = "steps of a transformer", "state", "saved activations"  # titles of the tables
 DENSE = "dense"
 STEPS = 12
@@ -91,6 +95,41 @@ def _steps(variant: Variant, clock: Clock, pause: Callable[[], None]) -> list[fl
     seed_everything(0, verbose=False)
     module, batch = transformer()
     return timed_fit(module, batch, STEPS, list(variant.make()), clock, pause)
+
+
+# Steps of unlearning, whose loader must tell the samples of each batch.
+
+
+def unlearning_rows(rounds: int, clock: Clock) -> list[Row]:
+    """Time steps with :class:`SaliencyUnlearning` and without it in turn."""
+    fits = {DENSE: list, "SaliencyUnlearning": _forgetting, f"{DENSE}{AGAIN}": list}
+    found = [in_turns([partial(_sample_steps, make, clock) for make in fits.values()]) for _ in range(rounds)]
+    times = [median(time for times in each for time in times) for each in zip(*found, strict=True)]
+    budgets = {"SaliencyUnlearning": 1.1}
+    return [
+        Row(name, 1000 * time, time / times[0], budgets.get(name), baseline="" if name == DENSE else DENSE)
+        for name, time in zip(fits, times, strict=True)
+    ]
+
+
+def _forgetting() -> list[Callback]:
+    return [SaliencyUnlearning(range(0, 40, 10), relabel=_negated)]
+
+
+def _negated(batch: Any, forget: Tensor, generator: torch.Generator) -> Any:
+    x, target = batch
+    return [x, torch.where(forget.to(target.device)[:, None, None], -target, target)]
+
+
+def _sample_steps(make: Callable[[], Sequence[Callback]], clock: Clock, pause: Callable[[], None]) -> list[float]:
+    seed_everything(0, verbose=False)
+    module, batch = transformer()
+    batches = WARM_STEPS + STEPS + 1
+    data = TensorDataset(*(part.repeat(10, 1, 1) for part in batch))
+    timer, size = StepTimer(clock, pause), len(batch[0])
+    trainer = quiet_trainer(clock.device, max_steps=batches, callbacks=[timer, *make()])
+    trainer.fit(module, DataLoader(data, size))
+    return timer.periods
 
 
 # Bytes.
@@ -148,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{machine(options.device)}; {options.rounds} rounds")
     tables = {STEPS_OF: step_rows(options.rounds, Clock(options.device))}
     show("Steps of a transformer", tables[STEPS_OF])
+    tables[UNLEARNING] = unlearning_rows(options.rounds, Clock(options.device))
+    show("Steps of unlearning", tables[UNLEARNING])
     tables[STATE], tables[SAVED] = byte_rows(options.device)
     show("State of the optimizer", tables[STATE])
     show("Activations saved for the backward pass", tables[SAVED])

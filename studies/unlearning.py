@@ -82,8 +82,12 @@ class Unlearned(FromPretrained):
             gap_of(own, retrained, "test"),
             gap_of(own, retrained, "validation"),
             gap_of(start, retrained, "test"),
-            *(own[name] for name in ("forget", "retain", "test")),
-            *(retrained[name] for name in ("forget", "retain", "test")),
+            own["forget"],
+            own["retain"],
+            own["test"],
+            retrained["forget"],
+            retrained["retain"],
+            retrained["test"],
             trainer.global_step,
         )
 
@@ -108,7 +112,7 @@ class Unlearned(FromPretrained):
 
     @override
     def pretraining_data(self, source: Any) -> Data:
-        return Data(source, lambda samples: tuple(each[self.skipped :] for each in samples), self.samples)
+        return Data(source, lambda samples: (samples[0][self.skipped :], samples[1][self.skipped :]), self.samples)
 
 
 def gap_of(own: dict[str, float], other: dict[str, float], unseen: str) -> float:

@@ -107,7 +107,9 @@ class SaliencyUnlearning(OptimizerCallback):
         sparse_gradients=no(
             "masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"
         ),
-        complex_parameters=no("masks the bits of real weights, and {} is complex", "Store it as real and imaginary part"),
+        complex_parameters=no(
+            "masks the bits of real weights, and {} is complex", "Store it as real and imaginary part"
+        ),
         **manual(no("runs training_step without training, and under {} the step trains", "Use automatic optimization")),
         **WHOLE_WEIGHTS,
     )
@@ -188,7 +190,8 @@ class SaliencyUnlearning(OptimizerCallback):
     def _parameters(self) -> dict[int, Tensor]:
         """Return the parameters that optimizers train, by id."""
         groups = [group for optimizer in self.watched.values() for group in optimizer.param_groups]
-        return {id(p): p for group in groups for p in group["params"] if p.requires_grad}
+        named = all_names(self._module)  # not parameters that another technique keeps outside of the module
+        return {id(p): p for group in groups for p in group["params"] if p.requires_grad and id(p) in named}
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

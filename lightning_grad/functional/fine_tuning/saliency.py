@@ -41,13 +41,14 @@ def saliency_masks(gradients: Sequence[Tensor], keep: float = 0.5) -> list[Tenso
         raise ValueError(f"keep must be above 0 and at most 1; got {keep}.")
     if not sum(gradient.numel() for gradient in gradients):
         raise ValueError("saliency_masks needs at least one gradient; got none.")
-    sizes = [plain_tensor(gradient).abs() for gradient in gradients]
+    plain = [plain_tensor(gradient) for gradient in gradients]
     if keep == 1:
-        return [torch.ones_like(size, dtype=torch.bool) for size in sizes]
-    together = torch.cat([size.flatten().float() for size in sizes])
+        return [torch.ones_like(gradient, dtype=torch.bool) for gradient in plain]
+    together = torch.cat([gradient.abs().flatten().float() for gradient in plain])
     count = max(1, round(keep * together.numel()))
     threshold = together.kthvalue(together.numel() - count + 1).values
-    return [(size.float() >= threshold) & (size > 0) for size in sizes]
+    del together
+    return [(size >= threshold) & (size > 0) for size in (gradient.abs().float() for gradient in plain)]
 
 
 def random_labels(labels: Tensor, draws: Tensor, num_classes: int) -> Tensor:

@@ -21,7 +21,7 @@ CLAIMS: tuple[OnTask, ...] = (
         paper=Paper(
             "`SaliencyUnlearning`",
             "fine_tuning",
-            "Random labels that move only the salient half of the weights come closest to a model trained without the samples.",
+            "Random labels that move only the salient half of the weights come closest to a model retrained without them.",
             "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency (2310.12508)",
         ),
         table=UNLEARNING,
