@@ -47,13 +47,14 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import SaliencyUnlearning
+from lightning_grad.callbacks import LoRA, SaliencyUnlearning
 from lightning_grad.utilities import optimizer_report
 
 UNLEARNING = "steps of unlearning"
 STEPS_OF, STATE, SAVED = "steps of a transformer", "state", "saved activations"  # titles of the tables
 DENSE = "dense"
 STEPS = 12
+FEED_FORWARD = ["*.linear1", "*.linear2"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,10 @@ class Variant:
     saved: float | None = None
 
 
-VARIANTS: dict[str, Variant] = {}
+VARIANTS: dict[str, Variant] = {
+    "LoRA, rank 8": Variant(lambda: [LoRA(8)], steps=1.0, state=0.08, saved=1.06),
+    "LoRA, rank 8, feed-forward layers": Variant(lambda: [LoRA(8, include=FEED_FORWARD)], 1.0, 0.06, 1.05),
+}
 
 
 # Steps.
