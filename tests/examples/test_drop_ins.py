@@ -19,6 +19,7 @@ import quantization
 import schedules
 import sharpness
 import spikes
+import unlearning
 
 from lightning_grad.callbacks import (
     SAM,
@@ -31,6 +32,7 @@ from lightning_grad.callbacks import (
     NMSparsity,
     OptimizerSwap,
     QuantizationAwareTraining,
+    SaliencyUnlearning,
     SkipNonFinite,
     SpikeRewind,
     ZClip,
@@ -61,6 +63,12 @@ def test_adapters_are_written_and_loaded(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "the same predictions after loading" in printed
     assert (tmp_path / "adapters.pt").stat().st_size < 0.5 * (tmp_path / "lora" / "last.ckpt").stat().st_size
+
+
+def test_samples_are_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unlearning.main(["--epochs", "2", "--output", str(tmp_path)])
+    assert "samples to forget: right on" in capsys.readouterr().out
+    check_files(tmp_path / "unlearned")
 
 
 def test_schedule_is_cut_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,6 +207,7 @@ def test_two_processes_train_apart(
         ("sharpness", SAM, None),
         ("batch_size", GhostBatchNorm, None),
         ("fine_tuning", LoRA, None),
+        ("unlearning", SaliencyUnlearning, None),
         ("spikes", SpikeRewind, "gradient_monitor.png"),
     ],
 )
