@@ -1,3 +1,5 @@
 """Fine-tuning: train few parameters of a pretrained model, and forget samples. ``docs/fine_tuning.md`` helps to choose."""
 
-__all__: list[str] = []
+from lightning_grad.callbacks.fine_tuning.sparse_update import SparseUpdate
+
+__all__ = ["SparseUpdate"]

@@ -1,3 +1,6 @@
 """Fine-tuning: low-rank factors, and the choice of what trains."""
 
-__all__: list[str] = []
+from lightning_grad.functional.fine_tuning.layer_choice import LayerMemory, choose_layers, needed_bytes
+from lightning_grad.functional.fine_tuning.saved_activations import SavedActivations
+
+__all__ = ["LayerMemory", "SavedActivations", "choose_layers", "needed_bytes"]

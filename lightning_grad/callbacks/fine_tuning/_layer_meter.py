@@ -1,0 +1,202 @@
+"""Measure in one training step what the training of each layer needs and promises."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.core import LossRequest, quiet
+from lightning_grad.core.losses.sample_losses import trained_loss
+from lightning_grad.core.probe_samples import ProbeSamples, chosen_samples
+from lightning_grad.core.quiet import eager
+from lightning_grad.core.undo import UndoList
+from lightning_grad.functional import LayerMemory, SavedActivations
+
+
+@contextmanager
+def first_step(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, loader_key: str | int | None, display_name: str
+) -> Iterator[Callable[[], Tensor]]:
+    """Yield a function that runs the training step on a batch in training mode and returns the loss; without a trace.
+
+    The batch has the size of the loader's batches. Its samples are spread over the data set, the same on all ranks.
+    """
+    trainer.fit_loop.setup_data()  # as estimated_stepping_batches does in configure_optimizers
+    way_out = "choose the layers yourself: set layers= to their names, without budget="
+    asked = LossRequest(display_name, way_out=way_out)
+    samples, undo = ProbeSamples(trainer, 1, "train", loader_key, None, asked, at_most=True), UndoList()
+
+    def loss() -> Tensor:
+        try:
+            return trained_loss(run(), f"{display_name} needs it to measure gradients. {asked.advice}")
+        except Exception as error:
+            error.add_note(
+                f"{display_name} raised this when it ran training_step before the optimizers exist. If the step needs what "
+                f"is made later, {way_out}."
+            )
+            raise
+
+    stage = trainer.state.stage
+    with (
+        quiet(trainer, pl_module, evaluate=False, display_name=display_name),
+        eager(),
+        trainer.precision_plugin.forward_context(),
+        samples.kept(),
+    ):
+        trainer.training = True  # hooks of the module may check the trainer's stage
+        try:
+            look = samples.look(pl_module, 0, 0, undo)
+            indices = chosen_samples(look.batch_size, look.total, "train", display_name, at_most=True)
+            run = look.on(look.read(indices)).run
+            yield loss
+        finally:
+            trainer.state.stage = stage
+            undo.run()
+
+
+@dataclass
+class _Calls:
+    """The calls of modules in one run, and what autograd saved in each.
+
+    Args:
+        layers: The modules whose own bytes are wanted.
+    """
+
+    layers: Collection[nn.Module]
+    starts: dict[nn.Module, int] = field(default_factory=dict)
+    saved: list[tuple[int, nn.Module | None, int]] = field(default_factory=list)
+    _running: list[nn.Module] = field(default_factory=list)
+    _count: int = 0
+
+    def enter(self, module: nn.Module, inputs: Any) -> None:
+        self._count += 1
+        self.starts.setdefault(module, self._count)
+        self._running.append(module)
+
+    def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._running.pop()
+
+    def save(self, count: int) -> None:
+        inside = next((module for module in reversed(self._running) if module in self.layers), None)
+        self.saved.append((self._count, inside, count))
+
+    def by_layer(self) -> Counter[nn.Module | None]:
+        """Return the bytes that were saved in each layer."""
+        found: Counter[nn.Module | None] = Counter()
+        for _, inside, count in self.saved:
+            found[inside] += count
+        return found
+
+    def behind(self, start: int) -> int:
+        """Return the bytes that were saved from a call on."""
+        return sum(count for place, _, count in self.saved if place >= start)
+
+
+class LayerMeter:
+    """Measures the memory and the gradient of layers.
+
+    Args:
+        pl_module: The module.
+        layers: Parameters of each layer that may train, by the name of the layer.
+        run: Runs the training step and returns the loss.
+        state: Values of optimizer state for each weight.
+    """
+
+    def __init__(
+        self,
+        pl_module: nn.Module,
+        layers: Mapping[str, Sequence[nn.Parameter]],
+        run: Callable[[], Tensor],
+        state: float,
+    ) -> None:
+        self.layers = layers
+        self.state = state
+        self._module, self._run = pl_module, run
+        self._owners = {name: pl_module.get_submodule(name) for name in layers}
+        self._candidates = list(chain(*layers.values()))
+        self._present = [*pl_module.parameters(), *pl_module.buffers()]
+
+    def weight_bytes(self, names: Collection[str]) -> tuple[int, int]:
+        """Return the bytes of the gradients and of the optimizer state of some layers."""
+        gradients = sum(p.numel() * p.element_size() for name in names for p in self.layers[name])
+        return gradients, round(gradients * self.state)
+
+    def saved_bytes(self, names: Collection[str], calls: _Calls | None = None, backward: bool = False) -> int:
+        """Return the bytes that autograd saves in a step in which only some layers train."""
+        trained = {id(parameter) for name in names for parameter in self.layers[name]}
+        if not trained:
+            return 0
+        for parameter in self._candidates:
+            parameter.requires_grad_(id(parameter) in trained)
+        handles = [] if calls is None else list(self._watch(calls))
+        try:
+            with torch.enable_grad(), SavedActivations(self._present, calls and calls.save) as saved:
+                loss = self._run()
+            if backward:
+                loss.backward()
+            return saved.bytes
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter in self._candidates:
+                parameter.requires_grad_(True)
+
+    def needed(self, names: Collection[str]) -> int:
+        """Return all bytes that the training of some layers needs, measured."""
+        return sum(self.weight_bytes(names)) + self.saved_bytes(names)
+
+    def measure(self) -> tuple[list[LayerMemory], int]:
+        """Return what each layer needs, in the order of their calls, and the bytes that all need together.
+
+        Two steps tell it for all layers: one in which all train, and one in which only the first does. What autograd saves
+        in the second is there for the gradients of layers before; the rest of the first step is for the layers themselves.
+        """
+        everything, path = _Calls(set(self._owners.values())), _Calls(set(self._owners.values()))
+        total = sum(self.weight_bytes(self.layers)) + self.saved_bytes(self.layers, everything, backward=True)
+        gains = {name: self._gain(name) for name in self.layers}
+        starts = {name: self._start(name, everything) for name in self.layers}
+        ordered = sorted((name for name in self.layers if gains[name] > 0), key=starts.__getitem__)
+        self.saved_bytes(ordered[:1], path)
+        own = everything.by_layer()
+        own.subtract(path.by_layer())
+        return [
+            LayerMemory(
+                name,
+                sum(self.weight_bytes([name])) + max(0, own[self._owners[name]]),
+                path.behind(starts[name]),
+                gains[name],
+            )
+            for name in ordered
+        ], total
+
+    def _watch(self, calls: _Calls) -> Iterator[Any]:
+        for module in self._module.modules():
+            yield module.register_forward_pre_hook(calls.enter)
+            yield module.register_forward_hook(calls.leave, always_call=True)
+
+    def _gain(self, name: str) -> float:
+        """Return the squared norm of a layer's gradient, and drop the gradient; 0 if it has none or it is not finite."""
+        squares = [_square(p.grad) for p in self.layers[name] if p.grad is not None]
+        for parameter in self.layers[name]:
+            parameter.grad = None
+        gain = float(torch.stack(squares).sum()) if squares else 0.0
+        return gain if gain < float("inf") else 0.0  # nan compares as False
+
+    def _start(self, name: str, calls: _Calls) -> int:
+        """Return when a layer is called first; for a layer that its parent reads, when the parent is."""
+        levels = name.split(".") if name else []
+        above = (self._module.get_submodule(".".join(levels[:depth])) for depth in range(len(levels), -1, -1))
+        return next((calls.starts[module] for module in above if module in calls.starts), 0)
+
+
+def _square(gradient: Tensor) -> Tensor:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64).square()
