@@ -53,9 +53,9 @@ class SparseUpdate(GradCallback):
     :func:`lightning_grad.functional.choose_layers`. **This rule is ours.** The paper searches its layers offline for each
     network and lists them by hand: that is ``layers=``, for example the biases of the last layers and the weights of a few.
 
-    Until the fit ends, the other parameters have ``requires_grad=False`` and are in no optimizer, and their values do not
-    change, not by a bit. A layer is a module with parameters of its own. Parameters that are frozen when the fit begins stay
-    frozen and do not count.
+    Until the fit ends, the other parameters have ``requires_grad=False``, no gradient and no optimizer state, and their
+    values do not change, not by a bit. A layer is a module with parameters of its own. Parameters that are frozen when the
+    fit begins do not count; a finetuning callback may unfreeze them later, on top of the budget.
 
     A frozen BatchNorm keeps the mode that the module gives it. In training mode it normalizes by the batch, and its running
     statistics, which are buffers, follow the data of the fit. To keep them, call ``eval()`` on these layers in the module.
@@ -86,7 +86,6 @@ class SparseUpdate(GradCallback):
     first step), ``saved_bytes`` (activations, measured).
 
     **State.** The names of the trained parameters and the bytes. A run that resumes trains the same and measures nothing.
-    The state of the optimizer in the checkpoint is that of the trained parameters: resume with this callback.
 
     **Cost.** Before training, some forward passes on one batch (often four) and one backward pass. A step is then cheaper
     than a dense one; see docs/benchmarks.md.
@@ -168,7 +167,7 @@ class SparseUpdate(GradCallback):
         if self.fitting:
             # No hook is between the move to the device, which the step needs, and DDP and the optimizers.
             self.undo.push(wrap_method(trainer.strategy, "model_to_device", partial(self._choose, trainer, pl_module)))
-            self.undo.push(wrap_method(trainer.strategy, "setup_optimizers", partial(self._drop_frozen, pl_module)))
+            self.undo.push(wrap_method(trainer.strategy, "setup_optimizers", partial(self._refuse_missing, pl_module)))
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, inner: Callable[[], Any]) -> None:
         inner()
@@ -203,7 +202,9 @@ class SparseUpdate(GradCallback):
             raise ValueError(
                 f"{self.display_name} found no parameter to train. Unfreeze some, or set other layers= or exclude=."
             )
-        chosen = self._within_budget(trainer, pl_module, layers) if self._measures else list(layers)
+        chosen = (
+            self._within_budget(trainer, pl_module, layers) if self._measures and not self._trains_all else list(layers)
+        )
         return [names[id(parameter)][0] for layer in chosen for parameter in layers[layer]]
 
     def _may_train(self, parameter: nn.Parameter, names: Sequence[str]) -> bool:
@@ -217,8 +218,8 @@ class SparseUpdate(GradCallback):
         with first_step(trainer, pl_module, self.loader_key, self.display_name) as run:
             meter = LayerMeter(pl_module, layers, run, self.state)
             measured, dense = meter.measure()
-            budget = dense if self.budget == 1 else self.budget * dense if self.budget < 1 else self.budget
-            if self.layers is not None or self._trains_all:
+            budget = self.budget * dense if self.budget <= 1 else self.budget
+            if self.layers is not None:
                 chosen = list(layers)
                 if (needed := meter.needed(chosen)) > budget:
                     raise ValueError(
@@ -255,21 +256,17 @@ class SparseUpdate(GradCallback):
             )
         return [layer.name for layer in measured if layer in chosen]
 
-    def _drop_frozen(self, pl_module: pl.LightningModule, inner: Callable[..., Any], trainer: pl.Trainer) -> None:
-        """Remove frozen parameters from the optimizers, and refuse a trained one that is in none."""
+    def _refuse_missing(self, pl_module: pl.LightningModule, inner: Callable[..., Any], trainer: pl.Trainer) -> None:
+        """Refuse a chosen parameter that is in no optimizer, before DDP and the training see it."""
         inner(trainer)
-        frozen = set(map(id, self._frozen))
-        for group in [group for optimizer in trainer.strategy.optimizers for group in optimizer.param_groups]:
-            kept = [place for place, parameter in enumerate(group["params"]) if id(parameter) not in frozen]
-            for key in {"params", "param_names"} & group.keys():
-                group[key][:] = [group[key][place] for place in kept]  # in place: LBFGS keeps the list
         owned: set[int] = set().union(*map(owned_ids, trainer.strategy.optimizers))
-        for parameter, names in ((p, all_names(pl_module)[id(p)]) for p in pl_module.parameters()):
-            if names[0] in self._trained and id(parameter) not in owned and not self._trains_all:
-                raise ValueError(
-                    f"{self.display_name} chose {names[0]}, but no optimizer of configure_optimizers holds it. Add it there, "
-                    f"or set exclude=[{names[0]!r}]."
-                )
+        names = all_names(pl_module)
+        missed = [names[id(p)][0] for p in pl_module.parameters() if p.requires_grad and id(p) not in owned]
+        if missed and not self._trains_all:
+            raise ValueError(
+                f"{self.display_name} chose {missed[0]}, but no optimizer of configure_optimizers holds it. Add it there, or "
+                f"set exclude=[{missed[0]!r}]."
+            )
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -277,8 +274,18 @@ class SparseUpdate(GradCallback):
         if self.memory:
             needed, budget, dense = (_in_bytes(self.memory[key]) for key in ("needed", "budget", "dense"))
             fits = f", in {needed} of a budget of {budget}; all layers need {dense}"
+        if self._trains_all:
+            fits = "; a budget of 1.0 freezes nothing"
         share = f"{100 * trained_share(pl_module):.1f} % of the weights"
         self.announce(f"trains {counted(len(self._trained), 'parameter')}, {share}{fits}", "parameters", self._trained)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for parameter in self._frozen:
+            for (
+                optimizer
+            ) in trainer.optimizers:  # Adagrad makes a state at once, and the state may be that of a dense run
+                optimizer.state.pop(parameter, None)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:

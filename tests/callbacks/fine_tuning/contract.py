@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tests.contract.entries import Technique
 
-ENTRIES: list[Technique] = []
+_WRONG_BUDGETS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"budget": None}, "needs budget= (bytes or a share) or layers= (names)"),
+    ({"budget": 0}, "share above 0 and at most 1, or an integer number of bytes; got 0"),
+    ({"budget": 1.5}, "or an integer number of bytes; got 1.5"),
+    ({"rule": "gains"}, "Did you mean 'gain'"),
+    ({"state": -1.0}, "state must be at least 0"),
+    ({"seed": -1}, "seed must be at least 0"),
+)
+
+ENTRIES: list[Technique] = [
+    Technique("SparseUpdate", compile=True, wrong=_WRONG_BUDGETS),
+    Technique(
+        "SparseUpdate", "layers", arguments={"layers": ["head", "hidden.bias"]}, neutral={"layers": ["*"]}, broad=False
+    ),
+]
