@@ -1,5 +1,6 @@
 """Fine-tuning: train few parameters of a pretrained model, and forget samples. ``docs/fine_tuning.md`` helps to choose."""
 
+from lightning_grad.callbacks.fine_tuning.lora import LoRA
 from lightning_grad.callbacks.fine_tuning.sparse_update import SparseUpdate
 
-__all__ = ["SparseUpdate"]
+__all__ = ["LoRA", "SparseUpdate"]

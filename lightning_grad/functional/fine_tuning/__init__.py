@@ -1,6 +1,16 @@
 """Fine-tuning: low-rank factors, and the choice of what trains."""
 
 from lightning_grad.functional.fine_tuning.layer_choice import LayerMemory, choose_layers, needed_bytes
+from lightning_grad.functional.fine_tuning.lora import lora_ga_factors, lora_rank, lora_scale, merge_lora
 from lightning_grad.functional.fine_tuning.saved_activations import SavedActivations
 
-__all__ = ["LayerMemory", "SavedActivations", "choose_layers", "needed_bytes"]
+__all__ = [
+    "LayerMemory",
+    "SavedActivations",
+    "choose_layers",
+    "lora_ga_factors",
+    "lora_rank",
+    "lora_scale",
+    "merge_lora",
+    "needed_bytes",
+]
