@@ -159,7 +159,7 @@ class AdapterCallback(GradCallback, Generic[A]):
         self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self._views))
         self.undo_after_saving.push(self._keep_states)
         self._load()
-        rows = [[clean_name(a.name), "x".join(map(str, a.found.parameter.shape)), str(a)] for a in self.adapters]
+        rows = [[clean_name(a.name), "x".join(map(str, a.shape)), str(a)] for a in self.adapters]
         rows += [[name, "-", f"frozen: {reason}"] for name, reason in skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         rank_zero_info(format_table(rows[:_MOST_SHOWN], ["weight", "shape", "adapter"]) + more)

@@ -16,7 +16,22 @@ _WRONG_BUDGETS: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"seed": -1}, "seed must be at least 0"),
 )
 
+_WRONG_RANKS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"rank_reduction": 1.0}, "rank_reduction must be at least 0 and below 1"),
+    ({"rank_reduction": -0.1}, "rank_reduction must be at least 0 and below 1"),
+    ({"min_cut": 1.5}, "min_cut must be from 0 to 1"),
+    ({"ranks": "adaptive"}, "ranks"),
+)
+
 ENTRIES: list[Technique] = [
+    Technique("LowRankFinetuning", compile=True, wrong=_WRONG_RANKS),
+    Technique(
+        "LowRankFinetuning",
+        "cut",
+        arguments={"rank_reduction": 0.4, "cut_frozen": True, "also_train": ["head", "norm"]},
+        neutral={"rank_reduction": 0.0},
+        broad=False,
+    ),
     Technique("SparseUpdate", compile=True, wrong=_WRONG_BUDGETS),
     Technique(
         "SparseUpdate", "layers", arguments={"layers": ["head", "hidden.bias"]}, neutral={"layers": ["*"]}, broad=False
