@@ -74,7 +74,7 @@ def uniform_ranks(sizes: Sequence[int], reduction: float) -> list[int]:
 
     Example:
         >>> uniform_ranks([10, 64, 5], 0.5), uniform_ranks([3, 3, 3], 0.5)
-        ([5, 32, 2], [2, 1, 1])
+        ([5, 32, 2], [2, 2, 1])
     """
     if not 0.0 <= reduction < 1.0:
         raise ValueError(f"reduction must be at least 0 and below 1; got {reduction}.")
