@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -21,12 +19,15 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.views.adapted_layer import Adapter, adapters_of
 from lightning_grad.core.views.portable import wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_choice import FoundWeight, found_weights, replaced_weights
+from lightning_grad.core.views.weight_view import WeightView
+from lightning_grad.utilities.adapters import digest_of
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, clean_name, matches, named_owners
 from lightning_grad.utilities.reporting import counted, format_table
 
 A = TypeVar("A", bound=Adapter)
 _MOST_SHOWN = 24
+_FROZEN = "frozen by the module"
 _FIXED = "the state of the optimizer belongs to the parameters that were chosen"
 
 
@@ -51,7 +52,8 @@ class AdapterCallback(GradCallback, Generic[A]):
 
     Args:
         include: Names or wildcards of layers or weights to adapt. Default: all Linear, Conv and
-            attention weights, and those of other layers that multiply by a matrix named weight.
+            attention weights, and those of other layers that multiply by a matrix named weight, except
+            those that the module itself has frozen.
         exclude: Names or wildcards of parameters or modules that get no adapter and stay frozen.
         also_train: Names or wildcards of parameters or modules that train as they are, such as a new head.
         name: Name of this instance, needed if two of a class are used; part of state and log keys.
@@ -140,10 +142,10 @@ class AdapterCallback(GradCallback, Generic[A]):
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         given = {"include": self.include, "exclude": self.exclude, "also_train": self.also_train}
         check_patterns(pl_module, self.display_name, **given)
-        chosen, skipped = self._choose(pl_module)
+        waits = _has_finetuning(trainer)
+        chosen, skipped = self._choose(trainer, pl_module, waits)
         if not chosen:
             raise ValueError(f"{self.display_name} found no weight to adapt. {_why_none(skipped)}")
-        waits = _has_finetuning(trainer)
         for adapter in chosen:
             was_trained = self._was_trained(trainer, adapter.frozen)
             self._frozen[adapter.frozen] = was_trained
@@ -160,7 +162,7 @@ class AdapterCallback(GradCallback, Generic[A]):
         self.undo_after_saving.push(self._keep_states)
         self._load()
         rows = [[clean_name(a.name), "x".join(map(str, a.shape)), str(a)] for a in self.adapters]
-        rows += [[name, "-", f"frozen: {reason}"] for name, reason in skipped]
+        rows += [[name, "-", f"none: {reason}"] for name, reason in skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         rank_zero_info(format_table(rows[:_MOST_SHOWN], ["weight", "shape", "adapter"]) + more)
 
@@ -170,7 +172,9 @@ class AdapterCallback(GradCallback, Generic[A]):
         known = [other._frozen[weight] for other in others if weight in getattr(other, "_frozen", ())]
         return known[0] if known else weight.requires_grad
 
-    def _choose(self, pl_module: pl.LightningModule) -> tuple[list[A], list[tuple[str, str]]]:
+    def _choose(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, waits: bool
+    ) -> tuple[list[A], list[tuple[str, str]]]:
         """Return the adapters, not attached yet, and the skipped weights with the reasons."""
         chosen: list[A] = []
         skipped: list[tuple[str, str]] = []
@@ -181,6 +185,8 @@ class AdapterCallback(GradCallback, Generic[A]):
             if id(found.parameter) in own or matches(found.names, self.also_train or []):
                 continue
             reason = self.why_not(found)
+            if not reason and self.include is None and not (waits or self._was_trained(trainer, found.parameter)):
+                reason = f"{_FROZEN}; include it by name to adapt it nevertheless"
             if not reason and name in others:
                 raise ValueError(
                     f"{self.display_name} and another technique both choose {name}. Separate them: set include= or "
@@ -238,7 +244,7 @@ class AdapterCallback(GradCallback, Generic[A]):
     def _states(self) -> dict[str, dict[str, Any]]:
         return {clean_name(adapter.name): adapter.state_dict() for adapter in self.adapters}
 
-    def _views(self) -> dict[str, tuple[Tensor, Adapter]]:
+    def _views(self) -> dict[str, tuple[Tensor, WeightView]]:
         kept = [adapter for adapter in self.adapters if adapter.keeps_weight]
         return {adapter.name: (adapter.frozen.detach(), adapter) for adapter in kept}
 
@@ -247,6 +253,11 @@ class AdapterCallback(GradCallback, Generic[A]):
         if not self.is_on:
             self.announce("does nothing at this setting", "parameters")
             return
+        if trainer.ckpt_path and not self.restored:
+            raise ValueError(
+                f"{self.display_name} cannot continue a run that trained without it, whose optimizer holds no state of "
+                "adapters. Load the weights of the checkpoint into the module, and start a fit without ckpt_path."
+            )
         averaging = techniques_that_average(trainer)
         if averaging:
             raise ValueError(
@@ -313,19 +324,6 @@ class AdapterCallback(GradCallback, Generic[A]):
         return {**super().state_dict(), **own}
 
 
-def digest_of(weight: Tensor) -> str:
-    """Return a digest of the values, type and shape of a weight.
-
-    Example:
-        >>> digest_of(torch.zeros(2, 2)) == digest_of(torch.zeros(4)), digest_of(torch.zeros(2)) == digest_of(-torch.zeros(2))
-        (False, False)
-    """
-    value = weight.detach().cpu().contiguous()
-    found = hashlib.sha256(f"{value.dtype} {tuple(value.shape)}".encode())
-    found.update(value.view(torch.uint8).numpy() if value.ndim else value.view(1).view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
 def _has_finetuning(trainer: pl.Trainer) -> bool:
     callbacks: Sequence[object] = trainer.callbacks  # type: ignore[attr-defined]
     return any(kind.__name__ == "BaseFinetuning" for callback in callbacks for kind in type(callback).__mro__)
@@ -341,4 +339,8 @@ def _persistent_buffers(module: nn.Module) -> Iterator[str]:
 def _why_none(skipped: Sequence[tuple[str, str]]) -> str:
     if not skipped:
         return "It adapts Linear, Conv and attention layers, and other layers that multiply by a matrix named weight."
-    return f"{'; '.join(f'{name}: {reason}' for name, reason in skipped[:8])}. Choose other layers with include=."
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped[:8])
+    frozen = [name for name, reason in skipped if reason.startswith(_FROZEN)]
+    if frozen:
+        return f"{reasons}. To adapt frozen layers, name them, such as include={frozen[:1]!r}."
+    return f"{reasons}. Choose other layers with include=."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core import Adapter, FoundWeight
-from lightning_grad.functional import lora_ga_factors, merge_lora
+from lightning_grad.functional import lora_ga_factors, lora_norm, merge_lora
 
 _CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
@@ -81,6 +82,26 @@ class LowRankAdapter(Adapter):
             ones = [1] * (len(self.shape) - 2)
             return torch.add(frozen(x), _CONVOLVE[len(ones) - 1](small, b.view(*b.shape, *ones)), alpha=self.scale)
         return torch.add(frozen(x), F.linear(F.linear(x, a), b), alpha=self.scale)
+
+    @functools.cached_property
+    def _size(self) -> Tensor:
+        size: Tensor = torch.linalg.vector_norm(self.frozen.detach(), dtype=torch.float32)
+        return size
+
+    @torch.no_grad()
+    def relative_change(self) -> Tensor:
+        """Return the norm of the change since the start of the run, relative to that of the weight."""
+        a, b = self.factors()
+        norm: Tensor = self.scale * lora_norm(a.float(), b.float())
+        return norm / self._size
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A and B of the change since the start of the run."""
+        a, b = (value.detach() for value in self.own.values())
+        if not self._origin:
+            return a, b
+        first_a, first_b = (value.to(a) for value in self._origin.values())
+        return torch.cat([a, first_a]), torch.cat([b, -first_b], dim=1)
 
     @override
     def state_dict(self) -> dict[str, Any]:

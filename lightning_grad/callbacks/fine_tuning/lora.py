@@ -22,6 +22,7 @@ from lightning_grad.core import (
     check_above,
     check_count,
     during_fit,
+    is_log_step,
     manual,
     no,
     sum_over_ranks,
@@ -64,7 +65,8 @@ class LoRA(AdapterCallback[LowRankAdapter]):
         also_train: Names or wildcards of parameters or modules that train as they are, such as a new head.
         include: Names or wildcards of layers or weights to adapt.
             Default: every Linear, Conv1d/2d/3d and attention weight, and those of other layers that multiply by a
-            matrix named weight, such as Conv1D of GPT-2. Parameters of other modules need their full name.
+            matrix named weight, such as Conv1D of GPT-2, except those that the module has frozen. Parameters of other
+            modules need their full name.
         exclude: Names or wildcards of parameters or modules that get no adapter and stay frozen.
         seed: Seed of the random start of A, identical on all ranks.
         name: Name of this instance, needed if two are used.
@@ -80,7 +82,8 @@ class LoRA(AdapterCallback[LowRankAdapter]):
     ``on_train_start`` computes the gradients of "ga"; the module is quiet meanwhile. Validation batches
     run with merged weights. The end of the fit merges the adapters into the weights.
 
-    **Logs.** Nothing. The weights with their ranks are printed when the fit begins.
+    **Logs** under ``lora/``, at log steps: ``relative_change`` (norm of the change of a weight since the start, relative to
+    that of the weight; mean over weights). The weights with their ranks are printed when the fit begins.
 
     **State.** A and B of each weight, and the frozen weights bit for bit. For "ga" also the A and B of the start.
     :func:`~lightning_grad.utilities.save_adapters` writes the adapters of a checkpoint to a small file.
@@ -171,6 +174,12 @@ class LoRA(AdapterCallback[LowRankAdapter]):
         if self._lowered:
             why = "twice the rank exceeds a side" if self.init == "ga" else "the rank exceeds a side"
             self.say(f"uses a smaller rank where {why} of the weight: {', '.join(self._lowered)}")
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self.adapters and is_log_step(trainer):
+            change = torch.stack([adapter.relative_change() for adapter in self.adapters]).mean()
+            self.log_scalars(pl_module, {"relative_change": change})
 
     # The start from a gradient.
 

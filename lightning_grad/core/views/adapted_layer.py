@@ -143,6 +143,10 @@ class Adapter:
         else:
             frozen.data = value
 
+    def value(self, dense: Tensor) -> Tensor:
+        """Return the merged weight with its graph."""
+        return self.merged(dense)
+
     def stored(self, dense: Tensor) -> Tensor:
         """Return the merged weight for a checkpoint, without gradient."""
         with torch.no_grad():
@@ -224,9 +228,9 @@ def _set_class(layer: nn.Module) -> None:
     base, adapters = plain_class(layer), layer.__dict__[ADAPTERS]
     if adapters:
         calls = any(each.has_output for each in adapters.values())
-        layer.__class__ = _adapted_class(base, frozenset(adapters), calls)  # type: ignore[assignment]
+        layer.__class__ = _adapted_class(base, frozenset(adapters), calls)  # type: ignore[arg-type]
     else:
-        layer.__class__ = base  # type: ignore[assignment]
+        layer.__class__ = base
         del layer.__dict__[ADAPTERS]
 
 

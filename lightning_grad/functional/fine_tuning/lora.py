@@ -58,6 +58,26 @@ def merge_lora(weight: Tensor, a: Tensor, b: Tensor, scale: float, is_transposed
     return torch.add(weight, product.to(weight.dtype).reshape(weight.shape), alpha=scale)
 
 
+def lora_norm(a: Tensor, b: Tensor) -> Tensor:
+    r"""Return the Frobenius norm of B A without computing the product.
+
+    .. math::
+        \lVert B A \rVert^2 = \sum_{ij} (B^T B)_{ij} (A A^T)_{ij}
+
+    Args:
+        a: A, of shape (r, in).
+        b: B, of shape (out, r).
+
+    Returns:
+        Tensor: A scalar.
+
+    Example:
+        >>> lora_norm(torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0], [2.0]]))
+        tensor(10.)
+    """
+    return ((b.t() @ b) * (a @ a.t())).sum().clamp_min(0).sqrt()
+
+
 def lora_rank(shape: torch.Size | tuple[int, ...], rank: int, from_gradient: bool = False) -> int:
     """Return the largest possible rank of an adapter up to a given one.
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from tests.contract.entries import Technique
 
+BODY = {"rank": 2, "alpha": 4.0, "exclude": ["head"]}  # leaves the head to a second instance
+
 _WRONG_BUDGETS: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"budget": None}, "needs budget= (bytes or a share) or layers= (names)"),
     ({"budget": 0}, "share above 0 and at most 1, or an integer number of bytes; got 0"),
@@ -24,6 +26,21 @@ _WRONG_RANKS: tuple[tuple[Mapping[str, Any], str], ...] = (
 )
 
 ENTRIES: list[Technique] = [
+    Technique(
+        "LoRA",
+        arguments=BODY,
+        second={**BODY, "exclude": None, "include": ["head"], "name": "head"},
+        wrong=(
+            ({"rank": -1}, "rank must be at least 0"),
+            ({"alpha": 0.0}, "alpha must be above 0"),
+            ({"alpha": float("inf")}, "alpha must be finite"),
+            ({"init": "gradient"}, "init must be 'default' or 'ga'"),
+            ({"init_batches": 0}, "init_batches must be at least 1"),
+            ({"seed": -1}, "seed must be at least 0"),
+        ),
+        compile=True,
+    ),
+    Technique("LoRA", "ga", arguments={**BODY, "init": "ga", "init_batches": 2}),
     Technique("LowRankFinetuning", compile=True, wrong=_WRONG_RANKS),
     Technique(
         "LowRankFinetuning",
