@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -53,7 +52,9 @@ class FactoredWeight(Adapter):
 
     @override
     def merged(self, weight: Tensor) -> Tensor:
-        u, v = self.own["U"], self.own["V"]
+        return self._product(self.own["U"], self.own["V"])
+
+    def _product(self, u: Tensor, v: Tensor) -> Tensor:
         return v.t() @ u.t() if self.turned else (u @ v).view(self.shape)
 
     @override
@@ -70,13 +71,13 @@ class FactoredWeight(Adapter):
     def cut_in_place(self) -> None:
         """Replace the weight by its approximation, which does not train."""
         u, v = low_rank_factors(self._matrix(self.frozen), self.rank)
-        self.frozen.copy_(v.t() @ u.t() if self.turned else (u @ v).view(self.shape))
+        self.frozen.copy_(self._product(u, v))
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Number of parameters of the factors and of the weight."""
-        outputs, inputs = (self.shape[1], self.shape[0]) if self.turned else (self.shape[0], math.prod(self.shape[1:]))
-        return self.rank * (outputs + inputs), outputs * inputs
+    def num_factors(self) -> int:
+        """Number of entries of U and V."""
+        outputs = self.shape[1] if self.turned else self.shape[0]
+        return self.rank * (outputs + self.shape.numel() // outputs)
 
     def __str__(self) -> str:
         return f"rank {self.rank} of {self.full_rank}"

@@ -133,26 +133,26 @@ class LowRankFinetuning(AdapterCallback[FactoredWeight]):
         return FactoredWeight(found)
 
     @override
-    def _choose(self, pl_module: pl.LightningModule) -> tuple[list[FactoredWeight], list[tuple[str, str]]]:
-        found, skipped = super()._choose(pl_module)
+    def select(
+        self, trainer: pl.Trainer, adapters: list[FactoredWeight]
+    ) -> tuple[list[FactoredWeight], list[tuple[str, str]]]:
         is_new = not self._ranks
+        names = [clean_name(weight.name) for weight in adapters]
         if is_new:
-            ranks = self._ranks_of(found)
-            self._ranks = pl_module.trainer.strategy.broadcast(
-                {clean_name(w.name): r for w, r in zip(found, ranks, strict=True)}
-            )
-        for weight in found:
-            weight.rank = self._ranks[clean_name(weight.name)]
-        trained = [weight for weight in found if weight.cut > self.min_cut]
-        for weight in found:
-            if weight in trained:
-                continue
-            if self.cut_frozen and is_new and weight.rank < weight.full_rank:
-                weight.cut_in_place()
-            skipped.append((clean_name(weight.name), f"{weight}, not above min_cut={self.min_cut:g}"))
+            self._ranks = trainer.strategy.broadcast(dict(zip(names, self._ranks_of(adapters), strict=True)))
+        for name, weight in zip(names, adapters, strict=True):
+            weight.rank = self._ranks[name]
+        trained = [weight for weight in adapters if weight.cut > self.min_cut]
+        others = [weight for weight in adapters if weight.cut <= self.min_cut]
+        for weight in others if self.cut_frozen and is_new else []:
+            weight.cut_in_place()
         if is_new:
-            self._store_reductions(pl_module, found, found if self.cut_frozen else trained, trained)
-        return trained, skipped
+            size = sum(parameter.numel() for parameter in trainer.lightning_module.parameters())
+            self._store_reductions(adapters, adapters if self.cut_frozen else trained, trained, size)
+        kept = "cut and frozen" if self.cut_frozen else "whole and frozen"
+        return trained, [
+            (clean_name(weight.name), f"{weight} is not cut by more than min_cut: {kept}") for weight in others
+        ]
 
     def _ranks_of(self, found: Sequence[FactoredWeight]) -> list[int]:
         if self.ranks == "uniform":
@@ -161,16 +161,16 @@ class LowRankFinetuning(AdapterCallback[FactoredWeight]):
 
     def _store_reductions(
         self,
-        pl_module: pl.LightningModule,
         found: Sequence[FactoredWeight],
         cut: Sequence[FactoredWeight],
         trained: Sequence[FactoredWeight],
+        size: int,
     ) -> None:
         total = max(1, sum(weight.full_rank for weight in found))
         self.reductions = {
             "rank_reduction": sum(weight.full_rank - weight.rank for weight in found) / total,
             "effective_reduction": sum(weight.full_rank - weight.rank for weight in cut) / total,
-            "trained_share": sum(w.sizes[0] for w in trained) / max(1, sum(p.numel() for p in pl_module.parameters())),
+            "trained_share": sum(weight.num_factors for weight in trained) / max(1, size),
         }
 
     @override

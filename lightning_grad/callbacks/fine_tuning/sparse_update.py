@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_grad.callbacks.fine_tuning._layer_meter import LayerMeter, first_step
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
+    AdapterCallback,
     Compatibility,
     GradCallback,
     during_fit,
@@ -116,7 +117,7 @@ class SparseUpdate(GradCallback):
     memory = until_next_fit.of(dict[str, int]).saved()
     """Bytes by kind: ``budget``, ``needed``, ``dense``, ``gradient``, ``state``, ``saved``. Without a budget only some."""
     _trained = until_next_fit.of(list[str]).saved()  # names of the parameters; empty before the choice
-    _frozen = during_fit.of(list[nn.Parameter])
+    _put_aside = during_fit.of(list[nn.Parameter])
     _has_chosen = during_fit.of(bool)
     _has_measured = during_fit.of(bool)
 
@@ -165,6 +166,13 @@ class SparseUpdate(GradCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if self.fitting:
+            callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
+            for other in callbacks:
+                if isinstance(other, AdapterCallback) and other.is_on:
+                    raise ValueError(
+                        f"{self.display_name} and {other.display_name} would both choose what trains. Keep one of them; to "
+                        f"adapt few layers, use {other.display_name}(include=[...])."
+                    )
             # No hook is between the move to the device, which the step needs, and DDP and the optimizers.
             self.undo.push(wrap_method(trainer.strategy, "model_to_device", partial(self._choose, trainer, pl_module)))
             self.undo.push(wrap_method(trainer.strategy, "setup_optimizers", partial(self._refuse_missing, pl_module)))
@@ -180,11 +188,11 @@ class SparseUpdate(GradCallback):
             self._trained = trainer.strategy.broadcast(self._names_to_train(trainer, pl_module))
         for parameter in pl_module.parameters():
             if parameter.requires_grad and names[id(parameter)][0] not in self._trained:
-                self._frozen.append(parameter.requires_grad_(False))
+                self._put_aside.append(parameter.requires_grad_(False))
         self.undo.push(self._unfreeze)
 
     def _unfreeze(self) -> None:
-        for parameter in self._frozen:
+        for parameter in self._put_aside:
             parameter.requires_grad_(True)
 
     def _names_to_train(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
@@ -281,7 +289,7 @@ class SparseUpdate(GradCallback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for parameter in self._frozen:
+        for parameter in self._put_aside:
             for (
                 optimizer
             ) in trainer.optimizers:  # Adagrad makes a state at once, and the state may be that of a dense run
