@@ -105,7 +105,8 @@ class LayerMeter:
 
     Args:
         pl_module: The module.
-        layers: Parameters of each layer that may train, by the name of the layer.
+        layers: Parameters of each layer that may be chosen, by the name of the layer.
+        trainable: All parameters that a dense fit would train.
         run: Runs the training step and returns the loss.
         state: Values of optimizer state for each weight.
     """
@@ -114,6 +115,7 @@ class LayerMeter:
         self,
         pl_module: nn.Module,
         layers: Mapping[str, Sequence[nn.Parameter]],
+        trainable: Sequence[nn.Parameter],
         run: Callable[[], Tensor],
         state: float,
     ) -> None:
@@ -121,20 +123,23 @@ class LayerMeter:
         self.state = state
         self._module, self._run = pl_module, run
         self._owners = {name: pl_module.get_submodule(name) for name in layers}
-        self._candidates = list(chain(*layers.values()))
+        self._trainable = trainable
         self._present = [*pl_module.parameters(), *pl_module.buffers()]
 
-    def weight_bytes(self, names: Collection[str]) -> tuple[int, int]:
-        """Return the bytes of the gradients and of the optimizer state of some layers."""
-        gradients = sum(p.numel() * p.element_size() for name in names for p in self.layers[name])
+    def weight_bytes(self, names: Collection[str] | None) -> tuple[int, int]:
+        """Return the bytes of the gradients and of the optimizer state of some layers; ``None`` for all parameters."""
+        gradients = sum(p.numel() * p.element_size() for p in self._parameters(names))
         return gradients, round(gradients * self.state)
 
-    def saved_bytes(self, names: Collection[str], calls: _Calls | None = None, backward: bool = False) -> int:
-        """Return the bytes that autograd saves in a step in which only some layers train."""
-        trained = {id(parameter) for name in names for parameter in self.layers[name]}
+    def _parameters(self, names: Collection[str] | None) -> Sequence[nn.Parameter]:
+        return self._trainable if names is None else list(chain(*(self.layers[name] for name in names)))
+
+    def saved_bytes(self, names: Collection[str] | None, calls: _Calls | None = None, backward: bool = False) -> int:
+        """Return the bytes that autograd saves in a step in which only some layers train; ``None`` for all parameters."""
+        trained = {id(parameter) for parameter in self._parameters(names)}
         if not trained:
             return 0
-        for parameter in self._candidates:
+        for parameter in self._trainable:
             parameter.requires_grad_(id(parameter) in trained)
         handles = [] if calls is None else list(self._watch(calls))
         try:
@@ -146,7 +151,7 @@ class LayerMeter:
         finally:
             for handle in handles:
                 handle.remove()
-            for parameter in self._candidates:
+            for parameter in self._trainable:
                 parameter.requires_grad_(True)
 
     def needed(self, names: Collection[str]) -> int:
@@ -154,14 +159,16 @@ class LayerMeter:
         return sum(self.weight_bytes(names)) + self.saved_bytes(names)
 
     def measure(self) -> tuple[list[LayerMemory], int]:
-        """Return what each layer needs, in the order of their calls, and the bytes that all need together.
+        """Return what each layer needs, in the order of their calls, and the bytes of a dense fit.
 
         Two steps tell it for all layers: one in which all train, and one in which only the first does. What autograd saves
         in the second is there for the gradients of layers before; the rest of the first step is for the layers themselves.
         """
         everything, path = _Calls(set(self._owners.values())), _Calls(set(self._owners.values()))
-        total = sum(self.weight_bytes(self.layers)) + self.saved_bytes(self.layers, everything, backward=True)
+        dense = sum(self.weight_bytes(None)) + self.saved_bytes(None, everything, backward=True)
         gains = {name: self._gain(name) for name in self.layers}
+        for parameter in self._trainable:
+            parameter.grad = None
         starts = {name: self._start(name, everything) for name in self.layers}
         ordered = sorted((name for name in self.layers if gains[name] > 0), key=starts.__getitem__)
         self.saved_bytes(ordered[:1], path)
@@ -175,7 +182,7 @@ class LayerMeter:
                 gains[name],
             )
             for name in ordered
-        ], total
+        ], dense
 
     def _watch(self, calls: _Calls) -> Iterator[Any]:
         for module in self._module.modules():
@@ -183,10 +190,8 @@ class LayerMeter:
             yield module.register_forward_hook(calls.leave, always_call=True)
 
     def _gain(self, name: str) -> float:
-        """Return the squared norm of a layer's gradient, and drop the gradient; 0 if it has none or it is not finite."""
+        """Return the squared norm of a layer's gradient; 0 if it has none or it is not finite."""
         squares = [_square(p.grad) for p in self.layers[name] if p.grad is not None]
-        for parameter in self.layers[name]:
-            parameter.grad = None
         gain = float(torch.stack(squares).sum()) if squares else 0.0
         return gain if gain < float("inf") else 0.0  # nan compares as False
 

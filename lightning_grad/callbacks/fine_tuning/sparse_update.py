@@ -224,7 +224,8 @@ class SparseUpdate(GradCallback):
     ) -> list[str]:
         assert self.budget is not None
         with first_step(trainer, pl_module, self.loader_key, self.display_name) as run:
-            meter = LayerMeter(pl_module, layers, run, self.state)
+            trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+            meter = LayerMeter(pl_module, layers, trainable, run, self.state)
             measured, dense = meter.measure()
             budget = self.budget * dense if self.budget <= 1 else self.budget
             if self.layers is not None:
