@@ -45,6 +45,7 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
+from lightning_grad.callbacks import LowRankFinetuning, SparseUpdate
 from lightning_grad.utilities import optimizer_report
 
 STEPS_OF, STATE, SAVED = "steps of a transformer", "state", "saved activations"  # titles of the tables
@@ -69,7 +70,11 @@ class Variant:
     saved: float | None = None
 
 
-VARIANTS: dict[str, Variant] = {}
+VARIANTS: dict[str, Variant] = {
+    "SparseUpdate, half of the bytes": Variant(lambda: [SparseUpdate(0.5)]),
+    "SparseUpdate, a fourth of the bytes": Variant(lambda: [SparseUpdate(0.25)]),
+    "LowRankFinetuning, 70 % of the ranks cut": Variant(lambda: [LowRankFinetuning(0.7)]),
+}
 
 
 # Steps.

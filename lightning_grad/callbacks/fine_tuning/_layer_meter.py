@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_grad.core import LossRequest, quiet
 from lightning_grad.core.losses.sample_losses import trained_loss
+from lightning_grad.core.losses.scoring import indexed_loader, runner, to_device
 from lightning_grad.core.probe_samples import ProbeSamples, chosen_samples
 from lightning_grad.core.quiet import eager
 from lightning_grad.core.undo import UndoList
+from lightning_grad.data.random_streams import generators_kept
 from lightning_grad.functional import LayerMemory, SavedActivations
+from lightning_grad.utilities.batch_copies import copy_of
 
 
 @contextmanager
@@ -27,7 +31,8 @@ def first_step(
 ) -> Iterator[Callable[[], Tensor]]:
     """Yield a function that runs the training step on a batch in training mode and returns the loss; without a trace.
 
-    The batch has the size of the loader's batches. Its samples are spread over the data set, the same on all ranks.
+    The batch has the size of the loader's batches. Its samples are spread over the data set, the same on all ranks. Of a data
+    set of whole batches, it is the first one.
     """
     trainer.fit_loop.setup_data()  # as estimated_stepping_batches does in configure_optimizers
     way_out = "choose the layers yourself: set layers= to their names, without budget="
@@ -45,21 +50,31 @@ def first_step(
             raise
 
     stage = trainer.state.stage
-    with (
-        quiet(trainer, pl_module, evaluate=False, display_name=display_name),
-        eager(),
-        trainer.precision_plugin.forward_context(),
-        samples.kept(),
-    ):
+    with ExitStack() as stack:
+        stack.enter_context(quiet(trainer, pl_module, evaluate=False, display_name=display_name))
+        stack.enter_context(eager())
+        stack.enter_context(trainer.precision_plugin.forward_context())
+        stack.callback(undo.run)
+        stack.callback(setattr, trainer.state, "stage", stage)
         trainer.training = True  # hooks of the module may check the trainer's stage
-        try:
+        loader: Any = trainer.train_dataloader
+        if _gives_whole_batches(loader):
+            stack.enter_context(generators_kept([loader.dataset, loader.collate_fn]))
+            batch = next(iter(indexed_loader(loader, None, cast(Any, [0]), 0)))
+            run = runner(trainer, pl_module, to_device(trainer, copy_of(batch)))
+        else:
+            stack.enter_context(samples.kept())
             look = samples.look(pl_module, 0, 0, undo)
             indices = chosen_samples(look.batch_size, look.total, "train", display_name, at_most=True)
             run = look.on(look.read(indices)).run
-            yield loss
-        finally:
-            trainer.state.stage = stage
-            undo.run()
+        yield loss
+
+
+def _gives_whole_batches(loader: Any) -> bool:
+    """Return True for ``DataLoader(batch_size=None)`` of a data set whose items are batches."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return False
+    return loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int)
 
 
 @dataclass
@@ -143,10 +158,10 @@ class LayerMeter:
             parameter.requires_grad_(id(parameter) in trained)
         handles = [] if calls is None else list(self._watch(calls))
         try:
-            with torch.enable_grad(), SavedActivations(self._present, calls and calls.save) as saved:
+            with torch.enable_grad(), SavedActivations(self._present, None if calls is None else calls.save) as saved:
                 loss = self._run()
             if backward:
-                loss.backward()
+                torch.autograd.backward(loss)
             return saved.bytes
         finally:
             for handle in handles:
@@ -204,4 +219,5 @@ class LayerMeter:
 
 def _square(gradient: Tensor) -> Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.complex128 if values.is_complex() else torch.float64)
+    return norm.square()

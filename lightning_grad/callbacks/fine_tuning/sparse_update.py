@@ -188,7 +188,8 @@ class SparseUpdate(GradCallback):
             self._trained = trainer.strategy.broadcast(self._names_to_train(trainer, pl_module))
         for parameter in pl_module.parameters():
             if parameter.requires_grad and names[id(parameter)][0] not in self._trained:
-                self._put_aside.append(parameter.requires_grad_(False))
+                parameter.requires_grad_(False)
+                self._put_aside.append(parameter)
         self.undo.push(self._unfreeze)
 
     def _unfreeze(self) -> None:

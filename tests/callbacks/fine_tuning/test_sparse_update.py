@@ -251,6 +251,13 @@ def test_more_state_than_declared_warns() -> None:
         fit(SparseUpdate(0.9, state=1.0))
 
 
+def test_a_data_set_of_whole_batches_works_too() -> None:
+    batches: Any = list(data())
+    callback, watch = SparseUpdate(0.4), Watch()
+    fit(callback, watch, loader=DataLoader(batches, batch_size=None))
+    assert set(watch.saved) == {callback.memory["saved"]}
+
+
 def test_what_it_logs() -> None:
     callback = SparseUpdate(0.4)
     trainer, module = fit(callback)
