@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -77,6 +77,25 @@ def _gives_whole_batches(loader: Any) -> bool:
     return loader.batch_sampler is None and not isinstance(getattr(loader.sampler, "batch_size", None), int)
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A tensor that autograd saved.
+
+    Args:
+        call: Number of the module calls that had begun.
+        layer: The innermost layer that was running.
+        storage: Address of its memory.
+        size: Bytes of its memory.
+        kind: What it looks like, to find it again in another run.
+    """
+
+    call: int
+    layer: nn.Module | None
+    storage: int
+    size: int
+    kind: tuple[Any, ...]
+
+
 @dataclass
 class _Calls:
     """The calls of modules in one run, and what autograd saved in each.
@@ -87,7 +106,7 @@ class _Calls:
 
     layers: Collection[nn.Module]
     starts: dict[nn.Module, int] = field(default_factory=dict)
-    saved: list[tuple[int, nn.Module | None, int]] = field(default_factory=list)
+    saves: list[_Save] = field(default_factory=list)
     _running: list[nn.Module] = field(default_factory=list)
     _count: int = 0
 
@@ -99,20 +118,26 @@ class _Calls:
     def leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._running.pop()
 
-    def save(self, count: int) -> None:
+    def save(self, tensor: Tensor) -> None:
         inside = next((module for module in reversed(self._running) if module in self.layers), None)
-        self.saved.append((self._count, inside, count))
+        storage = tensor.untyped_storage()
+        kind = (self._count, tuple(tensor.shape), tensor.dtype)
+        self.saves.append(_Save(self._count, inside, storage.data_ptr(), storage.nbytes(), kind))
 
-    def by_layer(self) -> Counter[nn.Module | None]:
-        """Return the bytes that were saved in each layer."""
-        found: Counter[nn.Module | None] = Counter()
-        for _, inside, count in self.saved:
-            found[inside] += count
-        return found
+    def split(self, other: _Calls) -> tuple[list[_Save], list[_Save]]:
+        """Return what another run with fewer trained layers saves too, and the rest; both as saves of this run."""
+        left = Counter(save.kind for save in other.saves)
+        common: list[_Save] = []
+        rest: list[_Save] = []
+        for save in self.saves:
+            (common if left[save.kind] > 0 else rest).append(save)
+            left[save.kind] -= 1
+        return common, rest
 
-    def behind(self, start: int) -> int:
-        """Return the bytes that were saved from a call on."""
-        return sum(count for place, _, count in self.saved if place >= start)
+
+def _memories(saves: Iterable[_Save]) -> dict[int, int]:
+    """Return the bytes of each memory, by its address."""
+    return {save.storage: save.size for save in saves}
 
 
 class LayerMeter:
@@ -177,27 +202,29 @@ class LayerMeter:
         """Return what each layer needs, in the order of their calls, and the bytes of a dense fit.
 
         Two steps tell it for all layers: one in which all train, and one in which only the first does. What autograd saves
-        in the second is there for the gradients of layers before; the rest of the first step is for the layers themselves.
+        in both is the path: it is there for the gradients of the layers before. The rest is for the layers themselves.
         """
-        everything, path = _Calls(set(self._owners.values())), _Calls(set(self._owners.values()))
-        dense = sum(self.weight_bytes(None)) + self.saved_bytes(None, everything, backward=True)
+        dense, first = (_Calls(set(self._owners.values())) for _ in range(2))
+        total = sum(self.weight_bytes(None)) + self.saved_bytes(None, dense, backward=True)
         gains = {name: self._gain(name) for name in self.layers}
         for parameter in self._trainable:
             parameter.grad = None
-        starts = {name: self._start(name, everything) for name in self.layers}
+        starts = {name: self._start(name, dense) for name in self.layers}
         ordered = sorted((name for name in self.layers if gains[name] > 0), key=starts.__getitem__)
-        self.saved_bytes(ordered[:1], path)
-        own = everything.by_layer()
-        own.subtract(path.by_layer())
-        return [
-            LayerMemory(
-                name,
-                sum(self.weight_bytes([name])) + max(0, own[self._owners[name]]),
-                path.behind(starts[name]),
-                gains[name],
-            )
-            for name in ordered
-        ], dense
+        self.saved_bytes(ordered[:1], first)
+        path, own = dense.split(first)
+        return [self._memory(name, starts[name], gains[name], path, own) for name in ordered], total
+
+    def _memory(self, name: str, start: int, gain: float, path: Sequence[_Save], own: Sequence[_Save]) -> LayerMemory:
+        # A layer's input may be saved on the path too, by the layer before. If that is before the start, it is not yet in
+        # the path of this layer, but it is in that of every earlier one.
+        inside = _memories(save for save in own if save.layer is self._owners[name])
+        shared = inside.keys() & _memories(path).keys()
+        behind = _memories(save for save in path if save.call >= start)
+        along = sum({**behind, **{storage: inside[storage] for storage in shared}}.values())
+        return LayerMemory(
+            name, sum(self.weight_bytes([name])) + sum(inside.values()) - sum(inside[s] for s in shared), along, gain
+        )
 
     def _watch(self, calls: _Calls) -> Iterator[Any]:
         for module in self._module.modules():

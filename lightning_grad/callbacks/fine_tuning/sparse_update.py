@@ -36,6 +36,7 @@ from lightning_grad.utilities.reporting import counted, format_table, log_many
 
 _FIXED = "the state of the optimizer belongs to the layers that were chosen"
 _SMALL = 1024  # bytes of state that do not matter, such as step counts
+_TRIES = 8
 _WAY_OUT = "Set layers= to the names of the layers, without budget="
 
 
@@ -248,23 +249,30 @@ class SparseUpdate(GradCallback):
         return chosen
 
     def _choice(self, meter: LayerMeter, measured: Sequence[LayerMemory], budget: float) -> list[str]:
-        """Return the layers that fit. The estimate of the rule is checked by measurement, and the weakest layer dropped."""
+        """Return the layers that fit. What the rule chooses is measured, and chosen again if it needs more."""
         if not measured:
             raise ValueError(
                 f"{self.display_name} found no layer with a finite gradient that is not zero in the first batch. {_WAY_OUT}."
             )
-        chosen = choose_layers(measured, budget, self.rule, self.seed)
-        while chosen and meter.needed([layer.name for layer in chosen]) > budget:
-            chosen = sorted(chosen, key=lambda layer: layer.gain / max(layer.own, 1))[1:]
-        if not chosen:
-            needs = {layer.name: meter.needed([layer.name]) for layer in _cheapest(measured)}
-            smallest = min(needs, key=needs.__getitem__)
-            raise ValueError(
-                f"{self.display_name}: the budget of {_in_bytes(budget)} is below what the smallest layer needs: "
-                f"{smallest or 'the module itself'!r} needs {_in_bytes(needs[smallest])}. "
-                f"Set budget={needs[smallest]} or more, or use smaller batches."
-            )
-        return [layer.name for layer in measured if layer in chosen]
+        aim = budget
+        for _ in range(_TRIES):
+            chosen = [layer.name for layer in choose_layers(measured, aim, self.rule, self.seed)]
+            needed = meter.needed(chosen)
+            if needed <= budget:
+                break
+            aim = min(aim - (needed - budget), 0.99 * aim)  # the estimate of the rule was too low
+        if chosen and needed <= budget:
+            return chosen
+        ends = {"first": measured[:1], "last": measured[-1:]}
+        needs = {layer.name: meter.needed([layer.name]) for layer in ends.get(self.rule, _cheapest(measured))}
+        smallest = min(needs, key=needs.__getitem__)
+        if needs[smallest] <= budget:
+            return [smallest]
+        raise ValueError(
+            f"{self.display_name}: the budget of {_in_bytes(budget)} is below what the "
+            f"{self.rule if self.rule in ends else 'smallest'} layer needs: {smallest or 'the module itself'!r} needs "
+            f"{_in_bytes(needs[smallest])}. Set budget={needs[smallest]} or more, or use smaller batches."
+        )
 
     def _refuse_missing(self, pl_module: pl.LightningModule, inner: Callable[..., Any], trainer: pl.Trainer) -> None:
         """Refuse a chosen parameter that is in no optimizer, before DDP and the training see it."""

@@ -17,7 +17,7 @@ class SavedActivations:
 
     Args:
         ignored: Tensors that do not count.
-        seen: Called with the bytes of each new memory when it is saved.
+        seen: Called with each saved tensor that counts, also if its memory is known.
 
     Attributes:
         bytes: Bytes so far.
@@ -37,16 +37,18 @@ class SavedActivations:
         True
     """
 
-    def __init__(self, ignored: Iterable[Tensor] = (), seen: Callable[[int], object] | None = None) -> None:
+    def __init__(self, ignored: Iterable[Tensor] = (), seen: Callable[[Tensor], object] | None = None) -> None:
         self.bytes = 0
         self._ignored = list(ignored)
         self._seen = seen
+        self._present: set[int] = set()
         self._known: set[int] = set()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
 
     def __enter__(self) -> SavedActivations:
         self.bytes = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in self._ignored}
+        self._known = set()
+        self._present = {tensor.untyped_storage().data_ptr() for tensor in self._ignored}
         self._hooks.__enter__()
         return self
 
@@ -55,10 +57,11 @@ class SavedActivations:
 
     def _save(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        # The graph keeps the tensor, so no later one can have its address.
-        if storage.data_ptr() not in self._known:
+        if storage.data_ptr() in self._present:
+            return tensor
+        if storage.data_ptr() not in self._known:  # the graph keeps the tensor, so no later one can have its address
             self._known.add(storage.data_ptr())
             self.bytes += storage.nbytes()
-            if self._seen is not None:
-                self._seen(storage.nbytes())
+        if self._seen is not None:
+            self._seen(tensor)
         return tensor
