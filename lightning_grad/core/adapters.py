@@ -267,12 +267,6 @@ class AdapterCallback(GradCallback, Generic[A]):
                 f"{self.display_name} cannot continue a run that trained without it, whose optimizer holds no state of "
                 "adapters. Load the weights of the checkpoint into the module, and start a fit without ckpt_path."
             )
-        averaging = techniques_that_average(trainer)
-        if averaging:
-            raise ValueError(
-                f"{self.display_name} trains adapters that are not in the state dict, and {averaging[0]} saves averages of "
-                "the state dict. Remove one of the two."
-            )
         self._refuse_pruners(trainer)
         owned: set[int] = set().union(*map(owned_ids, trainer.optimizers))
         missed = [a for a in self.adapters for p in a.own.values() if p.requires_grad and id(p) not in owned]
@@ -295,6 +289,15 @@ class AdapterCallback(GradCallback, Generic[A]):
                         f"{self.display_name} and {kind} would both change {name}. Keep one of them, or set "
                         f"{self.display_name}(exclude=[{name!r}]) or {kind}(parameters_to_prune=[...]) with other layers."
                     )
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        averaging = techniques_that_average(trainer) if self.is_on else []  # they know it only now
+        if averaging:
+            raise ValueError(
+                f"{self.display_name} trains adapters that are not in the state dict, and {averaging[0]} saves averages of "
+                "the state dict. Remove one of the two."
+            )
 
     # One training step.
 

@@ -9,6 +9,7 @@ import adversarial
 import batch_size
 import communication
 import diagnostics
+import fine_tuning
 import local_steps
 import optimizers
 import plain_project
@@ -26,6 +27,7 @@ from lightning_grad.callbacks import (
     GhostBatchNorm,
     GradCAMLogger,
     GradientMonitor,
+    LoRA,
     NMSparsity,
     OptimizerSwap,
     QuantizationAwareTraining,
@@ -52,6 +54,13 @@ def check_files(folder: Path, *names: str) -> None:
     for name in ("metrics.csv", *names):
         assert (folder / name).stat().st_size > 0
         assert not name.endswith(".png") or (folder / name).read_bytes().startswith(PNG)
+
+
+def test_adapters_are_written_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fine_tuning.main(["--epochs", "1", "--rank", "2", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "the same predictions after loading" in printed
+    assert (tmp_path / "adapters.pt").stat().st_size < 0.5 * (tmp_path / "lora" / "last.ckpt").stat().st_size
 
 
 def test_schedule_is_cut_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +198,7 @@ def test_two_processes_train_apart(
         ("probes", GradCAMLogger, "grad_cam_logger.png"),
         ("sharpness", SAM, None),
         ("batch_size", GhostBatchNorm, None),
+        ("fine_tuning", LoRA, None),
         ("spikes", SpikeRewind, "gradient_monitor.png"),
     ],
 )

@@ -185,6 +185,7 @@ class LoRA(AdapterCallback[LowRankAdapter]):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if not self._has_begun and self.init == "ga" and self.is_on:
             gradients = self._gradients(trainer, pl_module)
             unused = [

@@ -5,12 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_grad.callbacks import LowRankFinetuning, SparseUpdate
+from lightning_grad.callbacks import LoRA, LowRankFinetuning, SparseUpdate
 from studies.arms import PLAIN, Arm, Use
 from studies.claim import Paper
 from studies.on_task import OnTask
 from studies.pretrained import FromPretrained
 from studies.tasks import TASKS
+
+RANK = {"rank": 4, "alpha": 8.0}
+ADAPTED = {
+    "full": PLAIN,
+    "lora": Arm(Use(LoRA, **RANK)),
+    "lora-ga": Arm(Use(LoRA, **RANK, init="ga")),
+}
+
+
+def lora(task: str, length: int, before: int, samples: int, rates: tuple[float, ...], budget: int) -> FromPretrained:
+    """Return the claim on a task: it holds if the difference is above 0."""
+    return FromPretrained(
+        name=f"lora-{task}",
+        text="At equal steps, adapters that start from the gradient (LoRA-GA) end better than those of LoRA.",
+        paper=Paper(
+            "`LoRA(init='ga')`",
+            "fine_tuning",
+            "Adapters that start from the gradient of the pretrained weights train better in the same number of steps.",
+            "LoRA-GA: Low-Rank Adaptation with Gradient Approximation (2407.05000)",
+        ),
+        table=ADAPTED,
+        arms=tuple(ADAPTED),
+        reference="lora",
+        pairs=[("lora-ga", "lora")],
+        task=task,
+        change="turned",
+        before=before,
+        length=length,
+        samples=samples,
+        rates=rates,
+        budget=budget,
+        **TASKS[task].metric,
+    )
+
 
 ADAM: Mapping[str, Any] = {"optimizer": "adamw", "weight_decay": 0.0}
 FIFTH, MOST = 0.2, 0.9  # of the bytes of a dense fit; for its first layer, an image network needs most of them
@@ -22,8 +56,8 @@ def sparse(budget: float, rule: str, seed: int = 0) -> Arm:
 
 
 def low_rank(reduction: float, ranks: str) -> Arm:
-    """Return an arm that cuts all weights but the head to their ranks."""
-    return Arm(Use(LowRankFinetuning, reduction, ranks=ranks, cut_frozen=True, exclude=["net.head"]))
+    """Return an arm that cuts all weights to their ranks but the head: ``head`` of the transformer, 8 of the image network."""
+    return Arm(Use(LowRankFinetuning, reduction, ranks=ranks, cut_frozen=True, exclude=["*.head", "*.8"]))
 
 
 SPARSE = {
@@ -71,41 +105,44 @@ def sparse_updates(change: str, name: str, words: str) -> OnTask:
     )
 
 
+CUT = "Without fine-tuning, ranks by one threshold lose less than uniform ranks of the same total."
+TUNED = (
+    "After fine-tuning, ranks by one threshold, of which only the low ones train, lose less than uniform ranks of the same "
+    "total, of which all train."
+)
+MOST_CUT = ("threshold-70", "uniform-70")
+NO_STEP = (1e-12,)  # a rate that changes no weight
+
+
+def ranks_of(name: str, text: str, task: str, **settings: Any) -> OnTask:
+    """Return a claim about ranks: the pretrained model is cut, and trains further on the same data."""
+    return FromPretrained(
+        name=name,
+        text=text,
+        paper=THRESHOLD,
+        table=RANKS,
+        reference="uniform-70",
+        pairs=[(f"threshold-{share}", f"uniform-{share}") for share in (50, 70)],
+        task=task,
+        change="none",
+        before=300 if task == "text" else 8,
+        samples=1000,
+        **settings,
+        **TASKS[task].metric,
+    )
+
+
 CLAIMS: tuple[OnTask, ...] = (
+    lora("images", 6, 6, 1000, (0.003, 0.01, 0.03, 0.1), 8),
+    lora("text", 150, 400, 3000, (1e-3, 3e-3, 1e-2, 3e-2), 12),
     sparse_updates("turned", "sparse-update-images", "When images are turned"),
     sparse_updates("classes", "sparse-update-classes-images", "When new classes appear"),
-    FromPretrained(
-        name="low-rank-cut-text",
-        text="Without fine-tuning, ranks by one threshold lose less than uniform ranks of the same total.",
-        paper=THRESHOLD,
-        table=RANKS,
-        arms=tuple(RANKS),
-        reference="dense",
-        pairs=[(f"threshold-{share}", f"uniform-{share}") for share in (50, 70)],
-        task="text",
-        change="none",
-        before=400,
-        samples=1000,
-        length=1,
-        rates=(1e-12,),  # one step that changes nothing
-        budget=10,
-        **TASKS["text"].metric,
+    ranks_of("low-rank-cut-images", CUT, "images", arms=tuple(RANKS), length=1, rates=NO_STEP, budget=2),
+    ranks_of("low-rank-cut-text", CUT, "text", arms=tuple(RANKS), length=1, rates=NO_STEP, budget=8),
+    ranks_of(
+        "low-rank-finetuning-images", TUNED, "images", arms=MOST_CUT, length=10, rates=(1e-3, 1e-2, 0.03, 0.1), budget=3
     ),
-    FromPretrained(
-        name="low-rank-finetuning-text",
-        text="After fine-tuning, ranks by one threshold, of which only the low ones train, lose less than uniform ranks of "
-        "the same total, of which all train.",
-        paper=THRESHOLD,
-        table=RANKS,
-        arms=("threshold-50", "uniform-50"),
-        reference="uniform-50",
-        task="text",
-        change="none",
-        before=400,
-        samples=1000,
-        length=100,
-        rates=(3e-4, 1e-3, 3e-3, 1e-2),
-        budget=12,
-        **TASKS["text"].metric,
+    ranks_of(
+        "low-rank-finetuning-text", TUNED, "text", arms=MOST_CUT, length=100, rates=(3e-4, 1e-3, 3e-3, 1e-2), budget=12
     ),
 )
