@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 from typing_extensions import override
 
@@ -47,11 +48,12 @@ from benchmarks.common import (
     write_tables,
 )
 from benchmarks.rows import AGAIN, Row
-from lightning_grad.callbacks import LoRA, SaliencyUnlearning
+from lightning_grad.callbacks import LoRA, LowRankFinetuning, SaliencyUnlearning, SparseUpdate
 from lightning_grad.utilities import optimizer_report
 
+# Titles of the tables.
 UNLEARNING = "steps of unlearning"
-STEPS_OF, STATE, SAVED = "steps of a transformer", "state", "saved activations"  # titles of the tables
+STEPS_OF, STATE, SAVED, NEEDED = "steps of a transformer", "state", "saved activations", "needed in total"
 DENSE = "dense"
 STEPS = 12
 FEED_FORWARD = ["*.linear1", "*.linear2"]
@@ -66,17 +68,22 @@ class Variant:
         steps: Budget of the time of a step; ``None`` for no budget.
         state: Budget of the bytes of optimizer state.
         saved: Budget of the bytes of saved activations.
+        needed: Budget of the bytes of gradients, optimizer state and saved activations together.
     """
 
     make: Callable[[], Sequence[Callback]]
     steps: float | None = None
     state: float | None = None
     saved: float | None = None
+    needed: float | None = None
 
 
 VARIANTS: dict[str, Variant] = {
     "LoRA, rank 8": Variant(lambda: [LoRA(8)], steps=1.0, state=0.08, saved=1.06),
     "LoRA, rank 8, feed-forward layers": Variant(lambda: [LoRA(8, include=FEED_FORWARD)], 1.0, 0.06, 1.05),
+    "SparseUpdate, half of the bytes": Variant(lambda: [SparseUpdate(0.5)], steps=1.0, needed=0.5),
+    "SparseUpdate, a fourth of the bytes": Variant(lambda: [SparseUpdate(0.25)], steps=1.0, needed=0.25),
+    "LowRankFinetuning, 70 % of the ranks cut": Variant(lambda: [LowRankFinetuning(0.7)], 1.0, state=0.45, saved=1.12),
 }
 
 
@@ -140,10 +147,16 @@ def _sample_steps(make: Callable[[], Sequence[Callback]], clock: Clock, pause: C
 
 
 class SavedBytes(Callback):
-    """Count the bytes that autograd saves in the last step, without parameters. Must be the last callback."""
+    """Count the bytes that autograd saves in the last step, without parameters, and those of gradients. Must be the last."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.gradients = 0
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
+        self.gradients = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -161,25 +174,26 @@ class SavedBytes(Callback):
         self.bytes = sum(saved.values())
 
 
-def bytes_of(variant: Variant, device: str) -> tuple[int, int]:
-    """Train for some steps, and return the bytes of optimizer state and of saved activations."""
+def bytes_of(variant: Variant, device: str) -> dict[str, int]:
+    """Train for some steps, and return the bytes of optimizer state, of saved activations, and of both with gradients."""
     seed_everything(0, verbose=False)
     module, batch = transformer()
     counter = SavedBytes()
     trainer = quiet_trainer(device, max_steps=3, callbacks=[*variant.make(), counter])
     trainer.fit(module, DataLoader(cast(Any, [batch] * 3), batch_size=None))
-    return optimizer_report(trainer).state_bytes, counter.bytes
+    state = optimizer_report(trainer).state_bytes
+    return {STATE: state, SAVED: counter.bytes, NEEDED: state + counter.bytes + counter.gradients}
 
 
-def byte_rows(device: str) -> tuple[list[Row], list[Row]]:
+def byte_rows(device: str) -> dict[str, list[Row]]:
     """Compare the bytes of all variants with those of the dense fit."""
     dense = bytes_of(Variant(list), device)
-    state, saved = ([Row(DENSE, None, 1.0, columns={"MB": each / 1e6})] for each in dense)
+    tables = {title: [Row(DENSE, None, 1.0, columns={"MB": count / 1e6})] for title, count in dense.items()}
     for name, variant in VARIANTS.items():
-        held, kept = bytes_of(variant, device)
-        state.append(Row(name, None, held / dense[0], variant.state, columns={"MB": held / 1e6}))
-        saved.append(Row(name, None, kept / dense[1], variant.saved, columns={"MB": kept / 1e6}))
-    return state, saved
+        budgets = {STATE: variant.state, SAVED: variant.saved, NEEDED: variant.needed}
+        for title, count in bytes_of(variant, device).items():
+            tables[title].append(Row(name, None, count / dense[title], budgets[title], columns={"MB": count / 1e6}))
+    return tables
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,9 +207,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show("Steps of a transformer", tables[STEPS_OF])
     tables[UNLEARNING] = unlearning_rows(options.rounds, Clock(options.device))
     show("Steps of unlearning", tables[UNLEARNING])
-    tables[STATE], tables[SAVED] = byte_rows(options.device)
+    tables |= byte_rows(options.device)
     show("State of the optimizer", tables[STATE])
     show("Activations saved for the backward pass", tables[SAVED])
+    show("Gradients, optimizer state and saved activations", tables[NEEDED])
     show_missed(tables)
     write_tables(options, tables)
 

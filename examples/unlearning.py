@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed_everything(0, verbose=False)
     digits = Digits()
     digits.setup("fit")
-    images, labels = (part[:500] for part in digits.train_set.tensors)
+    images, labels = digits.train_set[:500]
     forgets = torch.isin(torch.arange(500), torch.tensor(FORGET))
     whole = TensorDataset(images, labels)
     trained, retrained, module = (ResidualConvNet(width=8, lr=lr) for lr in (0.1, 0.1, given.lr))
@@ -47,8 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train(retrained, TensorDataset(images[~forgets], labels[~forgets]), [], given.epochs, given.output / "retrained")
     module.load_state_dict(trained.state_dict())
     train(module, whole, [SaliencyUnlearning(FORGET, given.keep)], given.epochs // 2, given.output / "unlearned")
-    parts = {"samples to forget": (images[forgets], labels[forgets]), "other samples": (images[~forgets], labels[~forgets])}
-    for name, (x, y) in {**parts, "new samples": digits.val_set.tensors}.items():
+    parts = {
+        "samples to forget": (images[forgets], labels[forgets]),
+        "other samples": (images[~forgets], labels[~forgets]),
+    }
+    for name, (x, y) in {**parts, "new samples": digits.val_set[:]}.items():
         shares = [f"{(each.eval()(x).argmax(1) == y).float().mean():.1%}" for each in (trained, retrained, module)]
         print(f"{name}: right on {shares[0]} before, {shares[1]} retrained without them, {shares[2]} after unlearning")
     print(f"Written to {given.output}/: metrics.csv of each training.")

@@ -67,8 +67,9 @@ class FromPretrained(OnTask):
         return trainer, module, data, clock
 
     def pretrained(self, run: Run) -> dict[str, Tensor]:
-        """Return the weights from which the arms of a seed start; a process trains them once."""
-        words = freeze({**self.settings, "seed": run.seed, "device": self.device, "folder": self.data})
+        """Return the weights from which the arms of a seed start; a process trains them once, also for several claims."""
+        settings = {name: value for name, value in self.settings.items() if name != "length"}  # of the arms
+        words = freeze({**settings, "seed": run.seed, "device": self.device, "folder": self.data})
         if words not in _WEIGHTS:
             seed_everything(run.seed, verbose=False)
             source = self.source(run.seed)

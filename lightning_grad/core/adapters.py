@@ -95,6 +95,13 @@ class AdapterCallback(GradCallback, Generic[A]):
         """Return the adapter of a weight, or the reason why the technique skips the weight."""
         raise NotImplementedError(f"{type(self).__name__} must define adapter(found).")
 
+    def select(self, trainer: pl.Trainer, adapters: list[A]) -> tuple[list[A], list[tuple[str, str]]]:
+        """Return which of all adapters are used, and the names of the other weights with the reasons.
+
+        Override it if the choice depends on all weights together.
+        """
+        return adapters, []
+
     @property
     def is_on(self) -> bool:
         """Whether there are adapters in a fit; otherwise nothing is frozen."""
@@ -143,7 +150,9 @@ class AdapterCallback(GradCallback, Generic[A]):
         given = {"include": self.include, "exclude": self.exclude, "also_train": self.also_train}
         check_patterns(pl_module, self.display_name, **given)
         waits = _has_finetuning(trainer)
-        chosen, skipped = self._choose(trainer, pl_module, waits)
+        found, skipped = self._choose(trainer, pl_module, waits)
+        chosen, others = self.select(trainer, found)
+        skipped += others
         if not chosen:
             raise ValueError(f"{self.display_name} found no weight to adapt. {_why_none(skipped)}")
         for adapter in chosen:
@@ -161,7 +170,7 @@ class AdapterCallback(GradCallback, Generic[A]):
         self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self._views))
         self.undo_after_saving.push(self._keep_states)
         self._load()
-        rows = [[clean_name(a.name), "x".join(map(str, a.found.parameter.shape)), str(a)] for a in self.adapters]
+        rows = [[clean_name(a.name), "x".join(map(str, a.shape)), str(a)] for a in self.adapters]
         rows += [[name, "-", f"none: {reason}"] for name, reason in skipped]
         more = f"\n... and {len(rows) - _MOST_SHOWN} more" if len(rows) > _MOST_SHOWN else ""
         rank_zero_info(format_table(rows[:_MOST_SHOWN], ["weight", "shape", "adapter"]) + more)

@@ -15,7 +15,10 @@ from lightning_grad.testing import BATCH, WIDTH, assert_identical, make_trainer
 from tests.contract.settings import CHOOSING
 
 CLASSES = 8
-REFUSE_TIED = ("LoRA",)  # the other use of the weight would not see the adapter; its own tests cover the refusal
+REFUSE_TIED = (
+    "LoRA",
+    "LowRankFinetuning",
+)  # the other use of the weight would not see the adapter; its own tests cover the refusal
 
 
 class InOut(nn.Module):

@@ -21,14 +21,15 @@ WIDTH, BATCH = 16, 4
 
 
 class Layers(LightningModule):
-    """Two linear layers, as in a block of a transformer, and AdamW."""
+    """Two linear layers, as in a block of a transformer, a small one, and AdamW."""
 
     def __init__(self) -> None:
         super().__init__()
         self.block = nn.ModuleDict({"linear1": nn.Linear(WIDTH, WIDTH), "linear2": nn.Linear(WIDTH, WIDTH)})
+        self.head = nn.Linear(WIDTH, 1, bias=False)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return self.block["linear2"](torch.relu(self.block["linear1"](batch[0]))).square().mean()
+        return self.head(self.block["linear2"](torch.relu(self.block["linear1"](batch[0])))).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters())
@@ -53,16 +54,17 @@ def test_it_measures_everything(tmp_path: Any, capsys: pytest.CaptureFixture[str
     tables = json.loads((tmp_path / "speed.json").read_text())
     names = [fine_tuning.DENSE, *fine_tuning.VARIANTS]
     assert [row["name"] for row in tables[fine_tuning.STEPS_OF]] == [*names, f"{fine_tuning.DENSE}, again"]
-    for title in (fine_tuning.STATE, fine_tuning.SAVED):
+    for title in (fine_tuning.STATE, fine_tuning.SAVED, fine_tuning.NEEDED):
         assert [row["name"] for row in tables[title]] == names
 
 
 def test_bytes_of_a_dense_fit_are_counted_exactly() -> None:
-    state, saved = fine_tuning.bytes_of(fine_tuning.Variant(list), "cpu")
-    entries = 2 * (WIDTH * WIDTH + WIDTH)
-    assert state == pytest.approx(2 * 4 * entries, abs=64), "two moments, and the counts of steps"
-    # The input of the first layer, the output of the activation, and the output of the last layer.
-    assert saved == 3 * 4 * BATCH * WIDTH
+    found = fine_tuning.bytes_of(fine_tuning.Variant(list), "cpu")
+    entries = 2 * (WIDTH * WIDTH + WIDTH) + WIDTH
+    assert found[fine_tuning.STATE] == pytest.approx(2 * 4 * entries, abs=64), "two moments, and the counts of steps"
+    # The input of each layer, the first of which is the batch, and the output of the last one.
+    assert found[fine_tuning.SAVED] == 4 * (3 * BATCH * WIDTH + BATCH)
+    assert found[fine_tuning.NEEDED] == found[fine_tuning.STATE] + found[fine_tuning.SAVED] + 4 * entries
 
 
 def test_frozen_layers_save_less() -> None:
@@ -70,5 +72,5 @@ def test_frozen_layers_save_less() -> None:
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.block["linear1"].requires_grad_(False)
 
-    saved = fine_tuning.bytes_of(fine_tuning.Variant(lambda: [Freeze()]), "cpu")[1]
-    assert saved < fine_tuning.bytes_of(fine_tuning.Variant(list), "cpu")[1]
+    few, all_bytes = (fine_tuning.bytes_of(fine_tuning.Variant(make), "cpu") for make in (lambda: [Freeze()], list))
+    assert all(few[title] < all_bytes[title] for title in all_bytes)

@@ -81,6 +81,14 @@ def test_an_arm_does_not_depend_on_whether_it_is_the_one_that_pretrains(tmp_path
     assert {**first.metrics, "cpu_seconds": 0} == {**again.metrics, "cpu_seconds": 0}
 
 
+def test_claims_with_the_same_pretraining_share_its_models(tmp_path: Path) -> None:
+    claim = toy(tmp_path, limit_batches=2)
+    weights = claim.pretrained(Run("plain", 0))
+    assert replace(claim, length=4).pretrained(Run("adamw", 0)) is weights
+    for other in (replace(claim, before=4), replace(claim, change="none"), replace(claim, samples=100)):
+        assert other.pretrained(Run("plain", 0)) is not weights
+
+
 def test_the_pretrained_model_has_learned(tmp_path: Path) -> None:
     claim = toy(tmp_path, before=6, length=1, change="none")
     assert claim.train(Run("plain", 0, 1e-6)).test_accuracy > 0.8

@@ -43,6 +43,7 @@ class Adapter:
         self.found = found
         self.name = found.name
         self.layer = found.module
+        self.shape = found.parameter.shape
         self.own: dict[str, nn.Parameter] = {}
         self._keys: dict[str, str] = {}
         self._is_attached = False

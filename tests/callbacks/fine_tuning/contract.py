@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from tests.contract.entries import Technique
 
 BODY = {"rank": 2, "alpha": 4.0, "exclude": ["head"]}  # leaves the head to a second instance
 
-ENTRIES = [
+_WRONG_BUDGETS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"budget": None}, "needs budget= (bytes or a share) or layers= (names)"),
+    ({"budget": 0}, "share above 0 and at most 1, or an integer number of bytes; got 0"),
+    ({"budget": 1.5}, "or an integer number of bytes; got 1.5"),
+    ({"rule": "gains"}, "Did you mean 'gain'"),
+    ({"state": -1.0}, "state must be at least 0"),
+    ({"seed": -1}, "seed must be at least 0"),
+)
+
+_WRONG_RANKS: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"rank_reduction": 1.0}, "rank_reduction must be at least 0 and below 1"),
+    ({"rank_reduction": -0.1}, "rank_reduction must be at least 0 and below 1"),
+    ({"min_cut": 1.5}, "min_cut must be from 0 to 1"),
+    ({"ranks": "adaptive"}, "ranks"),
+)
+
+ENTRIES: list[Technique] = [
     Technique(
         "LoRA",
         arguments=BODY,
@@ -22,6 +41,18 @@ ENTRIES = [
         compile=True,
     ),
     Technique("LoRA", "ga", arguments={**BODY, "init": "ga", "init_batches": 2}),
+    Technique("LowRankFinetuning", compile=True, wrong=_WRONG_RANKS),
+    Technique(
+        "LowRankFinetuning",
+        "cut",
+        arguments={"rank_reduction": 0.4, "cut_frozen": True, "also_train": ["head", "norm"]},
+        neutral={"rank_reduction": 0.0},
+        broad=False,
+    ),
+    Technique("SparseUpdate", compile=True, wrong=_WRONG_BUDGETS),
+    Technique(
+        "SparseUpdate", "layers", arguments={"layers": ["head", "hidden.bias"]}, neutral={"layers": ["*"]}, broad=False
+    ),
     Technique(
         "SaliencyUnlearning",
         compile=True,
