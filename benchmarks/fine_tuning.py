@@ -128,8 +128,9 @@ def _forgetting() -> list[Callback]:
 
 
 def _negated(batch: Any, forget: Tensor, generator: torch.Generator) -> Any:
-    x, target = batch
-    return [x, torch.where(forget.to(target.device)[:, None, None], -target, target)]
+    *inputs, target = batch
+    rows = forget.to(target.device).reshape(-1, *[1] * (target.dim() - 1))
+    return [*inputs, torch.where(rows, -target, target)]
 
 
 def _sample_steps(make: Callable[[], Sequence[Callback]], clock: Clock, pause: Callable[[], None]) -> list[float]:

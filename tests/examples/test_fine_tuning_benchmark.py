@@ -54,6 +54,7 @@ def test_it_measures_everything(tmp_path: Any, capsys: pytest.CaptureFixture[str
     tables = json.loads((tmp_path / "speed.json").read_text())
     names = [fine_tuning.DENSE, *fine_tuning.VARIANTS]
     assert [row["name"] for row in tables[fine_tuning.STEPS_OF]] == [*names, f"{fine_tuning.DENSE}, again"]
+    assert [row["name"] for row in tables[fine_tuning.UNLEARNING]] == ["dense", "SaliencyUnlearning", "dense, again"]
     for title in (fine_tuning.STATE, fine_tuning.SAVED, fine_tuning.NEEDED):
         assert [row["name"] for row in tables[title]] == names
 
