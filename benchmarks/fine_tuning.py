@@ -72,8 +72,8 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "LoRA, rank 8": Variant(lambda: [LoRA(8)], steps=1.0, state=0.08, saved=1.06),
-    "LoRA, rank 8, feed-forward layers": Variant(lambda: [LoRA(8, include=FEED_FORWARD)], 1.0, 0.06, 1.05),
+    "LoRA, rank 8": Variant(lambda: [LoRA(8)], steps=1.0, state=0.05, saved=1.06),
+    "LoRA, rank 8, feed-forward layers": Variant(lambda: [LoRA(8, include=FEED_FORWARD)], 1.0, 0.03, 1.0),
 }
 
 
