@@ -79,8 +79,8 @@ class Variant:
 
 
 VARIANTS: dict[str, Variant] = {
-    "LoRA, rank 8": Variant(lambda: [LoRA(8)], steps=1.0, state=0.08, saved=1.06),
-    "LoRA, rank 8, feed-forward layers": Variant(lambda: [LoRA(8, include=FEED_FORWARD)], 1.0, 0.06, 1.05),
+    "LoRA, rank 8": Variant(lambda: [LoRA(8)], steps=1.0, state=0.05, saved=1.06),
+    "LoRA, rank 8, feed-forward layers": Variant(lambda: [LoRA(8, include=FEED_FORWARD)], 1.0, 0.03, 1.0),
     "SparseUpdate, half of the bytes": Variant(lambda: [SparseUpdate(0.5)], steps=1.0, needed=0.5),
     "SparseUpdate, a fourth of the bytes": Variant(lambda: [SparseUpdate(0.25)], steps=1.0, needed=0.25),
     "LowRankFinetuning, 70 % of the ranks cut": Variant(lambda: [LowRankFinetuning(0.7)], 1.0, state=0.45, saved=1.12),

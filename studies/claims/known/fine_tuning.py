@@ -21,7 +21,15 @@ ADAPTED = {
 }
 
 
-def lora(task: str, length: int, before: int, samples: int, rates: tuple[float, ...], budget: int) -> FromPretrained:
+def lora(
+    task: str,
+    length: int,
+    before: int,
+    samples: int,
+    rates: tuple[float, ...],
+    budget: int,
+    model: Mapping[str, Any] | None = None,
+) -> FromPretrained:
     """Return the claim on a task: it holds if the difference is above 0."""
     return FromPretrained(
         name=f"lora-{task}",
@@ -41,6 +49,7 @@ def lora(task: str, length: int, before: int, samples: int, rates: tuple[float, 
         before=before,
         length=length,
         samples=samples,
+        model=model or {},
         rates=rates,
         budget=budget,
         **TASKS[task].metric,
@@ -139,8 +148,8 @@ UNLEARNING = {
     "saliency": Arm(Use(SaliencyUnlearning, range(FORGOTTEN), keep=0.5)),
 }
 CLAIMS: tuple[OnTask, ...] = (
-    lora("images", 6, 6, 1000, (0.003, 0.01, 0.03, 0.1), 8),
-    lora("text", 150, 400, 3000, (1e-3, 3e-3, 1e-2, 3e-2), 12),
+    lora("images", 6, 6, 1000, (0.01, 0.03, 0.1, 0.3), 8),
+    lora("text", 80, 250, 2000, (3e-3, 1e-2, 3e-2, 1e-1), 12, {"width": 64, "depth": 2}),
     sparse_updates("turned", "sparse-update-images", "When images are turned"),
     sparse_updates("classes", "sparse-update-classes-images", "When new classes appear"),
     ranks_of("low-rank-cut-images", CUT, "images", arms=tuple(RANKS), length=1, rates=NO_STEP, budget=2),
