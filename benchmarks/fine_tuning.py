@@ -137,7 +137,7 @@ def _sample_steps(make: Callable[[], Sequence[Callback]], clock: Clock, pause: C
     seed_everything(0, verbose=False)
     module, batch = transformer()
     batches = WARM_STEPS + STEPS + 1
-    data = TensorDataset(*(part.repeat(10, 1, 1) for part in batch))
+    data = TensorDataset(*(torch.cat([part] * 10) for part in batch))
     timer, size = StepTimer(clock, pause), len(batch[0])
     trainer = quiet_trainer(clock.device, max_steps=batches, callbacks=[timer, *make()])
     trainer.fit(module, DataLoader(data, size))
