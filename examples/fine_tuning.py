@@ -32,7 +32,7 @@ class TurnedDigits(Digits):
 
 def train(module: VisionTransformer, data: Digits, callbacks: list[Callback], epochs: int, folder: Path) -> None:
     """Train a module and print its accuracy."""
-    callbacks = [*callbacks, ModelCheckpoint(folder, "last", enable_version_counter=False)]
+    callbacks += [ModelCheckpoint(folder, "last", enable_version_counter=False)]
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, logger=False)
     trainer.fit(module, data)
     print(f"{folder.name}: {float(trainer.callback_metrics['val_acc']):.1%} right")
@@ -52,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loaded = VisionTransformer()
     loaded.load_state_dict(torch.load(given.output / "pretrained" / "last.ckpt", weights_only=True)["state_dict"])
     load_adapters(loaded, given.output / "adapters.pt")
-    images = next(iter(turned.val_dataloader()))[0]
-    found, expected = (each.eval()(images).argmax(1) for each in (loaded, module))
+    found, expected = (each.eval()(next(iter(turned.val_dataloader()))[0]).argmax(1) for each in (loaded, module))
     print(f"adapters.pt: {'the same' if torch.equal(found, expected) else 'other'} predictions after loading")
 
 
