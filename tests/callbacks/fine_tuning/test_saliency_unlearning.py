@@ -156,6 +156,22 @@ def test_clipping_sees_the_gradients_of_the_mask_only() -> None:
     assert norms == [0] * 6
 
 
+def test_gradients_that_are_not_finite_do_not_reach_other_weights() -> None:
+    """Products with a mask of zeros would be NaN."""
+    callback, start, module = SaliencyUnlearning(FORGET), Net(), Net()
+    spy = MaskSpy(callback)
+
+    class Breaks(pl.Callback):
+        def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+            for p in pl_module.parameters():
+                p.grad.fill_(float("nan"))
+
+    run(callback, spy, Breaks(), module=module, epochs=1)
+    for (name, after), before in zip(module.named_parameters(), start.parameters(), strict=True):
+        assert torch.equal(after[~spy.masks[name]], before[~spy.masks[name]])
+        assert after[spy.masks[name]].isnan().all()
+
+
 def test_with_all_weights_and_the_same_labels_it_is_a_run_without_it() -> None:
     """Passes over the data leave no trace: order of samples, dropout, BatchNorm and metrics are bitwise the same."""
     own = SaliencyUnlearning(FORGET, keep=1.0, relabel=lambda batch, forget, generator: batch)
