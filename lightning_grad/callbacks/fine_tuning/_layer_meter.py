@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -140,6 +141,24 @@ def _memories(saves: Iterable[_Save]) -> dict[int, int]:
     return {save.storage: save.size for save in saves}
 
 
+def _by_layer(saves: Iterable[_Save]) -> dict[nn.Module | None, dict[int, int]]:
+    """Return the memories that were saved in each layer."""
+    found: dict[nn.Module | None, dict[int, int]] = {}
+    for save in saves:
+        found.setdefault(save.layer, {})[save.storage] = save.size
+    return found
+
+
+def _bytes_behind(path: Sequence[_Save]) -> Callable[[int], int]:
+    """Return a function of a call: the bytes that are saved from it on."""
+    calls, totals, known = [0], [0], set[int]()  # from the last save to the first
+    for save in reversed(path):
+        calls.append(-save.call)
+        totals.append(totals[-1] + (0 if save.storage in known else save.size))
+        known.add(save.storage)
+    return lambda start: totals[bisect_right(calls, -start, lo=1) - 1]
+
+
 class LayerMeter:
     """Measures the memory and the gradient of layers.
 
@@ -213,18 +232,19 @@ class LayerMeter:
         ordered = sorted((name for name in self.layers if gains[name] > 0), key=starts.__getitem__)
         self.saved_bytes(ordered[:1], first)
         path, own = dense.split(first)
-        return [self._memory(name, starts[name], gains[name], path, own) for name in ordered], total
+        behind, on_path, inside = _bytes_behind(path), _memories(path), _by_layer(own)
+        return [
+            self._memory(name, gains[name], behind(starts[name]), inside.get(self._owners[name], {}), on_path)
+            for name in ordered
+        ], total
 
-    def _memory(self, name: str, start: int, gain: float, path: Sequence[_Save], own: Sequence[_Save]) -> LayerMemory:
-        # A layer's input may be saved on the path too, by the layer before. If that is before the start, it is not yet in
-        # the path of this layer, but it is in that of every earlier one.
-        inside = _memories(save for save in own if save.layer is self._owners[name])
-        shared = inside.keys() & _memories(path).keys()
-        behind = _memories(save for save in path if save.call >= start)
-        along = sum({**behind, **{storage: inside[storage] for storage in shared}}.values())
-        return LayerMemory(
-            name, sum(self.weight_bytes([name])) + sum(inside.values()) - sum(inside[s] for s in shared), along, gain
-        )
+    def _memory(
+        self, name: str, gain: float, behind: int, inside: Mapping[int, int], path: Mapping[int, int]
+    ) -> LayerMemory:
+        # A layer's input may be saved on the path too, by the layer before: then it is not yet in the path from the start
+        # of this layer, but it is in that of every earlier one.
+        shared = sum(size for storage, size in inside.items() if storage in path)
+        return LayerMemory(name, sum(self.weight_bytes([name])) + sum(inside.values()) - shared, behind + shared, gain)
 
     def _watch(self, calls: _Calls) -> Iterator[Any]:
         for module in self._module.modules():

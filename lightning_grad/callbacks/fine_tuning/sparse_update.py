@@ -187,8 +187,9 @@ class SparseUpdate(GradCallback):
         names = all_names(pl_module)
         if not self._trained:
             self._trained = trainer.strategy.broadcast(self._names_to_train(trainer, pl_module))
+        trained = set(self._trained)
         for parameter in pl_module.parameters():
-            if parameter.requires_grad and names[id(parameter)][0] not in self._trained:
+            if parameter.requires_grad and names[id(parameter)][0] not in trained:
                 parameter.requires_grad_(False)
                 self._put_aside.append(parameter)
         self.undo.push(self._unfreeze)

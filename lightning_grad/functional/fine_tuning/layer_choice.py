@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from lightning_grad.functional.choices import check_choice
@@ -86,14 +86,27 @@ def choose_layers(
         ranked = sorted(
             (layer for layer in layers if layer.gain > 0), key=lambda layer: -layer.gain / max(layer.own, 1)
         )
-        paths = sorted({layer.path for layer in ranked})
-        found = [_fitting([layer for layer in ranked if layer.path <= path], budget) for path in paths]
-        chosen = max(found, key=lambda each: sum(layer.gain for layer in each), default=[])
+        chosen = _best(ranked, budget)
     elif rule == "random":
         chosen = _fitting(random.Random(seed).sample(list(layers), len(layers)), budget)
     else:
         chosen = _fitting(layers if rule == "first" else layers[::-1], budget, skip=False)
-    return [layer for layer in layers if any(layer is each for each in chosen)]
+    names = {layer.name for layer in chosen}
+    return [layer for layer in layers if layer.name in names]
+
+
+def _best(ranked: Sequence[LayerMemory], budget: float) -> list[LayerMemory]:
+    """Return the best of the greedy choices for each longest path."""
+    most, longest, limit = 0.0, 0, 0.0
+    for path in sorted({layer.path for layer in ranked if layer.own + layer.path <= budget}):
+        gain, own = 0.0, path  # without function calls: this loop runs once for each pair of layers
+        for layer in ranked:
+            if layer.path <= path and own + layer.own <= budget:
+                own += layer.own
+                gain += layer.gain
+        if gain > most:
+            most, longest, limit = gain, path, budget - path
+    return _fitting([replace(layer, path=0) for layer in ranked if layer.path <= longest], limit) if most else []
 
 
 def _fitting(ordered: Sequence[LayerMemory], budget: float, skip: bool = True) -> list[LayerMemory]:
@@ -101,9 +114,10 @@ def _fitting(ordered: Sequence[LayerMemory], budget: float, skip: bool = True) -
     chosen: list[LayerMemory] = []
     own, path = 0, 0
     for layer in ordered:
-        if own + layer.own + max(path, layer.path) <= budget:
+        longer = layer.path if layer.path > path else path
+        if own + layer.own + longer <= budget:
             chosen.append(layer)
-            own, path = own + layer.own, max(path, layer.path)
+            own, path = own + layer.own, longer
         elif not skip:
             break
     return chosen
