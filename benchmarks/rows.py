@@ -16,6 +16,7 @@ SCRIPTS = (
     "quantization",
     "sharpness",
     "batch_size",
+    "fine_tuning",
     "diagnostics",
     "data_pruning",
     "adversarial",

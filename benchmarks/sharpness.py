@@ -57,6 +57,8 @@ from lightning_grad.functional import move_along_
 
 STEPS_OF, WITHOUT, MEMORY = "steps of a transformer", "steps without gradients", "memory without gradients"  # titles
 PLAIN, EVALUATION, SGD_STEP = "plain", "an evaluation pass", "plain, SGD"
+BITS = 4
+ROUNDED = f"ZerothOrder, bits={BITS}"
 SAM_BY_HAND, ASAM_BY_HAND, ZEROTH_BY_HAND = "SAM by hand", "ASAM by hand", "ZerothOrder by hand"
 EVERY = 5  # steps of a cycle
 LOOKAHEAD = f"Lookahead, k={EVERY}"
@@ -214,6 +216,7 @@ def without_rows(rounds: int, clock: Clock) -> list[Row]:
         EVALUATION: partial(_by_hand, _pass, clock),
         ZEROTH_BY_HAND: partial(_by_hand, _zeroth_step, clock),
         "ZerothOrder": partial(_token_steps, lambda: [ZerothOrder(EPSILON)], clock),
+        ROUNDED: partial(_token_steps, lambda: [ZerothOrder(EPSILON, bits=BITS)], clock),
         SGD_STEP: partial(_token_steps, list, clock),
         f"{EVALUATION}{AGAIN}": partial(_by_hand, _pass, clock),
         f"{ZEROTH_BY_HAND}{AGAIN}": partial(_by_hand, _zeroth_step, clock),
@@ -267,9 +270,9 @@ def _zeroth_step(module: Tokens, batch: Tensor, step: int) -> None:
 
 def memory_rows(sequences: int, device: str) -> list[Row]:
     """Compare peaks of processes that evaluate and that train, with one thread."""
-    cases = (EVALUATION, f"{EVALUATION}{AGAIN}", SGD_STEP, "ZerothOrder")
+    cases = (EVALUATION, f"{EVALUATION}{AGAIN}", SGD_STEP, "ZerothOrder", ROUNDED)
     peaks = {case: in_fresh_process(peak_memory, case.removesuffix(AGAIN), sequences, device) for case in cases}
-    budgets = {"ZerothOrder": MEMORY_BUDGET}
+    budgets = dict.fromkeys(("ZerothOrder", ROUNDED), MEMORY_BUDGET)
     return [
         Row(case, None, peak / peaks[EVALUATION], budgets.get(case), columns={"peak MB": peak / 1e6})
         for case, peak in peaks.items()
@@ -298,7 +301,8 @@ def peak_memory(case: str, sequences: int, device: str) -> float:
 def _work(case: str, module: Tokens, batch: Tensor, device: str) -> object:
     seed_everything(0, verbose=False)
     loader: DataLoader[Any] = DataLoader(cast(Any, [batch] * 3), batch_size=None)
-    callbacks: list[Callback] = [ZerothOrder(EPSILON)] if case == "ZerothOrder" else []
+    acting = {"ZerothOrder": [ZerothOrder(EPSILON)], ROUNDED: [ZerothOrder(EPSILON, bits=BITS)]}
+    callbacks: list[Callback] = list(acting.get(case, []))
     trainer = quiet_trainer(device, max_epochs=1, callbacks=callbacks)
     if case == EVALUATION:
         trainer.validate(module, loader, verbose=False)

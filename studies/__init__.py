@@ -2,6 +2,7 @@
 
 - ``claims/``: what each family claims, and how a training of it runs. Nothing else has to be written for a new claim.
 - ``claims/known/``: what papers claim. Arms are data (``arms.py``), trained on shared tasks (``tasks.py``, ``on_task.py``).
+  ``pretrained.py`` is for arms that start from the same pretrained model.
 - ``figures/``: tables and figures of single families, for the documentation and ``make demo``.
 - ``runner.py`` runs claims, ``results.py`` stores every training as a line, ``verdict.py`` judges, ``report.py`` prints.
 - ``sources.py`` follows the code on which the results of a claim depend.

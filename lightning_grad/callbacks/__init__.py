@@ -10,6 +10,7 @@ from lightning_grad.callbacks import (
     clipping,
     data_pruning,
     diagnostics,
+    fine_tuning,
     optimizers,
     quantization,
     schedules,
@@ -21,6 +22,7 @@ from lightning_grad.callbacks.batch_size import *
 from lightning_grad.callbacks.clipping import *
 from lightning_grad.callbacks.data_pruning import *
 from lightning_grad.callbacks.diagnostics import *
+from lightning_grad.callbacks.fine_tuning import *
 from lightning_grad.callbacks.optimizers import *
 from lightning_grad.callbacks.quantization import *
 from lightning_grad.callbacks.schedules import *
@@ -33,6 +35,7 @@ __all__ += batch_size.__all__
 __all__ += clipping.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
+__all__ += fine_tuning.__all__
 __all__ += optimizers.__all__
 __all__ += quantization.__all__
 __all__ += schedules.__all__

@@ -5,6 +5,7 @@ them share. Attributes that live for one fit are in ``fit.py``.
 
 - :class:`GradientConditioner`: a rule on the gradients of one optimizer step.
 - :class:`WeightCallback`: computes the weights that the module sees from the weights that train.
+- :class:`AdapterCallback`: trains parameters next to frozen weights.
 - :class:`OptimizerCallback`: changes optimizers, their steps, learning rates, moments and closures.
 - :class:`AveragingCallback`: shows averaged weights in validation and checkpoints.
 - :class:`SubsetCallback`: chooses the samples of each epoch.
@@ -25,6 +26,7 @@ folders hold the parts of the bases; the ``__init__.py`` of each lists its files
 - ``samples/``: the training loader, its batches, and the length of epochs and schedules.
 """
 
+from lightning_grad.core.adapters import AdapterCallback
 from lightning_grad.core.averaging import AveragingCallback
 from lightning_grad.core.callback import Chosen, GradCallback
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
@@ -53,6 +55,7 @@ from lightning_grad.core.steps.replacement import replace_optimizer
 from lightning_grad.core.steps.step_window import StepClosure, is_repeated
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.core.undo import UndoList
+from lightning_grad.core.views.adapted_layer import Adapter
 from lightning_grad.core.views.weight_chain import Stage, ViewedWeight
 from lightning_grad.core.views.weight_choice import FoundWeight, WeightChoice
 from lightning_grad.core.views.weight_view import attach_view
@@ -64,6 +67,8 @@ from lightning_grad.utilities.reporting import is_log_step
 __all__ = [
     "ELEMENTWISE",
     "WHOLE_WEIGHTS",
+    "Adapter",
+    "AdapterCallback",
     "AveragedCopies",
     "AveragingCallback",
     "Chosen",

@@ -12,6 +12,7 @@ from lightning_grad.functional import (
     communication,
     data_pruning,
     diagnostics,
+    fine_tuning,
     optimizers,
     quantization,
     schedules,
@@ -24,6 +25,7 @@ from lightning_grad.functional.clipping import *
 from lightning_grad.functional.communication import *
 from lightning_grad.functional.data_pruning import *
 from lightning_grad.functional.diagnostics import *
+from lightning_grad.functional.fine_tuning import *
 from lightning_grad.functional.gradients.added_terms import AddedTerms, SoftmaxCall
 from lightning_grad.functional.gradients.errors import InseparableLossError
 from lightning_grad.functional.gradients.gradient_rows import (
@@ -62,6 +64,7 @@ __all__ += clipping.__all__
 __all__ += communication.__all__
 __all__ += data_pruning.__all__
 __all__ += diagnostics.__all__
+__all__ += fine_tuning.__all__
 __all__ += optimizers.__all__
 __all__ += quantization.__all__
 __all__ += schedules.__all__

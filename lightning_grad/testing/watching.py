@@ -128,7 +128,7 @@ class Watch(Outputs):
     def __init__(self, technique: Any, copying: bool = True) -> None:
         super().__init__()
         self.technique, self.copying = technique, copying
-        self.keys: list[list[str]] = []
+        self.keys: list[tuple[list[str], list[str]]] = []  # of the state dict, and the names of the parameters
         self.copies: list[tuple[nn.Module, tuple[Any, ...], Tensor]] = []
         self.pickling_errors: list[Exception] = []
         self.copying_errors: list[Exception] = []
@@ -137,7 +137,7 @@ class Watch(Outputs):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if not self.copying:
             return
-        self.keys.append([*pl_module.state_dict(), *dict(pl_module.named_parameters())])
+        self.keys.append((list(pl_module.state_dict()), list(dict(pl_module.named_parameters()))))
         with keeping(self.pickling_errors), without_links(self.technique) as technique:
             PicklerOfNoRun(io.BytesIO()).dump(technique)
 

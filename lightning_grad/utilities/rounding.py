@@ -135,7 +135,7 @@ def _chosen(
     module: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None, called: Mapping[nn.Module, int]
 ) -> list[Owners]:
     """Return the weights to round."""
-    layers = [own for own in named_owners(module) if _is_layer_weight(*own[1:])]
+    layers = [own for own in named_owners(module) if is_layer_weight(*own[1:])]
     order = sorted((owner for _, owner, _ in layers if owner in called), key=lambda owner: called[owner])
     ends = {*order[:1], *order[-1:]} if include is None else set[nn.Module]()
     found: dict[int, Owners] = {}
@@ -156,7 +156,8 @@ def _chosen(
     return list(found.values())
 
 
-def _is_layer_weight(owner: nn.Module, attribute: str) -> bool:
+def is_layer_weight(owner: nn.Module, attribute: str) -> bool:
+    """Return True for a matrix by which a layer multiplies: of Linear, Conv, attention and layers of other libraries."""
     if isinstance(owner, nn.MultiheadAttention):
         return attribute in _ATTENTION
     return attribute == "weight" and (isinstance(owner, _LAYERS) or is_foreign_matrix(owner, attribute))

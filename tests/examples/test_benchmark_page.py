@@ -13,6 +13,7 @@ from benchmarks import (
     communication,
     data_pruning,
     diagnostics,
+    fine_tuning,
     memory,
     optimizers,
     quantization,
@@ -33,6 +34,10 @@ TITLES = {
     "quantization": (quantization.STEPS_OF, quantization.CHECKPOINTS),
     "sharpness": (sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY),
     "batch_size": (batch_size.STEPS_OF, batch_size.ACCUMULATED),
+    "fine_tuning": (
+        *(fine_tuning.STEPS_OF, fine_tuning.UNLEARNING),
+        *(fine_tuning.STATE, fine_tuning.SAVED, fine_tuning.NEEDED),
+    ),
     "diagnostics": (*diagnostics.MODELS, diagnostics.LOOKS),
     "data_pruning": (
         *(f"Norms, {name}" for name in PRUNING),

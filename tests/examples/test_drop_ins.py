@@ -9,6 +9,7 @@ import adversarial
 import batch_size
 import communication
 import diagnostics
+import fine_tuning
 import local_steps
 import optimizers
 import plain_project
@@ -18,6 +19,7 @@ import quantization
 import schedules
 import sharpness
 import spikes
+import unlearning
 
 from lightning_grad.callbacks import (
     SAM,
@@ -26,9 +28,11 @@ from lightning_grad.callbacks import (
     GhostBatchNorm,
     GradCAMLogger,
     GradientMonitor,
+    LoRA,
     NMSparsity,
     OptimizerSwap,
     QuantizationAwareTraining,
+    SaliencyUnlearning,
     SkipNonFinite,
     SpikeRewind,
     ZClip,
@@ -52,6 +56,19 @@ def check_files(folder: Path, *names: str) -> None:
     for name in ("metrics.csv", *names):
         assert (folder / name).stat().st_size > 0
         assert not name.endswith(".png") or (folder / name).read_bytes().startswith(PNG)
+
+
+def test_adapters_are_written_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fine_tuning.main(["--epochs", "1", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "the same predictions after loading" in printed
+    assert (tmp_path / "adapters.pt").stat().st_size < 0.5 * (tmp_path / "lora" / "last.ckpt").stat().st_size
+
+
+def test_samples_are_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unlearning.main(["--epochs", "2", "--output", str(tmp_path)])
+    assert "samples to forget: right on" in capsys.readouterr().out
+    check_files(tmp_path / "unlearned")
 
 
 def test_schedule_is_cut_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,6 +206,8 @@ def test_two_processes_train_apart(
         ("probes", GradCAMLogger, "grad_cam_logger.png"),
         ("sharpness", SAM, None),
         ("batch_size", GhostBatchNorm, None),
+        ("fine_tuning", LoRA, None),
+        ("unlearning", SaliencyUnlearning, None),
         ("spikes", SpikeRewind, "gradient_monitor.png"),
     ],
 )

@@ -55,7 +55,12 @@ def test_it_measures_everything(monkeypatch, tmp_path, capsys):
     tables = json.loads((tmp_path / "speed.json").read_text())
     assert {sharpness.STEPS_OF, sharpness.WITHOUT, sharpness.MEMORY} <= set(tables)
     assert all(row["ratio"] > 0 for title in (sharpness.STEPS_OF, sharpness.WITHOUT) for row in tables[title])
-    assert [case[0] for case in asked] == ["an evaluation pass", "an evaluation pass", "plain, SGD", "ZerothOrder"]
+    assert [case[0] for case in asked] == [
+        *["an evaluation pass"] * 2,
+        "plain, SGD",
+        "ZerothOrder",
+        "ZerothOrder, bits=4",
+    ]
     monkeypatch.setattr(sharpness, "map_large_memory", lambda: None)
     monkeypatch.setattr(torch.backends.mha, "set_fastpath_enabled", lambda enabled: None)
     for case in asked[1:]:

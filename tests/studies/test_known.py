@@ -19,6 +19,7 @@ from studies.claims import CLAIMS
 from studies.claims.known.adversarial import under_autopgd
 from studies.common import hush
 from studies.on_task import OnTask, look
+from studies.pretrained import FromPretrained
 from studies.tasks import TASKS
 
 KNOWN = {name: claim for name, claim in CLAIMS.items() if isinstance(claim, OnTask)}
@@ -27,7 +28,13 @@ KNOWN = {name: claim for name, claim in CLAIMS.items() if isinstance(claim, OnTa
 def short(claim: OnTask, folder: Path) -> OnTask:
     """Return a claim with trainings of a few batches of small networks, and few steps of what learns by itself."""
     table = {name: small(arm, claim.task) for name, arm in claim.table.items()}
-    return replace(claim, length=4, limit_batches=1, output=folder, table=table)
+    start = {"before": 4, "model": width(claim.task)} if isinstance(claim, FromPretrained) else {}
+    return replace(claim, length=4, limit_batches=1, output=folder, table=table, **start)
+
+
+def width(task: str) -> dict[str, int]:
+    """Return the arguments of the module that make a small network."""
+    return {"width": 16, "depth": 3} if task == "text" else {}
 
 
 def small(arm: Arm, task: str) -> Arm:
@@ -38,8 +45,7 @@ def small(arm: Arm, task: str) -> Arm:
         else each
         for each in arm.uses
     ]
-    width = {"width": 16, "depth": 3} if task == "text" else {}
-    return Arm(*uses, longer=arm.longer, module={**arm.module, **width}, trainer=arm.trainer)
+    return Arm(*uses, longer=arm.longer, module={**arm.module, **width(task)}, trainer=arm.trainer)
 
 
 def trained(claim: OnTask, arm: str) -> Any:

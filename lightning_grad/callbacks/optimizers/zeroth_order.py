@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
+from lightning_grad.callbacks.optimizers._trained_scales import ScalesByName, TrainedScales, refuse_with_bits
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
     Compatibility,
@@ -29,7 +30,7 @@ from lightning_grad.core.dispatch import overrides
 from lightning_grad.core.roles import conditioners
 from lightning_grad.functional import move_along_
 from lightning_grad.functional.plain_tensors import on_plain_tensors
-from lightning_grad.utilities.checks import check_finite
+from lightning_grad.utilities.checks import check_count_between, check_finite
 from lightning_grad.utilities.optimizers import OptimizerCounts
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, selects, why_none_left
 from lightning_grad.utilities.reporting import counted, listed
@@ -52,9 +53,24 @@ class ZerothOrder(OptimizerCallback):
     so nothing of the size of the weights is stored. For other optimizers, clipping and techniques
     that read gradients or act on optimizer steps, the gradient d z is stored.
 
+    With ``bits`` the weights of Linear, Conv and attention layers become integers times scales, and
+    only the scales s move (QZO):
+
+    .. math::
+        w = k \, s, \qquad s \leftarrow \max(s - \eta \, d \, z, 0)
+
+    The integers k keep their values in the whole run, and other parameters do not train. The module
+    and its checkpoints hold the products k s. A weight that lies on such a grid at the start, such as
+    one that ``LearnedRounding`` rounded, keeps its integers.
+
     Args:
         epsilon: Length of the move (1e-3 in the paper).
         max_derivative: Clamp d to this magnitude; None does not.
+            QZO clamps it, because the loss is steeper along scales than along weights.
+        bits: Round weights to integers of this many bits, 2 to 8, and train only their scales (QZO).
+            None trains the weights.
+        group_size: Entries of an output channel that share a scale, with bits.
+            Default: all. A channel that does not divide into groups has one scale.
         seed: Start of the directions.
         include: Names or wildcards of the parameters or modules to train. Default: all that the
             optimizer holds.
@@ -62,10 +78,12 @@ class ZerothOrder(OptimizerCallback):
         name: Name of this instance, part of its log keys and its state.
 
     Raises:
-        ValueError: In the constructor if epsilon or max_derivative is not above 0. Before the first
-            batch with gradient accumulation, fp16, manual optimization, FSDP, DeepSpeed, a
+        ValueError: In the constructor if epsilon or max_derivative is not above 0, or there is no such
+            grid. Before the first batch with gradient accumulation, fp16, manual optimization, FSDP, DeepSpeed, a
             compressing strategy, LBFGS, a ``training_step`` that fetches its own batches, another
-            technique that evaluates steps, or a name pattern that matches nothing.
+            technique that evaluates steps, or a name pattern that matches nothing. With ``bits`` also
+            with another optimizer than SGD without momentum, whatever reads gradients or acts on
+            steps, views of weights, and float16 weights.
         RuntimeError: In the first step if the module's ``optimizer_step`` runs the closure itself, or
             calls ``step()`` on the raw torch optimizer.
 
@@ -74,10 +92,12 @@ class ZerothOrder(OptimizerCallback):
 
     **Logs** under ``zeroth_order/``, at log steps: ``derivative`` (d).
 
-    **State.** The number of steps of each optimizer.
+    **State.** The number of steps of each optimizer, and the scales.
 
     **Cost.** Two forward passes without a graph, and four draws of the direction. With other
-    optimizers than SGD without momentum, the memory of gradients and of the optimizer's state.
+    optimizers than SGD without momentum, the memory of gradients and of the optimizer's state. With
+    ``bits``, three times a step each weight is divided by its old scales and multiplied by the new
+    ones; the integers are not stored.
 
     Example:
         .. code-block:: yaml
@@ -90,7 +110,8 @@ class ZerothOrder(OptimizerCallback):
 
     References:
         Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023, arXiv
-        2305.17333, algorithm 1.
+        2305.17333, algorithm 1. Shang et al., "Fine-tuning Quantized Neural Networks with Zeroth-order
+        Optimization", 2025, arXiv 2505.13430 (``bits`` and ``max_derivative``).
     """
 
     namespace: ClassVar[str] = "zeroth_order"
@@ -112,8 +133,14 @@ class ZerothOrder(OptimizerCallback):
     )
     trial: ClassVar[Mapping[str, Any]] = {"epsilon": 1e-2}
     neutral: ClassVar[Mapping[str, Any] | str] = "it computes no gradient at any setting"
+    fixed_settings: ClassVar[Mapping[str, str]] = {
+        "bits": "the weights are rounded to integers of this many bits",
+        "group_size": "each group of weights has its own scale",
+    }
 
     _steps = until_next_fit.of(OptimizerCounts).saved()
+    _scales = until_next_fit.of(ScalesByName).saved()
+    _scaled = during_fit[TrainedScales | None](lambda _: None)  # with bits
     _trainer = during_fit[pl.Trainer]()
     _trained = during_fit.of(set[int])  # ids of parameters
     _derivatives = during_fit.of(dict[int, Tensor])  # to be logged
@@ -122,6 +149,8 @@ class ZerothOrder(OptimizerCallback):
         self,
         epsilon: float = 1e-3,
         max_derivative: float | None = None,
+        bits: int | None = None,
+        group_size: int | None = None,
         seed: int = 0,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
@@ -130,6 +159,10 @@ class ZerothOrder(OptimizerCallback):
         super().__init__(name)
         self.epsilon = check_finite(check_above(epsilon, 0.0, "epsilon"), "epsilon")
         self.max_derivative = check_above(max_derivative, 0.0, "max_derivative")
+        self.bits = None if bits is None else check_count_between(bits, 2, 8, "bits")
+        self.group_size = check_count(group_size, 1, "group_size")
+        if bits is None and group_size is not None:
+            raise ValueError(f"group_size={group_size} groups weights that bits rounds. Set bits, such as bits=4.")
         self.seed = check_count(seed, 0, "seed")
         self.include = as_names(include)
         self.exclude = as_names(exclude)
@@ -151,9 +184,20 @@ class ZerothOrder(OptimizerCallback):
             raise ValueError(f"{self.display_name} has no parameter to train. {why}")
         words = f"trains {counted(len(names), 'parameter')} without backward"
         readers = list(dict.fromkeys(who for optimizer in self.watched.values() for who in self._readers(optimizer)))
+        if self.bits is not None:
+            refuse_with_bits(trainer, readers, self.display_name)
+            grid = (self.bits, self.group_size, self._scales)
+            self._scaled = TrainedScales(pl_module, self._trained & moved, *grid, self.display_name)
+            self._trained, names, words = self._scaled.ids, self._scaled.names, self._scaled.words
         if readers:
             words += f", but stores gradients for {listed(readers)}. SGD without momentum needs none"
         self.announce(words, "parameters", names)
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self._scaled is not None:  # a search for a learning rate restores during the fit
+            self._scaled.is_restored()
 
     def _selects(self, names: Sequence[str]) -> bool:
         return selects(names, self.include, self.exclude)
@@ -186,10 +230,11 @@ class ZerothOrder(OptimizerCallback):
         return [*conditioners(self._trainer), *(c for c in callbacks if c is not self and _acts_on_steps(c))]
 
     def _weights(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Mapping[str, Any]]]:
-        """Return the parameters that move, each with its param group."""
+        """Return the parameters that move, or their scales, each with its param group."""
         pairs = [(p, group) for group in optimizer.param_groups for p in group["params"] if id(p) in self._trained]
         trained = [(p, group) for p, group in pairs if p.requires_grad]
-        return [p for p, _ in trained], [group for _, group in trained]
+        scaled = self._scaled
+        return [p if scaled is None else scaled.of(p) for p, _ in trained], [group for _, group in trained]
 
     # One optimizer step.
 
@@ -214,7 +259,10 @@ class ZerothOrder(OptimizerCallback):
         if closure.loss is None or minus is None:  # the module skips this batch
             return result
         derivative = self._derivative(index, closure.loss, minus)
-        if not self._readers(optimizer):
+        readers = self._readers(optimizer)
+        if self._scaled is not None:
+            refuse_with_bits(self._trainer, readers, self.display_name)  # a callback may have replaced the optimizer
+        if not readers:
             self._step_in_place(weights, groups, derivative, seed)
         else:
             self._write_gradients(weights, derivative, seed)
@@ -232,7 +280,7 @@ class ZerothOrder(OptimizerCallback):
     ) -> None:
         for weight, group in zip(weights, groups, strict=True):
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        self._move(weights, [-group["lr"] * derivative for group in groups], seed)
+        self._move(weights, [-group["lr"] * derivative for group in groups], seed, step=True)
 
     @torch.no_grad()
     def _write_gradients(self, weights: Sequence[Tensor], derivative: Tensor, seed: int) -> None:
@@ -242,8 +290,12 @@ class ZerothOrder(OptimizerCallback):
         self._move(gradients, [derivative] * len(gradients), seed)
 
     @on_plain_tensors
-    def _move(self, weights: Sequence[Tensor], lengths: Sequence[float | Tensor], seed: int) -> None:
+    def _move(
+        self, weights: Sequence[Tensor], lengths: Sequence[float | Tensor], seed: int, step: bool = False
+    ) -> None:
         move_along_(weights, lengths, seed)
+        if self._scaled is not None:
+            self._scaled.show(step)
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

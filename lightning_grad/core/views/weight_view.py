@@ -30,6 +30,7 @@ from lightning_grad.core.dispatch import wrap_method
 _VIEWS = "_lightning_grad_views"
 _DENSE = "_lightning_grad_dense"
 IN_PLACE = "_lightning_grad_in_place"
+ADAPTERS = "_lightning_grad_adapters"  # of a layer, by the weight; see adapted_layer.py
 # Suffixes of the parameters by which torch's prune, spectral_norm and weight_norm replace a weight.
 REPLACEMENTS = ("orig", "g", "v")
 
@@ -133,11 +134,12 @@ def viewed_class(module: nn.Module) -> type[nn.Module]:
 
 
 def has_view(module: nn.Module, attribute: str) -> bool:
-    """Return True if a technique already shows this parameter through a view."""
+    """Return True if a technique already shows this parameter through a view or has an adapter for it."""
     parameter = module._parameters[attribute]
     # A copy of a parameter carries the mark but not the view; its identity differs from the marked
     # one.
-    return attribute in module.__dict__.get(_VIEWS, {}) or getattr(parameter, IN_PLACE, None) == id(parameter)
+    is_shown = attribute in module.__dict__.get(_VIEWS, {}) or attribute in module.__dict__.get(ADAPTERS, {})
+    return is_shown or getattr(parameter, IN_PLACE, None) == id(parameter)
 
 
 def attach_view(module: nn.Module, attribute: str, view: WeightView) -> Callable[[], None]:

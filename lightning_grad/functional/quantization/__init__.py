@@ -24,6 +24,7 @@ from lightning_grad.functional.quantization.learned_rounding import (
 )
 from lightning_grad.functional.quantization.outliers import MixedTensor, outlier_mask, with_outliers
 from lightning_grad.functional.quantization.rounding_flips import flip_roundings
+from lightning_grad.functional.quantization.trained_scales import rescale_, round_to_scales_
 
 __all__ = [
     "LearnedRoundings",
@@ -44,7 +45,9 @@ __all__ = [
     "quantize_weight",
     "quantized_values",
     "read_quantized_weight",
+    "rescale_",
     "round_through",
+    "round_to_scales_",
     "weight_scales",
     "with_outliers",
 ]

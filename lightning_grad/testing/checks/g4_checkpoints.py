@@ -20,15 +20,22 @@ from lightning_grad.testing.watching import Outputs
 
 
 @check("quick")
-def g4_state_dict_keys_in_a_fit(subject: Subject) -> None:
-    """During a fit the module has the keys and parameters of the plain module, in the same order."""
-    plain = subject.plain.watched().watch.keys[0]
-    for keys in subject.watched().watch.keys:
-        if keys != plain:
-            other = sorted(set(keys) ^ set(plain))
+def g4_state_dict_keys_in_a_fit(subject: Subject) -> str:
+    """During a fit the module has the keys and parameters of the plain module, in the same order.
+
+    The callback may add parameters of its own that are not in the state dict.
+    """
+    plain_keys, plain_names = subject.plain.watched().watch.keys[0]
+    own: list[str] = []
+    for keys, names in subject.watched().watch.keys:
+        own = [name for name in names if name not in plain_names]
+        kept = [name for name in names if name in plain_names]
+        if keys != plain_keys or kept != plain_names:
+            other = sorted({*keys, *kept} ^ {*plain_keys, *plain_names})
             raise GuaranteeError(
                 f"state_dict() and named_parameters() differ from the plain module's: {other or 'their order'}"
             )
+    return f"It trains parameters of its own, which are not in the state dict, such as {own[0]}." if own else ""
 
 
 @check("quick")
@@ -118,15 +125,15 @@ def g4_with_weight_averaging(subject: Subject) -> str:
 
 @check("full")
 def g4_a_run_without_it_continues(subject: Subject) -> None:
-    """A run without the callback resumes from its checkpoint, unless that holds the state of other optimizers."""
+    """A run without it resumes from its checkpoint, unless that holds the state of other optimizers or parameters."""
     if replaces_optimizers(subject):
-        raise NotApplicableError("It trains with other optimizers, whose state those of the module cannot load.")
+        raise NotApplicableError("It trains other parameters or optimizers, whose state the module's cannot load.")
     subject.plain.run(ckpt=_half_way(subject))
 
 
 @check("full")
 def g4_continues_a_run_without_it(subject: Subject) -> str:
-    """A run with the callback resumes from the checkpoint of a run without it; with other optimizers, it may refuse to."""
+    """A run with it resumes from the checkpoint of a run without it; with other optimizers or parameters, it may refuse."""
     path = _half_way(subject.plain)
     try:
         run = subject.run_or_refuse(subject.built(), ckpt=path)

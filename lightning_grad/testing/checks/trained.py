@@ -50,8 +50,11 @@ def assert_no_number_drawn(without: Run, run: Run) -> None:
 
 
 def replaces_optimizers(subject: Subject) -> bool:
-    """Return whether the callback trains with optimizers of other classes than the module's."""
-    return _optimizer_classes(subject.bare()) != _optimizer_classes(subject.plain.bare())
+    """Return whether it trains with optimizers of other classes than the module's, or parameters of its own."""
+    names = (each.watched().watch.keys[0][1] for each in (subject, subject.plain))
+    return (
+        _optimizer_classes(subject.bare()) != _optimizer_classes(subject.plain.bare()) or len(set(map(len, names))) > 1
+    )
 
 
 def _optimizer_classes(run: Run) -> list[Any]:

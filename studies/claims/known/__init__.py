@@ -8,6 +8,7 @@ from studies.claims.known import (
     clipping,
     communication,
     data,
+    fine_tuning,
     label_errors,
     optimizers,
     quantization,
@@ -26,5 +27,6 @@ FAMILIES = (
     clipping,
     adversarial,
     communication,
+    fine_tuning,
     sensitivity,
 )
