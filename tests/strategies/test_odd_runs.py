@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy, _rank_files
+from lightning_grad.strategies import DGCStrategy, PowerSGDStrategy, _lost_ranks, _rank_files
 from lightning_grad.testing import StopIn, on_ranks
 from tests.strategies.fits import outcome
 from tests.strategies.ranks import BATCH, BATCHES, Task, assert_close, assert_same, dgc, samples
@@ -243,7 +243,7 @@ class StopsOneRank(pl.Callback):
 
 
 def _stop_alone(build: Build, folder: Path, former: bool) -> None:
-    _rank_files._GRACE_SECONDS = 0.2
+    _rank_files._GRACE_SECONDS = _lost_ranks._GRACE_SECONDS = 0.2
     path, earlier = folder / "on_exception.ckpt", None
     if former:
         stop("on purpose", build(), [StopIn("on_before_optimizer_step", 3), OnExceptionCheckpoint(folder)])

@@ -15,6 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from lightning_grad.strategies import _lost_ranks
 from lightning_grad.testing import StopIn, assert_identical, on_ranks
 from tests.contract.strategy_settings import COMPRESSING
 from tests.strategies.fits import outcome
@@ -355,6 +356,7 @@ class _FullDisk(TorchCheckpointIO):
 
 
 def _fail_to_save(folder: Path) -> dict[str, Any]:
+    _lost_ranks._GRACE_SECONDS = 0.2
     expected = finish(DGC.build())
     at = 3 if dist.get_rank() == 0 else 10**9
     saving = ModelCheckpoint(folder, filename="same", every_n_train_steps=2, enable_version_counter=False)
