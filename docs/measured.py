@@ -169,6 +169,12 @@ def _memory(name: str) -> str:
     if columns is None:
         return NOT_YET.strip()
     held, most, peak = (float(columns[key]) for key in (HELD, MOST, PEAK))
+    if held < -_SMALL:
+        return (
+            f"Between steps, weights, gradients, optimizer state and the technique together take {-held:.2f} times the bytes "
+            f"of the weights less than without it. The peak of the process is {-peak:.2f} times these bytes lower "
+            "([measured](../benchmarks.md#memory))."
+        )
     around = f", and {_times(most)} around a log step" if most - held > _SMALL else ""
     return (
         f"In addition to weights, gradients and optimizer state, it holds {_times(held)} the bytes of the weights between "

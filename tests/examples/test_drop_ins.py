@@ -57,7 +57,7 @@ def check_files(folder: Path, *names: str) -> None:
 
 
 def test_adapters_are_written_and_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fine_tuning.main(["--epochs", "1", "--rank", "2", "--output", str(tmp_path)])
+    fine_tuning.main(["--epochs", "1", "--output", str(tmp_path)])
     printed = capsys.readouterr().out
     assert "the same predictions after loading" in printed
     assert (tmp_path / "adapters.pt").stat().st_size < 0.5 * (tmp_path / "lora" / "last.ckpt").stat().st_size

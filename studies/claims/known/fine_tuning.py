@@ -20,7 +20,15 @@ ADAPTED = {
 }
 
 
-def lora(task: str, length: int, before: int, samples: int, rates: tuple[float, ...], budget: int) -> FromPretrained:
+def lora(
+    task: str,
+    length: int,
+    before: int,
+    samples: int,
+    rates: tuple[float, ...],
+    budget: int,
+    model: Mapping[str, Any] | None = None,
+) -> FromPretrained:
     """Return the claim on a task: it holds if the difference is above 0."""
     return FromPretrained(
         name=f"lora-{task}",
@@ -40,6 +48,7 @@ def lora(task: str, length: int, before: int, samples: int, rates: tuple[float, 
         before=before,
         length=length,
         samples=samples,
+        model=model or {},
         rates=rates,
         budget=budget,
         **TASKS[task].metric,
