@@ -65,9 +65,9 @@ def sparse(budget: float, rule: str, seed: int = 0) -> Arm:
     return Arm(Use(SparseUpdate, budget, rule=rule, seed=seed), module=ADAM)
 
 
-def low_rank(reduction: float, ranks: str) -> Arm:
-    """Return an arm that cuts all weights to their ranks but the head: ``head`` of the transformer, 8 of the image network."""
-    return Arm(Use(LowRankFinetuning, reduction, ranks=ranks, cut_frozen=True, exclude=["*.head", "*.8"]))
+def low_rank(reduction: float, ranks: str, head: str) -> Arm:
+    """Return an arm that cuts all weights to their ranks but the head."""
+    return Arm(Use(LowRankFinetuning, reduction, ranks=ranks, cut_frozen=True, exclude=[head]))
 
 
 SPARSE = {
@@ -80,8 +80,11 @@ SPARSE = {
     "first, most": sparse(MOST, "first"),
 }
 RANKS = {
-    "dense": PLAIN,
-    **{f"{ranks}-{share}": low_rank(share / 100, ranks) for share in (50, 70) for ranks in ("threshold", "uniform")},
+    task: {
+        "dense": PLAIN,
+        **{f"{each}-{cut}": low_rank(cut / 100, each, head) for cut in (50, 70) for each in ("threshold", "uniform")},
+    }
+    for task, head in (("text", "*.head"), ("images", "*.8"))
 }
 THRESHOLD = Paper(
     "`LowRankFinetuning`",
@@ -130,7 +133,7 @@ def ranks_of(name: str, text: str, task: str, **settings: Any) -> OnTask:
         name=name,
         text=text,
         paper=THRESHOLD,
-        table=RANKS,
+        table=RANKS[task],
         reference="uniform-70",
         pairs=[(f"threshold-{share}", f"uniform-{share}") for share in (50, 70)],
         task=task,
@@ -152,8 +155,8 @@ CLAIMS: tuple[OnTask, ...] = (
     lora("text", 80, 250, 2000, (3e-3, 1e-2, 3e-2, 1e-1), 12, {"width": 64, "depth": 2}),
     sparse_updates("turned", "sparse-update-images", "When images are turned"),
     sparse_updates("classes", "sparse-update-classes-images", "When new classes appear"),
-    ranks_of("low-rank-cut-images", CUT, "images", arms=tuple(RANKS), length=1, rates=NO_STEP, budget=2),
-    ranks_of("low-rank-cut-text", CUT, "text", arms=tuple(RANKS), length=1, rates=NO_STEP, budget=8),
+    ranks_of("low-rank-cut-images", CUT, "images", arms=tuple(RANKS["images"]), length=1, rates=NO_STEP, budget=2),
+    ranks_of("low-rank-cut-text", CUT, "text", arms=tuple(RANKS["text"]), length=1, rates=NO_STEP, budget=8),
     ranks_of(
         "low-rank-finetuning-images", TUNED, "images", arms=MOST_CUT, length=10, rates=(1e-3, 1e-2, 0.03, 0.1), budget=3
     ),
