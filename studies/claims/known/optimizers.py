@@ -60,7 +60,7 @@ def claim(task: str, table: dict[str, Arm], budget: float) -> OnTask:
         reference="adamw",
         task=task,
         length=400 if task == "text" else 8,
-        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),  # Adafactor's is relative to the weights, so it is larger
+        rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),  # Adafactor's is relative to the weights, so it is larger
         budget=budget,
         **settings,
     )
