@@ -102,6 +102,7 @@ class SaliencyUnlearning(OptimizerCallback):
 
     namespace: ClassVar[str] = "unlearning"
     moves_weights: ClassVar[bool] = True
+    holds_weights: ClassVar[bool] = True
     compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
         ddp=yes("With every sampler of `torch.utils.data`. Each rank finds its own samples in its batches."),
         sparse_gradients=no(
@@ -116,6 +117,7 @@ class SaliencyUnlearning(OptimizerCallback):
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "forget": _NAMES_SAMPLES,
         "keep": "the mask has this share",
+        "num_classes": "the labels are drawn from so many",
         "seed": "the labels are drawn from it",
     }
     trial: ClassVar[Mapping[str, Any]] = {"forget": [0, 1, 2, 3]}
@@ -222,6 +224,11 @@ class SaliencyUnlearning(OptimizerCallback):
             raise ValueError(
                 f"{self.display_name} draws another label for each sample, but the loss does not show the number of "
                 "classes. Set num_classes."
+            )
+        if found.num_classes is not None and number > found.num_classes:
+            raise ValueError(
+                f"{self.display_name}: num_classes must be at most {found.num_classes}, the number of outputs that the loss "
+                f"compares with a label; got {number}."
             )
         draws = torch.rand(self._training_set.sampler.total, generator=torch.Generator().manual_seed(self.seed))
         return Labels(found.path, number, found.is_target, draws, self.display_name)

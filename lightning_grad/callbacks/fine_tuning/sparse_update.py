@@ -29,7 +29,7 @@ from lightning_grad.core import (
 from lightning_grad.functional import LayerMemory, choose_layers
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.fine_tuning.layer_choice import RULES, LayerRule
-from lightning_grad.utilities.checks import check_at_least, owned_ids
+from lightning_grad.utilities.checks import check_at_least, check_finite, owned_ids
 from lightning_grad.utilities.optimizer_report import optimizer_report
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, named_owners
 from lightning_grad.utilities.reporting import counted, format_table, log_many
@@ -134,7 +134,7 @@ class SparseUpdate(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.budget = budget
+        self.budget = None if budget is None else check_finite(budget, "budget")
         self.layers = as_names(layers)
         self.exclude = as_names(exclude)
         self.rule = rule
@@ -301,9 +301,7 @@ class SparseUpdate(GradCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for parameter in self._put_aside:
-            for (
-                optimizer
-            ) in trainer.optimizers:  # Adagrad makes a state at once, and the state may be that of a dense run
+            for optimizer in trainer.optimizers:  # Adagrad makes a state at once, and it may be that of a dense run
                 optimizer.state.pop(parameter, None)
 
     @override
