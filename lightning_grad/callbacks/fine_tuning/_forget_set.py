@@ -21,6 +21,20 @@ _TRIES = 8  # number of batches to try until one has a loss
 Forget = Sequence[int] | Callable[[Any], Any]
 
 
+def checked_forget(forget: Forget) -> list[int] | Callable[[Any], Any]:
+    """Return the indices as a list, or the function.
+
+    Raises:
+        ValueError: If there are no indices, or one is negative.
+    """
+    if callable(forget):
+        return forget
+    if not len(forget) or min(forget) < 0:
+        found = f"{min(forget)}" if len(forget) else "an empty list"
+        raise ValueError(f"forget must hold at least one index of a sample, counted from 0; got {found}.")
+    return list(forget)
+
+
 def forget_indices(forget: Forget, trainer: pl.Trainer, training_set: TrainingSet, display_name: str) -> Tensor:
     """Return the sorted indices of the samples to forget.
 

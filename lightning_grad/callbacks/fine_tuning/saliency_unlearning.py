@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.fine_tuning._forget_set import ForgetPass, forget_indices
+from lightning_grad.callbacks.fine_tuning._forget_set import ForgetPass, checked_forget, forget_indices
+from lightning_grad.callbacks.fine_tuning._held_weights import HeldWeights
 from lightning_grad.callbacks.fine_tuning._relabeling import RELABEL, BatchFunction, Labels, Relabel, find_labels
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
@@ -31,14 +32,12 @@ from lightning_grad.core import (
     yes,
 )
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.views.portable import pack_bits, unpack_bits
+from lightning_grad.core.views.portable import pack_bits
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.functional import LossCapture, saliency_masks
-from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.checks import check_count, check_ratio, refuse_dataloader_iter
 from lightning_grad.utilities.parameters import all_names
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _NAMES_SAMPLES = "the mask and the labels belong to the samples to forget"
 
 
@@ -132,8 +131,7 @@ class SaliencyUnlearning(OptimizerCallback):
     _training_set = during_fit[TrainingSet]()
     _relabel = during_fit[BatchFunction | Labels]()
     _forgotten = during_fit.of(set[int])
-    # By id of the parameter: where it trains, and its bits, which are 0 where it trains.
-    _fixed = during_fit.of(dict[int, tuple[Tensor, Tensor]])
+    _held = during_fit[HeldWeights]()
     _indices = during_fit.of(list[int])
 
     def __init__(
@@ -146,7 +144,7 @@ class SaliencyUnlearning(OptimizerCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.forget = forget if callable(forget) else _checked(forget)
+        self.forget = checked_forget(forget)
         self.keep = check_ratio(keep, "keep")
         self.relabel = relabel
         self.num_classes = check_count(num_classes, 2, "num_classes")
@@ -240,16 +238,11 @@ class SaliencyUnlearning(OptimizerCallback):
             gradients = looks.gradients(forget, list(parameters.values()))
             masks = dict(zip(parameters, saliency_masks(gradients, self.keep), strict=True))
             self._masks = {names[key][0]: pack_bits(mask) for key, mask in masks.items()}
-        share = [0, 0]
-        for key, parameter in parameters.items():
-            packed = self._masks.get(names[key][0])
-            if packed is None:  # it did not train when the mask was made
-                continue
-            mask = unpack_bits(packed, parameter)
-            share = [share[0] + int(mask.sum()), share[1] + mask.numel()]
-            self._fixed[key] = mask, as_bits(parameter) * ~mask
+        packed = {key: self._masks.get(names[key][0]) for key in parameters}
+        masks = {key: mask for key, mask in packed.items() if mask is not None}  # others did not train when it was made
+        self._held = HeldWeights(list(masks.values()), [parameters[key] for key in masks])
         total = len(self._training_set.sampler.population)
-        self.say(f"forgets {len(forget)} of {total} samples, and trains {share[0] / share[1]:.1%} of the weights")
+        self.say(f"forgets {len(forget)} of {total} samples, and trains {self._held.share:.1%} of the weights")
 
     # One training step.
 
@@ -299,19 +292,11 @@ class SaliencyUnlearning(OptimizerCallback):
 
     @override
     def before_update(self, index: int, optimizer: Optimizer) -> None:
-        for parameter, mask, _ in self._held(optimizer):
-            if parameter.grad is not None:
-                as_bits(parameter.grad).mul_(mask)
+        self._held.mask_gradients(optimizer)
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
-        for parameter, mask, kept in self._held(optimizer):
-            as_bits(parameter).mul_(mask).add_(kept)
-
-    def _held(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the parameters of an optimizer, each with its mask and the bits of what does not train."""
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(p, *self._fixed[id(p)]) for p in weights if id(p) in self._fixed]
+        self._held.restore(optimizer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -319,23 +304,3 @@ class SaliencyUnlearning(OptimizerCallback):
         shares = {"forget_accuracy": (right, forget), "retain_accuracy": (retained, retain)}
         known = {key: part / whole for key, (part, whole) in shares.items() if whole}
         self.log_scalars(pl_module, known, sync_dist=True)
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor as integers that share its memory.
-
-    Products and sums of integers are exact, also for NaN, and many times faster on a CPU than ``masked_fill_``.
-    """
-    return plain_tensor(tensor).detach().view(_INTEGERS[tensor.element_size()])
-
-
-def _checked(forget: Sequence[int]) -> list[int]:
-    """Return the indices as a list.
-
-    Raises:
-        ValueError: If there are none, or one is negative.
-    """
-    if not len(forget) or min(forget) < 0:
-        found = f"{min(forget)}" if len(forget) else "an empty list"
-        raise ValueError(f"forget must hold at least one index of a sample, counted from 0; got {found}.")
-    return list(forget)

@@ -78,8 +78,8 @@ class MaskSpy(pl.Callback):
         self.callback = callback
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        fixed = self.callback._fixed
-        self.masks = {name: fixed[id(p)][0] for name, p in pl_module.named_parameters()}
+        masks = self.callback._held.masks
+        self.masks = {name: masks[id(p)] for name, p in pl_module.named_parameters()}
 
 
 def expected_masks(keep: float = 0.5, forget: list[int] = FORGET) -> dict[str, Tensor]:
@@ -258,6 +258,11 @@ def test_a_hand_written_loss_is_seen_too() -> None:
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match=r"does not show the number of classes. Set num_classes"):
         run(SaliencyUnlearning(FORGET), module=HandWritten())
+
+
+def test_more_classes_than_outputs_are_refused() -> None:
+    with pytest.raises(ValueError, match=f"num_classes must be at most {CLASSES}.*got {CLASSES + 2}"):
+        run(SaliencyUnlearning(FORGET, num_classes=CLASSES + 2))
 
 
 def as_dict(samples: list[Any]) -> dict[str, Any]:
