@@ -149,9 +149,7 @@ class ForgetPass:
                 )
             scale = scale / _SMALLER
 
-    def _sums(
-        self, chunks: list[list[int]], parameters: Sequence[Tensor], scale: float | Tensor
-    ) -> list[Tensor]:
+    def _sums(self, chunks: list[list[int]], parameters: Sequence[Tensor], scale: float | Tensor) -> list[Tensor]:
         """Return the gradients of the sum of the losses of all ranks' samples, times a factor."""
         sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
         with self.batches(chunks) as batches, torch.enable_grad():
