@@ -103,7 +103,10 @@ class SaliencyUnlearning(OptimizerCallback):
     moves_weights: ClassVar[bool] = True
     holds_weights: ClassVar[bool] = True
     compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
-        ddp=yes("With every sampler of `torch.utils.data`. Each rank finds its own samples in its batches."),
+        ddp=yes(
+            "With `shuffle=True` or `False`, or a `DistributedSampler`. Any other sampler raises an error with several "
+            "ranks, because it does not say which rank draws which samples."
+        ),
         sparse_gradients=no(
             "masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"
         ),
