@@ -19,6 +19,7 @@ from lightning_grad.core import (
     Compatibility,
     LossRequest,
     OptimizerCallback,
+    SubsetCallback,
     TrainingSet,
     WrapOrder,
     during_fit,
@@ -29,7 +30,6 @@ from lightning_grad.core import (
     sum_over_ranks,
     until_next_fit,
     wrap_method,
-    yes,
 )
 from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.views.portable import pack_bits
@@ -103,10 +103,7 @@ class SaliencyUnlearning(OptimizerCallback):
     moves_weights: ClassVar[bool] = True
     holds_weights: ClassVar[bool] = True
     compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
-        ddp=yes(
-            "With `shuffle=True` or `False`, or a `DistributedSampler`. Any other sampler raises an error with several "
-            "ranks, because it does not say which rank draws which samples."
-        ),
+        ddp=SubsetCallback.compatibility.ddp,
         sparse_gradients=no(
             "masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"
         ),
