@@ -47,13 +47,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     train(retrained, TensorDataset(images[~forgets], labels[~forgets]), [], given.epochs, given.output / "retrained")
     module.load_state_dict(trained.state_dict())
     train(module, whole, [SaliencyUnlearning(FORGET, given.keep)], given.epochs // 2, given.output / "unlearned")
-    parts = {
-        "samples to forget": (images[forgets], labels[forgets]),
-        "other samples": (images[~forgets], labels[~forgets]),
-    }
-    for name, (x, y) in {**parts, "new samples": digits.val_set[:]}.items():
+    parts = {"forgotten": (images[forgets], labels[forgets]), "retained": (images[~forgets], labels[~forgets])}
+    for name, (x, y) in {**parts, "new": digits.val_set[:]}.items():
         shares = [f"{(each.eval()(x).argmax(1) == y).float().mean():.1%}" for each in (trained, retrained, module)]
-        print(f"{name}: right on {shares[0]} before, {shares[1]} retrained without them, {shares[2]} after unlearning")
+        print(
+            f"{name} samples: right on {shares[0]} before, {shares[1]} retrained without them, {shares[2]} after unlearning"
+        )
     print(f"Written to {given.output}/: metrics.csv of each training.")
 
 

@@ -51,9 +51,12 @@ class OptimizerCallback(GradCallback):
 
     - ``moves_weights``: whether ``after_step`` changes weights. It then comes before all other hooks
       of the step, so views of weights and monitors see the result, whatever the order of callbacks.
+    - ``holds_weights``: whether ``after_step`` gives some weights their old values back. With
+      ``moves_weights`` too, it then comes before techniques that move weights, such as Lookahead.
     """
 
     moves_weights: ClassVar[bool] = False
+    holds_weights: ClassVar[bool] = False
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         fused_fp16=no(
             "counts optimizer steps, and {} decides inside its step whether the fp16 GradScaler skips it",
@@ -216,11 +219,18 @@ class OptimizerCallback(GradCallback):
         ends, rates = self._ends.setdefault(index, UndoList()), HeldRates(optimizer)
         self._rates[index] = rates
         ends.push(optimizer.register_step_pre_hook(lambda o, *_: self._before_step(index, rates)).remove)
-        after = optimizer.register_step_post_hook(lambda o, *_: self._after_step(index, rates))
+
+        def after_step(*_: Any) -> None:
+            self._after_step(index, rates)
+
+        after_step.holds_weights = self.holds_weights  # type: ignore[attr-defined]
+        handle = optimizer.register_step_post_hook(after_step)
         if self.moves_weights:
             hooks: Any = optimizer._optimizer_step_post_hooks
-            hooks.move_to_end(after.id, last=False)
-        ends.push(after.remove)
+            hooks.move_to_end(handle.id, last=False)
+            for key in [key for key, hook in hooks.items() if getattr(hook, "holds_weights", False)]:
+                hooks.move_to_end(key, last=False)
+        ends.push(handle.remove)
         ends.push(rates.give_back)
 
     def _move_memory(self, index: int, optimizer: Optimizer) -> None:

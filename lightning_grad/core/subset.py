@@ -40,8 +40,8 @@ class SubsetCallback(GradCallback):
     namespace: ClassVar[str] = "data"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
         ddp=yes(
-            "With every sampler of `torch.utils.data`. Any other sampler raises an error with several ranks, because "
-            "it does not say which rank draws which samples."
+            "With `shuffle=True` or `False`, or a `DistributedSampler`. Any other sampler raises an error with several "
+            "ranks, because it does not say which rank draws which samples."
         ),
         manual_optimization=yes(OWN_SCHEDULES),
     )

@@ -279,7 +279,7 @@ def _refuse(original: Any, needed_by: str) -> None:
     known = type(sampler) is data.DistributedSampler
     if isinstance(sampler, data.DistributedSampler) and not known and sampler.num_replicas > 1:
         raise TypeError(
-            f"{needed_by} cannot prune the samples of {type(sampler).__name__}, because it is unknown how it splits "
-            "them between ranks, whose epochs could differ in length. Use a sampler of torch.utils.data, or one "
-            "process."
+            f"{needed_by} cannot follow the samples of {type(sampler).__name__}, because it is unknown how it splits "
+            "them between ranks, whose epochs could differ in length. Use shuffle=True or False, a DistributedSampler, "
+            "or one process."
         )

@@ -17,7 +17,9 @@ def grad_scaler(trainer: pl.Trainer) -> torch.amp.GradScaler | None:
 def loss_scale(trainer: pl.Trainer, device: torch.device) -> Tensor | float:
     """Return the factor of losses on a device, 1 without a GradScaler."""
     scaler = grad_scaler(trainer)
-    return 1.0 if scaler is None or scaler._scale is None else scaler._scale.to(device)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    return scaler._init_scale if scaler._scale is None else scaler._scale.to(device)  # it exists from the first step on
 
 
 @on_plain_tensors

@@ -223,7 +223,7 @@ def test_a_compiled_submodule(technique):
 
 def _beside_late_gradients(family: list[Technique]) -> None:
     for technique in family:
-        strategy = DGCStrategy(ratio=0.05, warmup=None, min_numel=100)
+        strategy = DGCStrategy(ratio=0.05, warmup=None, min_numel=8)
         trainer, _ = train_on_ranks(strategy, [technique.build()], make_classifier(), max_epochs=2)
         assert strategy.gradient_is_compressed, technique
         assert strategy.ledger.steps == trainer.global_step > 6, technique

@@ -446,7 +446,7 @@ def test_shares_that_are_not_known_are_said_to_be() -> None:
     assert not PrunableBatchSampler(ORIGINALS["own batches"](), TOTAL).shares_are_known
     with pytest.raises(
         TypeError,
-        match="PrunableBatchSampler cannot prune the samples of Hashing, because it is unknown how it splits them",
+        match="PrunableBatchSampler cannot follow the samples of Hashing, because it is unknown how it splits them",
     ):
         wrap(Hashing(range(TOTAL), 2, 0))
     alone = wrap(Hashing(range(TOTAL), 1, 0, shuffle=False))

@@ -67,7 +67,7 @@ def test_adapters_are_written_and_loaded(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_samples_are_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     unlearning.main(["--epochs", "2", "--output", str(tmp_path)])
-    assert "samples to forget: right on" in capsys.readouterr().out
+    assert "forgotten samples: right on" in capsys.readouterr().out
     check_files(tmp_path / "unlearned")
 
 

@@ -16,8 +16,23 @@ from lightning_grad.core.losses.scoring import runner, scoring_loader, to_device
 from lightning_grad.data.random_streams import generators_kept, numbers_kept, random_streams_kept, seed_streams
 from lightning_grad.utilities.precision import loss_scale
 
+_SMALLER = 2**4  # factor by which a loss scale that overflows is reduced
 _TRIES = 8  # number of batches to try until one has a loss
 Forget = Sequence[int] | Callable[[Any], Any]
+
+
+def checked_forget(forget: Forget) -> list[int] | Callable[[Any], Any]:
+    """Return the indices as a list, or the function.
+
+    Raises:
+        ValueError: If there are no indices, or one is negative.
+    """
+    if callable(forget):
+        return forget
+    if not len(forget) or min(forget) < 0:
+        found = f"{min(forget)}" if len(forget) else "an empty list"
+        raise ValueError(f"forget must hold at least one index of a sample, counted from 0; got {found}.")
+    return list(forget)
 
 
 def forget_indices(forget: Forget, trainer: pl.Trainer, training_set: TrainingSet, display_name: str) -> Tensor:
@@ -120,21 +135,29 @@ class ForgetPass:
         trainer, size = self._trainer, self._training_set.sampler.batch_size
         mine = forget[trainer.global_rank :: trainer.world_size].tolist()
         chunks = [mine[start : start + size] for start in range(0, len(mine), size)]
+        scale = loss_scale(trainer, trainer.strategy.root_device)  # fp16 would underflow
+        while True:
+            sums = self._sums(chunks, parameters, scale / len(forget))
+            largest = torch.stack([each.abs().max() for each in sums if each.numel()]).max()
+            if 0 < float(largest) < float("inf"):
+                return sums
+            if largest == 0 or scale <= 1:
+                raise ValueError(
+                    f"{self._asked.display_name} finds the salient weights by the gradient of the loss of the samples to "
+                    f"forget, but its largest entry is {float(largest):g}. Start from a model whose loss on these samples "
+                    "is finite and not 0."
+                )
+            scale = scale / _SMALLER
+
+    def _sums(self, chunks: list[list[int]], parameters: Sequence[Tensor], scale: float | Tensor) -> list[Tensor]:
+        """Return the gradients of the sum of the losses of all ranks' samples, times a factor."""
         sums = [torch.zeros_like(parameter, requires_grad=False) for parameter in parameters]
         with self.batches(chunks) as batches, torch.enable_grad():
             for chunk, batch in zip(chunks, batches, strict=True):
                 loss = None if batch is None else loss_of_output(self._runner(batch)())
                 if loss is None:
                     continue
-                scaled = loss * (len(chunk) / len(forget)) * loss_scale(trainer, loss.device)  # fp16 would underflow
+                scaled = loss * len(chunk) * scale
                 found = torch.autograd.grad(scaled, parameters, allow_unused=True, materialize_grads=True)
                 torch._foreach_add_(sums, found)
-        sums = [sum_over_ranks(trainer, each) for each in sums]
-        largest = torch.stack([each.abs().max() for each in sums if each.numel()]).max()
-        if not 0 < float(largest) < float("inf"):
-            raise ValueError(
-                f"{self._asked.display_name} finds the salient weights by the gradient of the loss of the samples to "
-                f"forget, but its largest entry is {float(largest):g}. Start from a model whose loss on these samples "
-                "is finite and not 0."
-            )
-        return sums
+        return [sum_over_ranks(self._trainer, each) for each in sums]

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_grad.callbacks.fine_tuning._forget_set import ForgetPass, forget_indices
+from lightning_grad.callbacks.fine_tuning._forget_set import ForgetPass, checked_forget, forget_indices
+from lightning_grad.callbacks.fine_tuning._held_weights import HeldWeights
 from lightning_grad.callbacks.fine_tuning._relabeling import RELABEL, BatchFunction, Labels, Relabel, find_labels
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
@@ -18,6 +19,7 @@ from lightning_grad.core import (
     Compatibility,
     LossRequest,
     OptimizerCallback,
+    SubsetCallback,
     TrainingSet,
     WrapOrder,
     during_fit,
@@ -28,17 +30,14 @@ from lightning_grad.core import (
     sum_over_ranks,
     until_next_fit,
     wrap_method,
-    yes,
 )
 from lightning_grad.core.losses.rehearsal import Rehearsal
-from lightning_grad.core.views.portable import pack_bits, unpack_bits
+from lightning_grad.core.views.portable import pack_bits
 from lightning_grad.data.fingerprints import Fingerprint
 from lightning_grad.functional import LossCapture, saliency_masks
-from lightning_grad.functional.plain_tensors import plain_tensor
 from lightning_grad.utilities.checks import check_count, check_ratio, refuse_dataloader_iter
 from lightning_grad.utilities.parameters import all_names
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _NAMES_SAMPLES = "the mask and the labels belong to the samples to forget"
 
 
@@ -102,8 +101,9 @@ class SaliencyUnlearning(OptimizerCallback):
 
     namespace: ClassVar[str] = "unlearning"
     moves_weights: ClassVar[bool] = True
+    holds_weights: ClassVar[bool] = True
     compatibility: ClassVar[Compatibility] = OptimizerCallback.compatibility.but(
-        ddp=yes("With every sampler of `torch.utils.data`. Each rank finds its own samples in its batches."),
+        ddp=SubsetCallback.compatibility.ddp,
         sparse_gradients=no(
             "masks single entries of gradients, and {} makes them sparse", "Set sparse=False in {value}"
         ),
@@ -116,6 +116,7 @@ class SaliencyUnlearning(OptimizerCallback):
     fixed_settings: ClassVar[Mapping[str, str]] = {
         "forget": _NAMES_SAMPLES,
         "keep": "the mask has this share",
+        "num_classes": "the labels are drawn from so many",
         "seed": "the labels are drawn from it",
     }
     trial: ClassVar[Mapping[str, Any]] = {"forget": [0, 1, 2, 3]}
@@ -130,8 +131,7 @@ class SaliencyUnlearning(OptimizerCallback):
     _training_set = during_fit[TrainingSet]()
     _relabel = during_fit[BatchFunction | Labels]()
     _forgotten = during_fit.of(set[int])
-    # By id of the parameter: where it trains, and its bits, which are 0 where it trains.
-    _fixed = during_fit.of(dict[int, tuple[Tensor, Tensor]])
+    _held = during_fit[HeldWeights]()
     _indices = during_fit.of(list[int])
 
     def __init__(
@@ -144,7 +144,7 @@ class SaliencyUnlearning(OptimizerCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.forget = forget if callable(forget) else _checked(forget)
+        self.forget = checked_forget(forget)
         self.keep = check_ratio(keep, "keep")
         self.relabel = relabel
         self.num_classes = check_count(num_classes, 2, "num_classes")
@@ -223,6 +223,11 @@ class SaliencyUnlearning(OptimizerCallback):
                 f"{self.display_name} draws another label for each sample, but the loss does not show the number of "
                 "classes. Set num_classes."
             )
+        if found.num_classes is not None and number > found.num_classes:
+            raise ValueError(
+                f"{self.display_name}: num_classes must be at most {found.num_classes}, the number of outputs that the loss "
+                f"compares with a label; got {number}."
+            )
         draws = torch.rand(self._training_set.sampler.total, generator=torch.Generator().manual_seed(self.seed))
         return Labels(found.path, number, found.is_target, draws, self.display_name)
 
@@ -233,16 +238,11 @@ class SaliencyUnlearning(OptimizerCallback):
             gradients = looks.gradients(forget, list(parameters.values()))
             masks = dict(zip(parameters, saliency_masks(gradients, self.keep), strict=True))
             self._masks = {names[key][0]: pack_bits(mask) for key, mask in masks.items()}
-        share = [0, 0]
-        for key, parameter in parameters.items():
-            packed = self._masks.get(names[key][0])
-            if packed is None:  # it did not train when the mask was made
-                continue
-            mask = unpack_bits(packed, parameter)
-            share = [share[0] + int(mask.sum()), share[1] + mask.numel()]
-            self._fixed[key] = mask, as_bits(parameter) * ~mask
+        packed = {key: self._masks.get(names[key][0]) for key in parameters}
+        masks = {key: mask for key, mask in packed.items() if mask is not None}  # others did not train when it was made
+        self._held = HeldWeights(list(masks.values()), [parameters[key] for key in masks])
         total = len(self._training_set.sampler.population)
-        self.say(f"forgets {len(forget)} of {total} samples, and trains {share[0] / share[1]:.1%} of the weights")
+        self.say(f"forgets {len(forget)} of {total} samples, and trains {self._held.share:.1%} of the weights")
 
     # One training step.
 
@@ -292,19 +292,11 @@ class SaliencyUnlearning(OptimizerCallback):
 
     @override
     def before_update(self, index: int, optimizer: Optimizer) -> None:
-        for parameter, mask, _ in self._held(optimizer):
-            if parameter.grad is not None:
-                as_bits(parameter.grad).mul_(mask)
+        self._held.mask_gradients(optimizer)
 
     @override
     def after_step(self, index: int, optimizer: Optimizer) -> None:
-        for parameter, mask, kept in self._held(optimizer):
-            as_bits(parameter).mul_(mask).add_(kept)
-
-    def _held(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return the parameters of an optimizer, each with its mask and the bits of what does not train."""
-        weights = [p for group in optimizer.param_groups for p in group["params"]]
-        return [(p, *self._fixed[id(p)]) for p in weights if id(p) in self._fixed]
+        self._held.restore(optimizer)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -312,23 +304,3 @@ class SaliencyUnlearning(OptimizerCallback):
         shares = {"forget_accuracy": (right, forget), "retain_accuracy": (retained, retain)}
         known = {key: part / whole for key, (part, whole) in shares.items() if whole}
         self.log_scalars(pl_module, known, sync_dist=True)
-
-
-def as_bits(tensor: Tensor) -> Tensor:
-    """Return the bits of a tensor as integers that share its memory.
-
-    Products and sums of integers are exact, also for NaN, and many times faster on a CPU than ``masked_fill_``.
-    """
-    return plain_tensor(tensor).detach().view(_INTEGERS[tensor.element_size()])
-
-
-def _checked(forget: Sequence[int]) -> list[int]:
-    """Return the indices as a list.
-
-    Raises:
-        ValueError: If there are none, or one is negative.
-    """
-    if not len(forget) or min(forget) < 0:
-        found = f"{min(forget)}" if len(forget) else "an empty list"
-        raise ValueError(f"forget must hold at least one index of a sample, counted from 0; got {found}.")
-    return list(forget)

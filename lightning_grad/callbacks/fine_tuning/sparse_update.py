@@ -1,6 +1,7 @@
 """Fine-tuning of the layers that fit into a memory budget, as a callback.
 
-The choice is a function in ``functional/fine_tuning/layer_choice.py``; ``_layer_meter.py`` measures what it needs to know.
+The choice is a function in ``functional/fine_tuning/layer_choice.py``; ``_layer_meter.py`` measures what it needs to know, and
+``_budget.py`` measures what it chose.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from typing_extensions import override
 
+from lightning_grad.callbacks.fine_tuning._budget import WAY_OUT, Budget, in_bytes
 from lightning_grad.callbacks.fine_tuning._layer_meter import LayerMeter, first_step
 from lightning_grad.core import (
     WHOLE_WEIGHTS,
@@ -26,18 +28,15 @@ from lightning_grad.core import (
     until_next_fit,
     wrap_method,
 )
-from lightning_grad.functional import LayerMemory, choose_layers
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.fine_tuning.layer_choice import RULES, LayerRule
-from lightning_grad.utilities.checks import check_at_least, owned_ids
+from lightning_grad.utilities.checks import check_at_least, check_finite, owned_ids
 from lightning_grad.utilities.optimizer_report import optimizer_report
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, named_owners
-from lightning_grad.utilities.reporting import counted, format_table, log_many
+from lightning_grad.utilities.reporting import counted, log_many
 
 _FIXED = "the state of the optimizer belongs to the layers that were chosen"
 _SMALL = 1024  # bytes of state that do not matter, such as step counts
-_TRIES = 8
-_WAY_OUT = "Set layers= to the names of the layers, without budget="
 
 
 class SparseUpdate(GradCallback):
@@ -108,7 +107,7 @@ class SparseUpdate(GradCallback):
 
     namespace: ClassVar[str] = "fine_tuning"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
-        **manual(no("runs training_step before training, which under {} steps the optimizers", _WAY_OUT)),
+        **manual(no("runs training_step before training, which under {} steps the optimizers", WAY_OUT)),
         **WHOLE_WEIGHTS,
     )
     fixed_settings: ClassVar[Mapping[str, str]] = dict.fromkeys(("budget", "layers", "exclude", "rule", "seed"), _FIXED)
@@ -134,7 +133,7 @@ class SparseUpdate(GradCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self.budget = budget
+        self.budget = None if budget is None else check_finite(budget, "budget")
         self.layers = as_names(layers)
         self.exclude = as_names(exclude)
         self.rule = rule
@@ -230,50 +229,17 @@ class SparseUpdate(GradCallback):
             trainable = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
             meter = LayerMeter(pl_module, layers, trainable, run, self.state)
             measured, dense = meter.measure()
-            budget = self.budget * dense if self.budget <= 1 else self.budget
-            if self.layers is not None:
-                chosen = list(layers)
-                if (needed := meter.needed(chosen)) > budget:
-                    raise ValueError(
-                        f"{self.display_name}: the listed layers need {_in_bytes(needed)}, and the budget is "
-                        f"{_in_bytes(budget)}. List fewer layers, or set budget={needed} or more."
-                    )
-            else:
-                chosen = self._choice(meter, measured, budget)
+            limit = self.budget * dense if self.budget <= 1 else self.budget
+            budget = Budget(meter, measured, limit, self.display_name)
+            chosen = budget.choose(self.rule, self.seed) if self.layers is None else budget.check(list(layers))
             gradient, state = meter.weight_bytes(chosen)
             saved = meter.saved_bytes(chosen)
         needed = gradient + state + saved
         self.memory = {
-            "budget": int(budget), "needed": needed, "dense": dense, "gradient": gradient, "state": state, "saved": saved
+            "budget": int(limit), "needed": needed, "dense": dense, "gradient": gradient, "state": state, "saved": saved
         }  # fmt: skip
-        rank_zero_info(_table(measured, chosen))
+        rank_zero_info(budget.table(chosen))
         return chosen
-
-    def _choice(self, meter: LayerMeter, measured: Sequence[LayerMemory], budget: float) -> list[str]:
-        """Return the layers that fit. What the rule chooses is measured, and chosen again if it needs more."""
-        if not measured:
-            raise ValueError(
-                f"{self.display_name} found no layer with a finite gradient that is not zero in the first batch. {_WAY_OUT}."
-            )
-        aim = budget
-        for _ in range(_TRIES):
-            chosen = [layer.name for layer in choose_layers(measured, aim, self.rule, self.seed)]
-            needed = meter.needed(chosen)
-            if needed <= budget:
-                break
-            aim = min(aim - (needed - budget), 0.99 * aim)  # the estimate of the rule was too low
-        if chosen and needed <= budget:
-            return chosen
-        ends = {"first": measured[:1], "last": measured[-1:]}
-        needs = {layer.name: meter.needed([layer.name]) for layer in ends.get(self.rule, _cheapest(measured))}
-        smallest = min(needs, key=needs.__getitem__)
-        if needs[smallest] <= budget:
-            return [smallest]
-        raise ValueError(
-            f"{self.display_name}: the budget of {_in_bytes(budget)} is below what the "
-            f"{self.rule if self.rule in ends else 'smallest'} layer needs: {smallest or 'the module itself'!r} needs "
-            f"{_in_bytes(needs[smallest])}. Set budget={needs[smallest]} or more, or use smaller batches."
-        )
 
     def _refuse_missing(self, pl_module: pl.LightningModule, inner: Callable[..., Any], trainer: pl.Trainer) -> None:
         """Refuse a chosen parameter that is in no optimizer, before DDP and the training see it."""
@@ -291,7 +257,7 @@ class SparseUpdate(GradCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         fits = ""
         if self.memory:
-            needed, budget, dense = (_in_bytes(self.memory[key]) for key in ("needed", "budget", "dense"))
+            needed, budget, dense = (in_bytes(self.memory[key]) for key in ("needed", "budget", "dense"))
             fits = f", in {needed} of a budget of {budget}; all layers need {dense}"
         if self._trains_all:
             fits = "; a budget of 1.0 freezes nothing"
@@ -301,9 +267,7 @@ class SparseUpdate(GradCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for parameter in self._put_aside:
-            for (
-                optimizer
-            ) in trainer.optimizers:  # Adagrad makes a state at once, and the state may be that of a dense run
+            for optimizer in trainer.optimizers:  # Adagrad makes a state at once, and it may be that of a dense run
                 optimizer.state.pop(parameter, None)
 
     @override
@@ -318,8 +282,8 @@ class SparseUpdate(GradCallback):
         counted_state = self.memory.get("state", 0)
         if self.memory and state > 1.05 * counted_state + _SMALL:
             rank_zero_warn(
-                f"{self.display_name} counted {_in_bytes(counted_state)} of optimizer state, but the optimizer holds "
-                f"{_in_bytes(state)}, so training may need more than the budget. Set "
+                f"{self.display_name} counted {in_bytes(counted_state)} of optimizer state, but the optimizer holds "
+                f"{in_bytes(state)}, so training may need more than the budget. Set "
                 f"state={self.state * state / max(1, counted_state):.1f}."
             )
 
@@ -328,26 +292,3 @@ def trained_share(module: nn.Module) -> float:
     """Return the share of a module's weights that require a gradient."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     return sum(size for size, trains in sizes if trains) / max(1, sum(size for size, _ in sizes))
-
-
-def _cheapest(measured: Sequence[LayerMemory]) -> list[LayerMemory]:
-    return sorted(measured, key=lambda layer: layer.own + layer.path)[:3]
-
-
-def _table(measured: Sequence[LayerMemory], chosen: Sequence[str]) -> str:
-    rows = [
-        [
-            each.name or "(module)",
-            f"{each.gain:.3g}",
-            _in_bytes(each.own),
-            _in_bytes(each.path),
-            "trains" if each.name in chosen else "-",
-        ]
-        for each in measured
-    ]
-    more = f"\n... and {len(rows) - 24} more" if len(rows) > 24 else ""
-    return format_table(rows[:24], ["layer", "gain", "own bytes", "path", ""]) + more
-
-
-def _in_bytes(count: float) -> str:
-    return f"{count / 1e6:,.3f} MB" if count >= 1e4 else f"{int(count):,} bytes"

@@ -107,10 +107,8 @@ class TrainedScales:
             f"rounds {counted(len(self.names), 'weight')} to {bits} bits, and trains their scales without backward"
         )
         if ungrouped:
-            self.words += (
-                f". Groups of {group_size} do not fit into the channels of {listed(ungrouped, 3)}, which have one "
-            )
-            self.words += "scale each"
+            names = listed(ungrouped, 3)
+            self.words += f". Groups of {group_size} do not fit into the channels of {names}, which have one scale each"
 
     @property
     def ids(self) -> set[int]:

@@ -147,8 +147,8 @@ class TrainingSet:
         if self._trainer.world_size > 1 and not sampler.shares_are_known:
             raise TypeError(
                 f"{self._needed_by} does not know which samples each of the {self._trainer.world_size} ranks draws "
-                f"from {type(original).__name__}({type(sampler.sampler).__name__}). Use a sampler of "
-                "torch.utils.data, or one process."
+                f"from {type(original).__name__}({type(sampler.sampler).__name__}). Use shuffle=True "
+                "or False, a DistributedSampler, or one process."
             )
         if self._sampler is None:
             known = [getattr(self._trainer, name, None) for name in ("lightning_module", "datamodule")]

@@ -157,6 +157,11 @@ def test_a_frozen_batchnorm_follows_the_data_unless_the_module_keeps_it() -> Non
     assert torch.equal(kept.backbone[1].running_mean, fresh.backbone[1].running_mean)
 
 
+def test_a_budget_is_finite() -> None:
+    with pytest.raises(ValueError, match="budget must be finite; got inf"):
+        SparseUpdate(float("inf"))
+
+
 def test_the_budget_may_be_bytes_and_below_the_smallest_layer_it_says_what_is_needed() -> None:
     with pytest.raises(ValueError, match=r"of 100 bytes is below what the smallest layer needs: '(.*)' needs") as error:
         fit(SparseUpdate(100))
