@@ -20,7 +20,6 @@ from lightning_grad.core.views.adapted_layer import Adapter, adapters_of
 from lightning_grad.core.views.portable import wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_choice import FoundWeight, found_weights, replaced_weights
 from lightning_grad.core.views.weight_view import WeightView
-from lightning_grad.utilities.adapters import digest_of
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, clean_name, matches, named_owners
 from lightning_grad.utilities.reporting import counted, format_table
@@ -73,7 +72,6 @@ class AdapterCallback(GradCallback, Generic[A]):
     """The adapters, in module order."""
     _after = until_next_fit.of(dict[str, dict[str, Any]])  # states of the adapters after the fit
     restored = until_next_fit[Mapping[str, Any]](lambda _: {})
-    _digests = until_next_fit.of(dict[str, str]).saved()  # of the weights before anything changed them
     _others = until_next_fit.of(list[str]).saved()  # what else the fit can change: trained parameters and buffers
     _frozen = during_fit.of(dict[nn.Parameter, bool])  # what requires_grad was
 
@@ -150,6 +148,8 @@ class AdapterCallback(GradCallback, Generic[A]):
         given = {"include": self.include, "exclude": self.exclude, "also_train": self.also_train}
         check_patterns(pl_module, self.display_name, **given)
         waits = _has_finetuning(trainer)
+        if not waits:
+            self._refuse_frozen(trainer, pl_module)
         found, skipped = self._choose(trainer, pl_module, waits)
         chosen, others = self.select(trainer, found)
         skipped += others
@@ -158,8 +158,6 @@ class AdapterCallback(GradCallback, Generic[A]):
         for adapter in chosen:
             was_trained = self._was_trained(trainer, adapter.frozen)
             self._frozen[adapter.frozen] = was_trained
-            if clean_name(adapter.name) not in self._digests:
-                self._digests[clean_name(adapter.name)] = digest_of(adapter.frozen)
             # Removed after callbacks have saved, so checkpoints after an exception hold merged weights too.
             self.undo_after_saving.push(adapter.detach)
             adapter.attach()
@@ -242,6 +240,17 @@ class AdapterCallback(GradCallback, Generic[A]):
         trained -= {id(parameter) for parameter in self._frozen}
         self._others = sorted(names[key][0] for key in trained if key not in own)
         self._others += [clean_name(name) for name in _persistent_buffers(pl_module)]
+
+    def _refuse_frozen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if all that a pattern of ``also_train`` matches is frozen, so it would not train."""
+        names = all_names(pl_module)
+        for pattern in self.also_train or []:
+            matched = [p for p in pl_module.parameters() if matches(names[id(p)], [pattern])]
+            if not any(self._was_trained(trainer, parameter) for parameter in matched):
+                raise ValueError(
+                    f"{self.display_name}(also_train=...): the module has frozen {pattern!r}. Call requires_grad_(True) on it "
+                    "before the fit, or remove it from also_train."
+                )
 
     def _unfreeze(self) -> None:
         for parameter, was in self._frozen.items():

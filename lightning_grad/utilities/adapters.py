@@ -53,21 +53,18 @@ def save_adapters(checkpoint: _Path | Mapping[str, Any], path: _Path) -> None:
             "The checkpoint has no adapters. Use one that a fit with LoRA has saved, without save_weights_only=True."
         )
     weights = {clean_name(name): value for name, value in found["state_dict"].items()}
-    adapters = {
-        name: _factors(name, each, state["digests"]) for state in states for name, each in state["adapters"].items()
-    }
+    adapters = {name: _factors(name, each) for state in states for name, each in state["adapters"].items()}
     others = {name: weights[name] for state in states for name in state["others"] if name in weights}
     torch.save({"format": _FORMAT, "adapters": adapters, "others": others}, path)
 
 
-def _factors(name: str, state: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+def _factors(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     if "lora_A" not in state:
         raise ValueError(f"The adapter of {name!r} is not low-rank, so it is not smaller than the weight itself.")
     a, b = state["lora_A"], state["lora_B"]
     if "lora_A_start" in state:  # the pretrained weight was shifted by the product that the run started with
         a, b = torch.cat([a, state["lora_A_start"]]), torch.cat([b, -state["lora_B_start"]], dim=1)
-    rest = {"scale": state["scale"], "is_transposed": state["is_transposed"], "digest": digests[name]}
-    return {"a": a.clone(), "b": b.clone(), **rest}
+    return {"a": a.clone(), "b": b.clone(), **{key: state[key] for key in ("scale", "is_transposed", "digest")}}
 
 
 def load_adapters(module: nn.Module, path: _Path) -> None:

@@ -85,14 +85,14 @@ class LowRankAdapter(Adapter):
 
     @functools.cached_property
     def _size(self) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(self.frozen.detach(), dtype=torch.float32)
+        size: Tensor = torch.linalg.vector_norm(_at_least_float32(self.frozen.detach()))
         return size
 
     @torch.no_grad()
     def relative_change(self) -> Tensor:
         """Return the norm of the change since the start of the run, relative to that of the weight."""
         a, b = self.factors()
-        norm: Tensor = self.scale * lora_norm(a.float(), b.float())
+        norm: Tensor = self.scale * lora_norm(_at_least_float32(a), _at_least_float32(b))
         return norm / self._size
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +102,12 @@ class LowRankAdapter(Adapter):
             return a, b
         first_a, first_b = (value.to(a) for value in self._origin.values())
         return torch.cat([a, first_a]), torch.cat([b, -first_b], dim=1)
+
+    @override
+    def start_again(self) -> None:
+        super().start_again()
+        self._origin = {}
+        self.__dict__.pop("_size", None)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -114,3 +120,7 @@ class LowRankAdapter(Adapter):
 
     def __str__(self) -> str:
         return f"rank {self.rank}"
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -37,7 +37,6 @@ from lightning_grad.utilities.checks import check_finite
 from lightning_grad.utilities.parameters import clean_name
 
 Init = Literal["default", "ga"]
-_DEFAULT = "use init='default'"
 
 
 class LoRA(AdapterCallback[LowRankAdapter]):
@@ -207,7 +206,7 @@ class LoRA(AdapterCallback[LowRankAdapter]):
     def _gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
         """Return the sum over batches and ranks of the gradients of all adapted weights."""
         ranks, size = trainer.world_size, loader_batch_size(trainer) or 1
-        asked = LossRequest(self.display_name, way_out=_DEFAULT)
+        asked = LossRequest(self.display_name, way_out="use init='default'")
         samples = ProbeSamples(trainer, self.init_batches * size * ranks, "train", None, None, asked, at_most=True)
         weights = [adapter.frozen for adapter in self.adapters]
         totals = [torch.zeros_like(weight) for weight in weights]
@@ -218,7 +217,7 @@ class LoRA(AdapterCallback[LowRankAdapter]):
             for module, is_training in modes.items():
                 module.training = is_training  # gradients as those of the training; the look restores buffers
             for part in look.parts():
-                _add_gradients(totals, part.run, weights, f"{self.display_name} needs it for init='ga'. {_DEFAULT}.")
+                _add_gradients(totals, part.run, weights, f"{self.display_name} needs it for init='ga'. {asked.advice}")
             return Reading()
 
         outcome = take_look(trainer, pl_module, samples, probe, {"epoch": trainer.current_epoch, "step": 0})

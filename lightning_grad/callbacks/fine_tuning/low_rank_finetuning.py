@@ -175,4 +175,5 @@ class LowRankFinetuning(AdapterCallback[FactoredWeight]):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         log_many(trainer, {self.log_key(key): value for key, value in self.reductions.items()})

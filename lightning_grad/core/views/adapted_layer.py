@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_grad.core.views.weight_choice import FoundWeight
 from lightning_grad.core.views.weight_view import ADAPTERS
+from lightning_grad.utilities.adapters import digest_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -49,6 +50,7 @@ class Adapter:
         self._is_attached = False
         self._shows_frozen = False
         self._inference: Tensor | None = None
+        self.digest = ""  # of the weight that the adapter started from
 
     def start(self) -> Mapping[str, Tensor]:
         """Return the initial values of the adapter's parameters by name, on the device of the weight."""
@@ -115,6 +117,7 @@ class Adapter:
     def attach(self) -> None:
         """Register the parameters on the layer and replace its class."""
         values = self.start()
+        self.digest = digest_of(self.frozen)
         self._keys = {name: f"{self.found.attribute}_{name}" for name in values}
         self.own = {name: nn.Parameter(value) for name, value in values.items()}
         for name, parameter in self.own.items():
@@ -168,12 +171,32 @@ class Adapter:
         return self.frozen if self._shows_frozen else self.merged(self.frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the adapter's parameters."""
-        return {name: parameter.detach().clone() for name, parameter in self.own.items()}
+        """Return copies of the adapter's parameters, and the digest of the weight that it started from."""
+        return {"digest": self.digest, **{name: value.detach().clone() for name, value in self.own.items()}}
+
+    def before_loading(self) -> None:
+        """Allocate the frozen weight again, so a state dict fits in."""
+        if not self.keeps_weight:
+            self.frozen.data = self.frozen.new_empty(self.shape)
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        """Start from a weight that was loaded during the fit, so the layer computes with what was loaded.
+
+        When a run resumes, the adapter's own state is loaded afterwards.
+        """
+        for name, value in self.start().items():
+            self.own[name].copy_(value)
+        self.digest = digest_of(self.frozen)
+        if self._inference is not None:
+            self._inference = self.stored(self.frozen.detach())
+        if not self.keeps_weight:
+            self.frozen.data = self.frozen.new_empty(0)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
+        self.digest = state["digest"]
         for name, parameter in self.own.items():
             parameter.copy_(state[name])
 
@@ -258,7 +281,13 @@ def _adapted_class(base: type[nn.Module], attributes: frozenset[str], calls: boo
     ) -> None:
         own: set[str] = set().union(*(adapter.own_keys(prefix) for adapter in self.__dict__[ADAPTERS].values()))
         found: list[str] = []
+        adapters = self.__dict__[ADAPTERS].items()
+        loaded = [adapter for name, adapter in adapters if prefix + name in state_dict]
+        for adapter in loaded:
+            adapter.before_loading()
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, found, *rest)
+        for adapter in loaded:
+            adapter.start_again()
         missing += [key for key in found if key not in own]
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +18,7 @@ from lightning_grad.callbacks import (
     LearnedRounding,
     Lookahead,
     LoRA,
+    LowRankFinetuning,
     NMSparsity,
     QuantizationAwareTraining,
     ZerothOrder,
@@ -535,6 +536,17 @@ def test_frozen_layers_are_adapted_if_named() -> None:
     assert not any(p.requires_grad for p in module.backbone.parameters())
 
 
+def test_what_trains_too_must_not_be_frozen() -> None:
+    module = Net()
+    module.head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"LoRA\(also_train=...\): the module has frozen 'head'\. Call requires_grad_"):
+        run(LoRA(2, also_train=["backbone.0", "head"]), module=module)
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
+    module.head.bias.requires_grad_(True)
+    run(LoRA(2, also_train=["head"]), module=module)
+    assert not torch.equal(module.head.bias, Net().head.bias)
+
+
 def test_two_instances_on_one_layer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"both choose head\.weight"):
         run(LoRA(2), LoRA(2, include=["head"], name="head"))
@@ -657,6 +669,47 @@ def test_an_exception_leaves_the_trained_weights() -> None:
     assert torch.equal(module.eval()(X), stop.logits)
     assert type(module.head) is nn.Linear
     assert not torch.equal(module.head.weight, Net().head.weight)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_other_precisions_validate_what_they_save(precision: Any, tmp_path: Any) -> None:
+    saving = ModelCheckpoint(tmp_path, "last")
+    module = run(LoRA(2, init="ga"), saving, precision=precision, log_every_n_steps=1)
+    weights = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    plain = Net().to(weights["head.weight"].dtype).eval()
+    plain.load_state_dict(weights)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        assert torch.equal(plain(X[-BATCH:].to(plain.head.weight)), module.validated[-1])
+
+
+@pytest.mark.parametrize(
+    ("technique", "limit"), [(LoRA(2), 0.0), (LoRA(2, init="ga"), 0.0), (LowRankFinetuning(0.6), 1e-5)], ids=str
+)
+def test_weights_that_are_loaded_in_a_fit_are_those_of_the_module(technique: Any, limit: float) -> None:
+    class LoadsBest(Net):
+        best: Any
+
+        def on_validation_end(self) -> None:
+            if self.trainer.current_epoch == 0:
+                self.best = copy.deepcopy(dict(self.state_dict()))
+
+        def on_train_end(self) -> None:
+            self.load_state_dict(self.best)
+            assert_close(self.state_dict(), self.best)
+
+    def assert_close(found: Any, expected: Any) -> None:
+        assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) <= limit
+
+    module = run(technique, module=LoadsBest(), max_epochs=2)
+    assert_close(module.state_dict(), module.best)
+
+
+@pytest.mark.parametrize("technique", [LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
+def test_a_search_of_the_learning_rate_leaves_the_adapters(technique: Any, tmp_path: Any) -> None:
+    search = LearningRateFinder(num_training_steps=4, update_attr=False)
+    first = run(technique)
+    second = run(search, copy.deepcopy(technique), ModelCheckpoint(tmp_path), default_root_dir=tmp_path)
+    assert_identical(dict(first.state_dict()), dict(second.state_dict()))
 
 
 def test_a_checkpoint_after_the_fit_cannot_be_resumed(tmp_path: Any) -> None:
