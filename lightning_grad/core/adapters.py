@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning.pytorch as pl
@@ -165,7 +166,7 @@ class AdapterCallback(GradCallback, Generic[A]):
             for parameter in adapter.own.values():
                 parameter.requires_grad_(was_trained or not waits)
         self._freeze(trainer, pl_module)
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self._views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, partial(self._views, pl_module)))
         self.undo_after_saving.push(self._keep_states)
         self._load()
         rows = [[clean_name(a.name), "x".join(map(str, a.shape)), str(a)] for a in self.adapters]
@@ -262,9 +263,10 @@ class AdapterCallback(GradCallback, Generic[A]):
     def _states(self) -> dict[str, dict[str, Any]]:
         return {clean_name(adapter.name): adapter.state_dict() for adapter in self.adapters}
 
-    def _views(self) -> dict[str, tuple[Tensor, WeightView]]:
-        kept = [adapter for adapter in self.adapters if adapter.keeps_weight]
-        return {adapter.name: (adapter.frozen.detach(), adapter) for adapter in kept}
+    def _views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, WeightView]]:
+        kept = {id(adapter.frozen): adapter for adapter in self.adapters if adapter.keeps_weight}
+        named = pl_module.named_parameters(remove_duplicate=False)  # a layer that is used twice has two names
+        return {name: (p.detach(), kept[id(p)]) for name, p in named if id(p) in kept}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -704,6 +704,24 @@ def test_weights_that_are_loaded_in_a_fit_are_those_of_the_module(technique: Any
     assert_close(module.state_dict(), module.best)
 
 
+@pytest.mark.parametrize("technique", [LoRA(2), LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
+def test_a_layer_that_is_used_twice_resumes_exactly(technique: Any, tmp_path: Any) -> None:
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.backbone[3]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.again(self.backbone(x)))
+
+    def parts(folder: Any) -> Any:
+        return copy.deepcopy(technique), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+
+    whole = run(*parts(tmp_path), module=Twice())
+    again = run(*parts(tmp_path / "again"), module=Twice(), ckpt=tmp_path / "epoch=0.ckpt")
+    assert_identical(dict(whole.state_dict()), dict(again.state_dict()))
+
+
 @pytest.mark.parametrize("technique", [LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
 def test_a_search_of_the_learning_rate_leaves_the_adapters(technique: Any, tmp_path: Any) -> None:
     search = LearningRateFinder(num_training_steps=4, update_attr=False)
