@@ -41,7 +41,7 @@ class AdapterCallback(GradCallback, Generic[A]):
     find their parameters. Validation runs with the merged weights. Checkpoints hold the merged
     weights under the plain keys; the state of this callback holds the adapters, and the frozen weights
     bit for bit. When the fit ends for any reason, the module has its own class and keys and the
-    merged weights.
+    merged weights. Weights that are loaded during the fit replace the frozen ones, and their adapters start again.
 
     A layer that a finetuning callback of Lightning has frozen gets a frozen adapter, which trains
     when that callback unfreezes the layer. Its weight stays frozen.

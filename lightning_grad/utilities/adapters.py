@@ -71,7 +71,9 @@ def load_adapters(module: nn.Module, path: _Path) -> None:
     """Merge a file of adapters into the pretrained module that they were trained on, in place.
 
     With ``init="default"``, the weights are then bitwise those of the checkpoint that the file is from; with "ga", up to
-    rounding, because the run trained on shifted weights. Nothing is changed if anything does not fit.
+    rounding, because the run trained on shifted weights. After a run that converted the module (``precision="bf16-true"``),
+    the module must have the type that it had before, and the weights differ by the rounding of that type.
+    Nothing is changed if anything does not fit.
 
     Args:
         module: Module with the pretrained weights and the names of the one that was trained, usually the LightningModule.

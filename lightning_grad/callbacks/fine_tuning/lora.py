@@ -72,9 +72,9 @@ class LoRA(AdapterCallback[LowRankAdapter]):
 
     Raises:
         ValueError: In the constructor for impossible numbers. Before the first batch if no weight can
-            be adapted, a name matches nothing, an adapter is in no optimizer, another technique changes
-            the same weight, under FSDP or DeepSpeed, or if weights are averaged. With "ga" under manual
-            optimization.
+            be adapted, a name matches nothing, all that a name in ``also_train`` matches is frozen, an adapter is in
+            no optimizer, another technique changes the same weight, under FSDP or DeepSpeed, or if weights are
+            averaged. With "ga" under manual optimization.
         TypeError: Before the first batch if init="ga" and the training data has no indices.
 
     **Hooks.** The strategy's ``setup`` inserts the adapters, before DDP and ``configure_optimizers``.
@@ -213,7 +213,10 @@ class LoRA(AdapterCallback[LowRankAdapter]):
         modes = {module: module.training for module in pl_module.modules()}
 
         def probe(look: ProbeLook) -> Reading:
-            look.indices[:] = look.indices[trainer.global_rank :: ranks]
+            own = look.indices[trainer.global_rank :: ranks]
+            look.indices[:] = (
+                own[: len(own) // look.batch_size * look.batch_size] or own
+            )  # full batches, if there are any
             for module, is_training in modes.items():
                 module.training = is_training  # gradients as those of the training; the look restores buffers
             for part in look.parts():

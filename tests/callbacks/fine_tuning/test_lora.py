@@ -298,6 +298,14 @@ def test_a_rank_that_does_not_fit_is_lowered_and_named(init: Any, rank: int, wor
     assert len(factors.first["backbone.3.weight_lora_A"]) == rank
 
 
+def test_ga_uses_full_batches_only() -> None:
+    """Here the last batch would have one sample, of which BatchNorm has no variance."""
+    data = TensorDataset(X[: 2 * BATCH + 1], Y[: 2 * BATCH + 1])
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga")], max_epochs=1)
+    trainer.fit(Net(), DataLoader(data, BATCH, drop_last=True))
+    assert trainer.global_step == 2
+
+
 def test_layers_that_no_batch_reaches_start_as_usual() -> None:
     module = Net()
     module.unused = nn.Linear(4, 4)
