@@ -126,8 +126,7 @@ class Adapter:
         self.frozen.requires_grad_(False)
         self._is_attached = True
         _set_class(self.layer)
-        if not self.keeps_weight:
-            self.frozen.data = self.frozen.new_empty(0)
+        self.free()
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -174,10 +173,15 @@ class Adapter:
         """Return copies of the adapter's parameters, and the digest of the weight that it started from."""
         return {"digest": self.digest, **{name: value.detach().clone() for name, value in self.own.items()}}
 
-    def before_loading(self) -> None:
-        """Allocate the frozen weight again, so a state dict fits in."""
+    def allocate(self) -> None:
+        """Allocate the frozen weight again, so weights can be loaded into it."""
         if not self.keeps_weight:
             self.frozen.data = self.frozen.new_empty(self.shape)
+
+    def free(self) -> None:
+        """Free the frozen weight if it is not kept."""
+        if not self.keeps_weight:
+            self.frozen.data = self.frozen.new_empty(0)
 
     @torch.no_grad()
     def start_again(self) -> None:
@@ -190,8 +194,6 @@ class Adapter:
         self.digest = digest_of(self.frozen)
         if self._inference is not None:
             self._inference = self.stored(self.frozen.detach())
-        if not self.keeps_weight:
-            self.frozen.data = self.frozen.new_empty(0)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -281,13 +283,13 @@ def _adapted_class(base: type[nn.Module], attributes: frozenset[str], calls: boo
     ) -> None:
         own: set[str] = set().union(*(adapter.own_keys(prefix) for adapter in self.__dict__[ADAPTERS].values()))
         found: list[str] = []
-        adapters = self.__dict__[ADAPTERS].items()
-        loaded = [adapter for name, adapter in adapters if prefix + name in state_dict]
-        for adapter in loaded:
-            adapter.before_loading()
+        for adapter in self.__dict__[ADAPTERS].values():
+            adapter.allocate()
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, found, *rest)
-        for adapter in loaded:
-            adapter.start_again()
+        for name, adapter in self.__dict__[ADAPTERS].items():
+            if getattr(state_dict.get(prefix + name), "shape", None) == adapter.shape:
+                adapter.start_again()
+            adapter.free()
         missing += [key for key in found if key not in own]
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

@@ -712,6 +712,21 @@ def test_weights_that_are_loaded_in_a_fit_are_those_of_the_module(technique: Any
     assert_close(module.state_dict(), module.best)
 
 
+@pytest.mark.parametrize("kind", [LoRA, LowRankFinetuning])
+def test_weights_that_do_not_fit_leave_the_adapters(kind: Any) -> None:
+    class LoadsWrong(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with pytest.raises(
+                RuntimeError, match=r"size mismatch for backbone\.3\.weight: .* is torch.Size\(\[16, 16\]\)"
+            ):
+                self.load_state_dict({**self.state_dict(), "backbone.3.weight": torch.zeros(2, 2)})
+            assert not self.load_state_dict({}, strict=False).unexpected_keys
+
+    expected = run(kind(include=["backbone.3"]))
+    found = run(kind(include=["backbone.3"]), module=LoadsWrong())
+    assert_identical(dict(found.state_dict()), dict(expected.state_dict()))
+
+
 @pytest.mark.parametrize("technique", [LoRA(2), LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
 def test_a_layer_that_is_used_twice_resumes_exactly(technique: Any, tmp_path: Any) -> None:
     class Twice(Net):
