@@ -119,7 +119,7 @@ class Adapter:
         values = self.start()
         self.digest = digest_of(self.frozen)
         self._keys = {name: f"{self.found.attribute}_{name}" for name in values}
-        self.own = {name: nn.Parameter(value) for name, value in values.items()}
+        self.own = {name: nn.Parameter(value.contiguous()) for name, value in values.items()}
         for name, parameter in self.own.items():
             self.layer.register_parameter(self._keys[name], parameter)
         self.layer.__dict__.setdefault(ADAPTERS, {})[self.found.attribute] = self
