@@ -24,6 +24,7 @@ from lightning_grad.core.views.weight_view import ADAPTERS
 from lightning_grad.utilities.adapters import digest_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class Adapter:
@@ -75,6 +76,22 @@ class Adapter:
             frozen: Computes the output with the frozen weight.
         """
         raise NotImplementedError(f"{type(self).__name__} must define output(x, frozen).")
+
+    def two_products(self, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the output of the layer with the weight ``second @ first``, without computing this product.
+
+        Args:
+            x: Input of the layer.
+            first: Matrix of shape (r, in), or (r, in * ...) for a kernel.
+            second: Matrix of shape (out, r).
+            bias: Bias of the layer.
+        """
+        if not self.convolves:
+            return F.linear(F.linear(x, first), second, bias)
+        layer: Any = self.layer
+        small = layer._conv_forward(x, first.view(-1, *self.shape[1:]), None)
+        ones = [1] * (len(self.shape) - 2)
+        return _CONVOLVE[len(ones) - 1](small, second.view(*second.shape, *ones), bias)
 
     @property
     def frozen(self) -> nn.Parameter:
