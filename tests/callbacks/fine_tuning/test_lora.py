@@ -306,6 +306,44 @@ def test_ga_uses_full_batches_only() -> None:
     assert trainer.global_step == 2
 
 
+class Seen(TensorDataset):
+    """Notes which samples are read."""
+
+    def __init__(self) -> None:
+        super().__init__(X, Y)
+        self.seen: list[int] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.seen.append(index)
+        return super().__getitem__(index)
+
+    __getitems__ = None  # single samples
+
+
+def test_ga_reads_random_samples() -> None:
+    """Evenly spaced ones would be of one kind if the kinds take turns."""
+    data = Seen()
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga", init_batches=1)], max_steps=1)
+    trainer.fit(Net(), DataLoader(data, BATCH))
+    first = data.seen[:BATCH]
+    assert len(set(first)) == BATCH
+    assert len({index % (len(data) // BATCH) for index in first}) > 1
+    assert max(first) >= BATCH
+
+
+def test_ga_with_a_batch_sampler_of_unknown_size() -> None:
+    class Pairs:
+        def __iter__(self) -> Any:
+            return iter([[0, 1], [2, 3], [4, 5]])
+
+        def __len__(self) -> int:
+            return 3
+
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga")], max_epochs=1)
+    trainer.fit(Net(), DataLoader(TensorDataset(X, Y), batch_sampler=Pairs()))
+    assert trainer.global_step == 3
+
+
 def test_layers_that_no_batch_reaches_start_as_usual() -> None:
     module = Net()
     module.unused = nn.Linear(4, 4)
@@ -574,6 +612,9 @@ def test_ga_needs_indices_and_one_loader() -> None:
     with pytest.raises(TypeError, match="LoRA reads samples by their index"):
         trainer.fit(Net(), DataLoader(Stream(), BATCH))
     make_trainer(callbacks=[LoRA(2)], max_epochs=1).fit(Net(), DataLoader(Stream(), BATCH))
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga")], max_epochs=1)
+    with pytest.raises(ValueError, match=r"needs a single training loader; got several\. Use init='default'"):
+        trainer.fit(Net(), {"a": loader(), "b": loader()})
 
 
 def test_an_error_in_a_step_for_ga_is_raised_with_a_note() -> None:
