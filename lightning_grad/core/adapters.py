@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import lightning.pytorch as pl
@@ -20,7 +21,6 @@ from lightning_grad.core.views.adapted_layer import Adapter, adapters_of
 from lightning_grad.core.views.portable import wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_choice import FoundWeight, found_weights, replaced_weights
 from lightning_grad.core.views.weight_view import WeightView
-from lightning_grad.utilities.adapters import digest_of
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, clean_name, matches, named_owners
 from lightning_grad.utilities.reporting import counted, format_table
@@ -41,7 +41,7 @@ class AdapterCallback(GradCallback, Generic[A]):
     find their parameters. Validation runs with the merged weights. Checkpoints hold the merged
     weights under the plain keys; the state of this callback holds the adapters, and the frozen weights
     bit for bit. When the fit ends for any reason, the module has its own class and keys and the
-    merged weights.
+    merged weights. Weights that are loaded during the fit replace the frozen ones, and their adapters start again.
 
     A layer that a finetuning callback of Lightning has frozen gets a frozen adapter, which trains
     when that callback unfreezes the layer. Its weight stays frozen.
@@ -73,7 +73,6 @@ class AdapterCallback(GradCallback, Generic[A]):
     """The adapters, in module order."""
     _after = until_next_fit.of(dict[str, dict[str, Any]])  # states of the adapters after the fit
     restored = until_next_fit[Mapping[str, Any]](lambda _: {})
-    _digests = until_next_fit.of(dict[str, str]).saved()  # of the weights before anything changed them
     _others = until_next_fit.of(list[str]).saved()  # what else the fit can change: trained parameters and buffers
     _frozen = during_fit.of(dict[nn.Parameter, bool])  # what requires_grad was
 
@@ -150,6 +149,8 @@ class AdapterCallback(GradCallback, Generic[A]):
         given = {"include": self.include, "exclude": self.exclude, "also_train": self.also_train}
         check_patterns(pl_module, self.display_name, **given)
         waits = _has_finetuning(trainer)
+        if not waits:
+            self._refuse_frozen(trainer, pl_module)
         found, skipped = self._choose(trainer, pl_module, waits)
         chosen, others = self.select(trainer, found)
         skipped += others
@@ -158,8 +159,6 @@ class AdapterCallback(GradCallback, Generic[A]):
         for adapter in chosen:
             was_trained = self._was_trained(trainer, adapter.frozen)
             self._frozen[adapter.frozen] = was_trained
-            if clean_name(adapter.name) not in self._digests:
-                self._digests[clean_name(adapter.name)] = digest_of(adapter.frozen)
             # Removed after callbacks have saved, so checkpoints after an exception hold merged weights too.
             self.undo_after_saving.push(adapter.detach)
             adapter.attach()
@@ -167,7 +166,7 @@ class AdapterCallback(GradCallback, Generic[A]):
             for parameter in adapter.own.values():
                 parameter.requires_grad_(was_trained or not waits)
         self._freeze(trainer, pl_module)
-        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, self._views))
+        self.undo_after_saving.push(wrap_saving(pl_module, self.state_key, partial(self._views, pl_module)))
         self.undo_after_saving.push(self._keep_states)
         self._load()
         rows = [[clean_name(a.name), "x".join(map(str, a.shape)), str(a)] for a in self.adapters]
@@ -243,6 +242,17 @@ class AdapterCallback(GradCallback, Generic[A]):
         self._others = sorted(names[key][0] for key in trained if key not in own)
         self._others += [clean_name(name) for name in _persistent_buffers(pl_module)]
 
+    def _refuse_frozen(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Raise if all that a pattern of ``also_train`` matches is frozen, so it would not train."""
+        names = all_names(pl_module)
+        for pattern in self.also_train or []:
+            matched = [p for p in pl_module.parameters() if matches(names[id(p)], [pattern])]
+            if not any(self._was_trained(trainer, parameter) for parameter in matched):
+                raise ValueError(
+                    f"{self.display_name}(also_train=...): the module has frozen {pattern!r}. Call requires_grad_(True) on it "
+                    "before the fit, or remove it from also_train."
+                )
+
     def _unfreeze(self) -> None:
         for parameter, was in self._frozen.items():
             parameter.requires_grad_(was)
@@ -253,9 +263,10 @@ class AdapterCallback(GradCallback, Generic[A]):
     def _states(self) -> dict[str, dict[str, Any]]:
         return {clean_name(adapter.name): adapter.state_dict() for adapter in self.adapters}
 
-    def _views(self) -> dict[str, tuple[Tensor, WeightView]]:
-        kept = [adapter for adapter in self.adapters if adapter.keeps_weight]
-        return {adapter.name: (adapter.frozen.detach(), adapter) for adapter in kept}
+    def _views(self, pl_module: pl.LightningModule) -> dict[str, tuple[Tensor, WeightView]]:
+        kept = {id(adapter.frozen): adapter for adapter in self.adapters if adapter.keeps_weight}
+        named = pl_module.named_parameters(remove_duplicate=False)  # a layer that is used twice has two names
+        return {name: (p.detach(), kept[id(p)]) for name, p in named if id(p) in kept}
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -53,28 +53,27 @@ def save_adapters(checkpoint: _Path | Mapping[str, Any], path: _Path) -> None:
             "The checkpoint has no adapters. Use one that a fit with LoRA has saved, without save_weights_only=True."
         )
     weights = {clean_name(name): value for name, value in found["state_dict"].items()}
-    adapters = {
-        name: _factors(name, each, state["digests"]) for state in states for name, each in state["adapters"].items()
-    }
+    adapters = {name: _factors(name, each) for state in states for name, each in state["adapters"].items()}
     others = {name: weights[name] for state in states for name in state["others"] if name in weights}
     torch.save({"format": _FORMAT, "adapters": adapters, "others": others}, path)
 
 
-def _factors(name: str, state: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+def _factors(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     if "lora_A" not in state:
         raise ValueError(f"The adapter of {name!r} is not low-rank, so it is not smaller than the weight itself.")
     a, b = state["lora_A"], state["lora_B"]
     if "lora_A_start" in state:  # the pretrained weight was shifted by the product that the run started with
         a, b = torch.cat([a, state["lora_A_start"]]), torch.cat([b, -state["lora_B_start"]], dim=1)
-    rest = {"scale": state["scale"], "is_transposed": state["is_transposed"], "digest": digests[name]}
-    return {"a": a.clone(), "b": b.clone(), **rest}
+    return {"a": a.clone(), "b": b.clone(), **{key: state[key] for key in ("scale", "is_transposed", "digest")}}
 
 
 def load_adapters(module: nn.Module, path: _Path) -> None:
     """Merge a file of adapters into the pretrained module that they were trained on, in place.
 
     With ``init="default"``, the weights are then bitwise those of the checkpoint that the file is from; with "ga", up to
-    rounding, because the run trained on shifted weights. Nothing is changed if anything does not fit.
+    rounding, because the run trained on shifted weights. After a run that converted the module (``precision="bf16-true"``),
+    the module must have the type that it had before, and the weights differ by the rounding of that type.
+    Nothing is changed if anything does not fit.
 
     Args:
         module: Module with the pretrained weights and the names of the one that was trained, usually the LightningModule.

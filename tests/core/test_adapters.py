@@ -84,6 +84,17 @@ def test_validation_checkpoint_and_module_have_the_same_weights(kind: Any, tmp_p
         assert torch.equal(plain.eval()(x[:8]), module.validated[0])
 
 
+def test_parameters_are_contiguous() -> None:
+    """The factors of an SVD are not, and LBFGS and fused kernels need it."""
+
+    class Note(TrainProducts):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            super().on_train_start(trainer, pl_module)
+            assert all(value.is_contiguous() for adapter in self.adapters for value in adapter.own.values())
+
+    fit([Note()], max_epochs=1)
+
+
 def test_scales_scale() -> None:
     _, module = fit([TrainScales(include=["hidden"])])
     ratio = module.hidden.weight.detach() / make_classifier().hidden.weight.detach()

@@ -145,6 +145,22 @@ def test_merging_twice_is_refused(tmp_path: Path) -> None:
         load_adapters(module, tmp_path / "adapters.pt")
 
 
+def test_adapters_of_weights_that_were_loaded_in_the_fit_belong_to_these(tmp_path: Path) -> None:
+    half = {name: value / 2 for name, value in make_classifier().state_dict().items()}
+
+    class Loads(LoRA):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.load_state_dict(half)
+
+    save_adapters(trained(tmp_path, Loads(2)), tmp_path / "adapters.pt")
+    with pytest.raises(ValueError, match="trained on another weight"):
+        load_adapters(make_classifier(), tmp_path / "adapters.pt")
+    module = make_classifier()
+    module.load_state_dict(half)
+    load_adapters(module, tmp_path / "adapters.pt")
+    assert_identical(dict(module.state_dict()), weights_in(tmp_path / "epoch=1.ckpt"))
+
+
 def test_a_checkpoint_is_no_file_of_adapters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no adapters"):
         load_adapters(make_classifier(), trained(tmp_path, LoRA(2)))

@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core import Adapter, FoundWeight
 from lightning_grad.functional import low_rank_factors
-
-_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class FactoredWeight(Adapter):
@@ -27,7 +24,6 @@ class FactoredWeight(Adapter):
 
     def __init__(self, found: FoundWeight) -> None:
         super().__init__(found)
-        self.turned = found.output_dimension() == 1
         self.singular_values = torch.linalg.svdvals(self._matrix(found.parameter.detach().float()))
         self.rank = self.full_rank
 
@@ -43,7 +39,7 @@ class FactoredWeight(Adapter):
 
     def _matrix(self, weight: Tensor) -> Tensor:
         """Return a weight as a matrix (out, in)."""
-        return weight.t() if self.turned else weight.flatten(1)
+        return weight.t() if self.is_transposed else weight.flatten(1)
 
     @override
     def start(self) -> Mapping[str, Tensor]:
@@ -55,17 +51,12 @@ class FactoredWeight(Adapter):
         return self._product(self.own["U"], self.own["V"])
 
     def _product(self, u: Tensor, v: Tensor) -> Tensor:
-        return v.t() @ u.t() if self.turned else (u @ v).view(self.shape)
+        return v.t() @ u.t() if self.is_transposed else (u @ v).view(self.shape)
 
     @override
     def output(self, x: Tensor, frozen: Callable[[Tensor], Tensor]) -> Tensor:
-        u, v = self.own["U"], self.own["V"]
         layer: Any = self.layer
-        if self.convolves:
-            small = layer._conv_forward(x, v.view(self.rank, *self.shape[1:]), None)
-            ones = [1] * (len(self.shape) - 2)
-            return _CONVOLVE[len(ones) - 1](small, u.view(*u.shape, *ones), layer.bias)
-        return F.linear(F.linear(x, v), u, layer.bias)
+        return self.two_products(x, self.own["V"], self.own["U"], layer.bias)
 
     @torch.no_grad()
     def cut_in_place(self) -> None:
@@ -76,7 +67,7 @@ class FactoredWeight(Adapter):
     @property
     def num_factors(self) -> int:
         """Number of entries of U and V."""
-        outputs = self.shape[1] if self.turned else self.shape[0]
+        outputs = self.shape[1] if self.is_transposed else self.shape[0]
         return self.rank * (outputs + self.shape.numel() // outputs)
 
     def __str__(self) -> str:

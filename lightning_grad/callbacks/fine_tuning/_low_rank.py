@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core import Adapter, FoundWeight
 from lightning_grad.functional import lora_ga_factors, lora_norm, merge_lora
-
-_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class LowRankAdapter(Adapter):
@@ -32,8 +29,6 @@ class LowRankAdapter(Adapter):
         super().__init__(found)
         self.rank = rank
         self.scale = scale
-        self.is_transposed = found.output_dimension() == 1
-        self.shape = found.parameter.shape
         self._generator = generator
         self._origin: dict[str, Tensor] = {}
 
@@ -74,25 +69,19 @@ class LowRankAdapter(Adapter):
 
     @override
     def output(self, x: Tensor, frozen: Callable[[Tensor], Tensor]) -> Tensor:
-        a, b = self.own["lora_A"], self.own["lora_B"]
-        if self.convolves:
-            layer: Any = self.layer
-            kernel = a.view(self.rank, *self.shape[1:])
-            small = layer._conv_forward(x, kernel, None)
-            ones = [1] * (len(self.shape) - 2)
-            return torch.add(frozen(x), _CONVOLVE[len(ones) - 1](small, b.view(*b.shape, *ones)), alpha=self.scale)
-        return torch.add(frozen(x), F.linear(F.linear(x, a), b), alpha=self.scale)
+        change = self.two_products(x, self.own["lora_A"], self.own["lora_B"])
+        return torch.add(frozen(x), change, alpha=self.scale)
 
     @functools.cached_property
     def _size(self) -> Tensor:
-        size: Tensor = torch.linalg.vector_norm(self.frozen.detach(), dtype=torch.float32)
+        size: Tensor = torch.linalg.vector_norm(_at_least_float32(self.frozen.detach()))
         return size
 
     @torch.no_grad()
     def relative_change(self) -> Tensor:
         """Return the norm of the change since the start of the run, relative to that of the weight."""
         a, b = self.factors()
-        norm: Tensor = self.scale * lora_norm(a.float(), b.float())
+        norm: Tensor = self.scale * lora_norm(_at_least_float32(a), _at_least_float32(b))
         return norm / self._size
 
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -102,6 +91,12 @@ class LowRankAdapter(Adapter):
             return a, b
         first_a, first_b = (value.to(a) for value in self._origin.values())
         return torch.cat([a, first_a]), torch.cat([b, -first_b], dim=1)
+
+    @override
+    def start_again(self) -> None:
+        super().start_again()
+        self._origin = {}
+        self.__dict__.pop("_size", None)
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -114,3 +109,7 @@ class LowRankAdapter(Adapter):
 
     def __str__(self) -> str:
         return f"rank {self.rank}"
+
+
+def _at_least_float32(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -32,12 +32,13 @@ from lightning_grad.core.losses.sample_losses import trained_loss
 from lightning_grad.core.probe_reading import take_look
 from lightning_grad.core.probe_samples import ProbeSamples
 from lightning_grad.core.samples.loader_batch_size import loader_batch_size
+from lightning_grad.core.samples.training_loaders import keys_of
 from lightning_grad.functional import lora_rank, lora_scale
 from lightning_grad.utilities.checks import check_finite
 from lightning_grad.utilities.parameters import clean_name
 
 Init = Literal["default", "ga"]
-_DEFAULT = "use init='default'"
+_UNKNOWN_BATCH = 8  # samples, of a loader that does not say its batch size
 
 
 class LoRA(AdapterCallback[LowRankAdapter]):
@@ -68,14 +69,14 @@ class LoRA(AdapterCallback[LowRankAdapter]):
             matrix named weight, such as Conv1D of GPT-2, except those that the module has frozen. Parameters of other
             modules need their full name.
         exclude: Names or wildcards of parameters or modules that get no adapter and stay frozen.
-        seed: Seed of the random start of A, identical on all ranks.
+        seed: Seed of the random start of A, and of the choice of samples for "ga"; identical on all ranks.
         name: Name of this instance, needed if two are used.
 
     Raises:
         ValueError: In the constructor for impossible numbers. Before the first batch if no weight can
-            be adapted, a name matches nothing, an adapter is in no optimizer, another technique changes
-            the same weight, under FSDP or DeepSpeed, or if weights are averaged. With "ga" under manual
-            optimization.
+            be adapted, a name matches nothing, all that a name in ``also_train`` matches is frozen, an adapter is in
+            no optimizer, another technique changes the same weight, under FSDP or DeepSpeed, or if weights are
+            averaged. With "ga" under manual optimization, or with several training loaders.
         TypeError: Before the first batch if init="ga" and the training data has no indices.
 
     **Hooks.** The strategy's ``setup`` inserts the adapters, before DDP and ``configure_optimizers``.
@@ -206,19 +207,26 @@ class LoRA(AdapterCallback[LowRankAdapter]):
 
     def _gradients(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Tensor]:
         """Return the sum over batches and ranks of the gradients of all adapted weights."""
-        ranks, size = trainer.world_size, loader_batch_size(trainer) or 1
-        asked = LossRequest(self.display_name, way_out=_DEFAULT)
-        samples = ProbeSamples(trainer, self.init_batches * size * ranks, "train", None, None, asked, at_most=True)
+        if len(list(keys_of(trainer.train_dataloader))) > 1:
+            raise ValueError(
+                f"{self.display_name} with init='ga' needs a single training loader; got several. Use init='default'."
+            )
+        ranks, size = trainer.world_size, loader_batch_size(trainer) or _UNKNOWN_BATCH
+        asked = LossRequest(self.display_name, way_out="use init='default'")
+        samples = ProbeSamples(trainer, 1, "train", None, None, asked, at_most=True)
         weights = [adapter.frozen for adapter in self.adapters]
         totals = [torch.zeros_like(weight) for weight in weights]
         modes = {module: module.training for module in pl_module.modules()}
 
         def probe(look: ProbeLook) -> Reading:
-            look.indices[:] = look.indices[trainer.global_rank :: ranks]
+            # Random, because the order of a data set may have a period.
+            order = torch.randperm(look.total, generator=torch.Generator().manual_seed(self.seed)).tolist()
+            own = order[: self.init_batches * size * ranks][trainer.global_rank :: ranks]
+            look.indices[:] = own[: len(own) // size * size] or own  # full batches, if there are any
             for module, is_training in modes.items():
                 module.training = is_training  # gradients as those of the training; the look restores buffers
-            for part in look.parts():
-                _add_gradients(totals, part.run, weights, f"{self.display_name} needs it for init='ga'. {_DEFAULT}.")
+            for part in look.parts(size):
+                _add_gradients(totals, part.run, weights, f"{self.display_name} needs it for init='ga'. {asked.advice}")
             return Reading()
 
         outcome = take_look(trainer, pl_module, samples, probe, {"epoch": trainer.current_epoch, "step": 0})

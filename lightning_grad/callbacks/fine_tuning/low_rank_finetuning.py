@@ -50,8 +50,8 @@ class LowRankFinetuning(AdapterCallback[FactoredWeight]):
 
     Raises:
         ValueError: In the constructor for impossible numbers. Before the first batch if no weight is cut by more than
-            ``min_cut``, a name matches nothing, a factor is in no optimizer, another technique changes the same weight,
-            under FSDP or DeepSpeed, or if weights are averaged.
+            ``min_cut``, a name matches nothing, all that a name in ``also_train`` matches is frozen, a factor is in no
+            optimizer, another technique changes the same weight, under FSDP or DeepSpeed, or if weights are averaged.
 
     **Hooks.** The strategy's ``setup`` replaces the weights, before DDP and ``configure_optimizers``. Validation batches run
     with the products. The end of the fit writes them into the module.
@@ -175,4 +175,5 @@ class LowRankFinetuning(AdapterCallback[FactoredWeight]):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         log_many(trainer, {self.log_key(key): value for key, value in self.reductions.items()})

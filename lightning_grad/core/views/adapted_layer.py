@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from lightning_grad.core.views.weight_choice import FoundWeight
 from lightning_grad.core.views.weight_view import ADAPTERS
+from lightning_grad.utilities.adapters import digest_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
 
 
 class Adapter:
@@ -49,6 +51,7 @@ class Adapter:
         self._is_attached = False
         self._shows_frozen = False
         self._inference: Tensor | None = None
+        self.digest = ""  # of the weight that the adapter started from
 
     def start(self) -> Mapping[str, Tensor]:
         """Return the initial values of the adapter's parameters by name, on the device of the weight."""
@@ -73,6 +76,22 @@ class Adapter:
             frozen: Computes the output with the frozen weight.
         """
         raise NotImplementedError(f"{type(self).__name__} must define output(x, frozen).")
+
+    def two_products(self, x: Tensor, first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Return the output of the layer with the weight ``second @ first``, without computing this product.
+
+        Args:
+            x: Input of the layer.
+            first: Matrix of shape (r, in), or (r, in * ...) for a kernel.
+            second: Matrix of shape (out, r).
+            bias: Bias of the layer.
+        """
+        if not self.convolves:
+            return F.linear(F.linear(x, first), second, bias)
+        layer: Any = self.layer
+        small = layer._conv_forward(x, first.view(-1, *self.shape[1:]), None)
+        ones = [1] * (len(self.shape) - 2)
+        return _CONVOLVE[len(ones) - 1](small, second.view(*second.shape, *ones), bias)
 
     @property
     def frozen(self) -> nn.Parameter:
@@ -115,16 +134,16 @@ class Adapter:
     def attach(self) -> None:
         """Register the parameters on the layer and replace its class."""
         values = self.start()
+        self.digest = digest_of(self.frozen)
         self._keys = {name: f"{self.found.attribute}_{name}" for name in values}
-        self.own = {name: nn.Parameter(value) for name, value in values.items()}
+        self.own = {name: nn.Parameter(value.contiguous()) for name, value in values.items()}
         for name, parameter in self.own.items():
             self.layer.register_parameter(self._keys[name], parameter)
         self.layer.__dict__.setdefault(ADAPTERS, {})[self.found.attribute] = self
         self.frozen.requires_grad_(False)
         self._is_attached = True
         _set_class(self.layer)
-        if not self.keeps_weight:
-            self.frozen.data = self.frozen.new_empty(0)
+        self.free()
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -168,12 +187,35 @@ class Adapter:
         return self.frozen if self._shows_frozen else self.merged(self.frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the adapter's parameters."""
-        return {name: parameter.detach().clone() for name, parameter in self.own.items()}
+        """Return copies of the adapter's parameters, and the digest of the weight that it started from."""
+        return {"digest": self.digest, **{name: value.detach().clone() for name, value in self.own.items()}}
+
+    def allocate(self) -> None:
+        """Allocate the frozen weight again, so weights can be loaded into it."""
+        if not self.keeps_weight:
+            self.frozen.data = self.frozen.new_empty(self.shape)
+
+    def free(self) -> None:
+        """Free the frozen weight if it is not kept."""
+        if not self.keeps_weight:
+            self.frozen.data = self.frozen.new_empty(0)
+
+    @torch.no_grad()
+    def start_again(self) -> None:
+        """Start from a weight that was loaded during the fit, so the layer computes with what was loaded.
+
+        When a run resumes, the adapter's own state is loaded afterwards.
+        """
+        for name, value in self.start().items():
+            self.own[name].copy_(value)
+        self.digest = digest_of(self.frozen)
+        if self._inference is not None:
+            self._inference = self.stored(self.frozen.detach())
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved state."""
+        self.digest = state["digest"]
         for name, parameter in self.own.items():
             parameter.copy_(state[name])
 
@@ -258,7 +300,13 @@ def _adapted_class(base: type[nn.Module], attributes: frozenset[str], calls: boo
     ) -> None:
         own: set[str] = set().union(*(adapter.own_keys(prefix) for adapter in self.__dict__[ADAPTERS].values()))
         found: list[str] = []
+        for adapter in self.__dict__[ADAPTERS].values():
+            adapter.allocate()
         base._load_from_state_dict(self, state_dict, prefix, local_metadata, strict, found, *rest)
+        for name, adapter in self.__dict__[ADAPTERS].items():
+            if getattr(state_dict.get(prefix + name), "shape", None) == adapter.shape:
+                adapter.start_again()
+            adapter.free()
         missing += [key for key in found if key not in own]
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:

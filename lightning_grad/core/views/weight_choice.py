@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_grad.core.views.network_ends import Ends, Owner
 from lightning_grad.core.views.weight_chain import ViewedWeight
-from lightning_grad.core.views.weight_view import REPLACEMENTS, viewed_class
+from lightning_grad.core.views.weight_view import ADAPTERS, REPLACEMENTS, viewed_class
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
@@ -222,6 +222,9 @@ def why_not(found: FoundWeight, technique: Chooser) -> str:
     parameter, by_default = found.parameter, technique.include is None
     if excluded := technique.why_excluded(found.names):
         return excluded
+    adapter = found.module.__dict__.get(ADAPTERS, {}).get(found.attribute)
+    if adapter is not None and not adapter.keeps_weight:
+        return f"{adapter.found.effect} by {adapter.found.display_name}"
     if isinstance(parameter, UninitializedParameter):
         return "no shape yet (a lazy module); run one batch through it before the fit"
     if parameter.ndim < 2 or not parameter.is_floating_point():

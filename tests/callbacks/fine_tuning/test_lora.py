@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import BackboneFinetuning, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import BackboneFinetuning, LearningRateFinder, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +18,7 @@ from lightning_grad.callbacks import (
     LearnedRounding,
     Lookahead,
     LoRA,
+    LowRankFinetuning,
     NMSparsity,
     QuantizationAwareTraining,
     ZerothOrder,
@@ -297,6 +298,52 @@ def test_a_rank_that_does_not_fit_is_lowered_and_named(init: Any, rank: int, wor
     assert len(factors.first["backbone.3.weight_lora_A"]) == rank
 
 
+def test_ga_uses_full_batches_only() -> None:
+    """Here the last batch would have one sample, of which BatchNorm has no variance."""
+    data = TensorDataset(X[: 2 * BATCH + 1], Y[: 2 * BATCH + 1])
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga")], max_epochs=1)
+    trainer.fit(Net(), DataLoader(data, BATCH, drop_last=True))
+    assert trainer.global_step == 2
+
+
+class Seen(TensorDataset):
+    """Notes which samples are read."""
+
+    def __init__(self) -> None:
+        super().__init__(X, Y)
+        self.seen: list[int] = []
+
+    def __getitem__(self, index: int) -> Any:
+        self.seen.append(index)
+        return super().__getitem__(index)
+
+    __getitems__ = None  # single samples
+
+
+def test_ga_reads_random_samples() -> None:
+    """Evenly spaced ones would be of one kind if the kinds take turns."""
+    data = Seen()
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga", init_batches=1)], max_steps=1)
+    trainer.fit(Net(), DataLoader(data, BATCH))
+    first = data.seen[:BATCH]
+    assert len(set(first)) == BATCH
+    assert len({index % (len(data) // BATCH) for index in first}) > 1
+    assert max(first) >= BATCH
+
+
+def test_ga_with_a_batch_sampler_of_unknown_size() -> None:
+    class Pairs:
+        def __iter__(self) -> Any:
+            return iter([[0, 1], [2, 3], [4, 5]])
+
+        def __len__(self) -> int:
+            return 3
+
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga")], max_epochs=1)
+    trainer.fit(Net(), DataLoader(TensorDataset(X, Y), batch_sampler=Pairs()))
+    assert trainer.global_step == 3
+
+
 def test_layers_that_no_batch_reaches_start_as_usual() -> None:
     module = Net()
     module.unused = nn.Linear(4, 4)
@@ -535,6 +582,17 @@ def test_frozen_layers_are_adapted_if_named() -> None:
     assert not any(p.requires_grad for p in module.backbone.parameters())
 
 
+def test_what_trains_too_must_not_be_frozen() -> None:
+    module = Net()
+    module.head.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"LoRA\(also_train=...\): the module has frozen 'head'\. Call requires_grad_"):
+        run(LoRA(2, also_train=["backbone.0", "head"]), module=module)
+    assert [name for name, p in module.named_parameters() if not p.requires_grad] == ["head.weight", "head.bias"]
+    module.head.bias.requires_grad_(True)
+    run(LoRA(2, also_train=["head"]), module=module)
+    assert not torch.equal(module.head.bias, Net().head.bias)
+
+
 def test_two_instances_on_one_layer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"both choose head\.weight"):
         run(LoRA(2), LoRA(2, include=["head"], name="head"))
@@ -554,6 +612,9 @@ def test_ga_needs_indices_and_one_loader() -> None:
     with pytest.raises(TypeError, match="LoRA reads samples by their index"):
         trainer.fit(Net(), DataLoader(Stream(), BATCH))
     make_trainer(callbacks=[LoRA(2)], max_epochs=1).fit(Net(), DataLoader(Stream(), BATCH))
+    trainer = make_trainer(callbacks=[LoRA(2, init="ga")], max_epochs=1)
+    with pytest.raises(ValueError, match=r"needs a single training loader; got several\. Use init='default'"):
+        trainer.fit(Net(), {"a": loader(), "b": loader()})
 
 
 def test_an_error_in_a_step_for_ga_is_raised_with_a_note() -> None:
@@ -657,6 +718,80 @@ def test_an_exception_leaves_the_trained_weights() -> None:
     assert torch.equal(module.eval()(X), stop.logits)
     assert type(module.head) is nn.Linear
     assert not torch.equal(module.head.weight, Net().head.weight)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_other_precisions_validate_what_they_save(precision: Any, tmp_path: Any) -> None:
+    saving = ModelCheckpoint(tmp_path, "last")
+    module = run(LoRA(2, init="ga"), saving, precision=precision, log_every_n_steps=1)
+    weights = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    plain = Net().to(weights["head.weight"].dtype).eval()
+    plain.load_state_dict(weights)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        assert torch.equal(plain(X[-BATCH:].to(plain.head.weight)), module.validated[-1])
+
+
+@pytest.mark.parametrize(
+    ("technique", "limit"), [(LoRA(2), 0.0), (LoRA(2, init="ga"), 0.0), (LowRankFinetuning(0.6), 1e-5)], ids=str
+)
+def test_weights_that_are_loaded_in_a_fit_are_those_of_the_module(technique: Any, limit: float) -> None:
+    class LoadsBest(Net):
+        best: Any
+
+        def on_validation_end(self) -> None:
+            if self.trainer.current_epoch == 0:
+                self.best = copy.deepcopy(dict(self.state_dict()))
+
+        def on_train_end(self) -> None:
+            self.load_state_dict(self.best)
+            assert_close(self.state_dict(), self.best)
+
+    def assert_close(found: Any, expected: Any) -> None:
+        assert max(float((found[name] - value).abs().max()) for name, value in expected.items()) <= limit
+
+    module = run(technique, module=LoadsBest(), max_epochs=2)
+    assert_close(module.state_dict(), module.best)
+
+
+@pytest.mark.parametrize("kind", [LoRA, LowRankFinetuning])
+def test_weights_that_do_not_fit_leave_the_adapters(kind: Any) -> None:
+    class LoadsWrong(Net):
+        def on_train_batch_end(self, *_: Any) -> None:
+            with pytest.raises(
+                RuntimeError, match=r"size mismatch for backbone\.3\.weight: .* is torch.Size\(\[16, 16\]\)"
+            ):
+                self.load_state_dict({**self.state_dict(), "backbone.3.weight": torch.zeros(2, 2)})
+            assert not self.load_state_dict({}, strict=False).unexpected_keys
+
+    expected = run(kind(include=["backbone.3"]))
+    found = run(kind(include=["backbone.3"]), module=LoadsWrong())
+    assert_identical(dict(found.state_dict()), dict(expected.state_dict()))
+
+
+@pytest.mark.parametrize("technique", [LoRA(2), LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
+def test_a_layer_that_is_used_twice_resumes_exactly(technique: Any, tmp_path: Any) -> None:
+    class Twice(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = self.backbone[3]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.again(self.backbone(x)))
+
+    def parts(folder: Any) -> Any:
+        return copy.deepcopy(technique), ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+
+    whole = run(*parts(tmp_path), module=Twice())
+    again = run(*parts(tmp_path / "again"), module=Twice(), ckpt=tmp_path / "epoch=0.ckpt")
+    assert_identical(dict(whole.state_dict()), dict(again.state_dict()))
+
+
+@pytest.mark.parametrize("technique", [LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
+def test_a_search_of_the_learning_rate_leaves_the_adapters(technique: Any, tmp_path: Any) -> None:
+    search = LearningRateFinder(num_training_steps=4, update_attr=False)
+    first = run(technique)
+    second = run(search, copy.deepcopy(technique), ModelCheckpoint(tmp_path), default_root_dir=tmp_path)
+    assert_identical(dict(first.state_dict()), dict(second.state_dict()))
 
 
 def test_a_checkpoint_after_the_fit_cannot_be_resumed(tmp_path: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -275,3 +275,17 @@ def test_two_ranks_train_what_one_process_does() -> None:
     for name, value in alone.state_dict().items():
         assert torch.equal(weights[name], others[name])
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_averaged_weights_are_refused() -> None:
+    for order in (1, -1):
+        callbacks = [LowRankFinetuning(0.6), StochasticWeightAveraging(1e-2, swa_epoch_start=1)][::order]
+        with pytest.raises(ValueError, match="StochasticWeightAveraging saves averages of the state dict"):
+            fit(*callbacks, max_epochs=2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_view_of_a_replaced_weight_is_refused_by_name(order: int) -> None:
+    callbacks = [LowRankFinetuning(0.6), NMSparsity("2:4", include=["linear"])][::order]
+    with pytest.raises(ValueError, match=r"linear\.weight: factored by LowRankFinetuning\. Choose other layers"):
+        fit(*callbacks)
