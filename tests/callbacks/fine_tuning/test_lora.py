@@ -768,7 +768,9 @@ def test_weights_that_do_not_fit_leave_the_adapters(kind: Any) -> None:
     assert_identical(dict(found.state_dict()), dict(expected.state_dict()))
 
 
-@pytest.mark.parametrize("technique", [LoRA(2), LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
+@pytest.mark.parametrize(
+    "technique", [LoRA(2), LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=["default", "ga", "low-rank"]
+)
 def test_a_layer_that_is_used_twice_resumes_exactly(technique: Any, tmp_path: Any) -> None:
     class Twice(Net):
         def __init__(self) -> None:
@@ -786,7 +788,7 @@ def test_a_layer_that_is_used_twice_resumes_exactly(technique: Any, tmp_path: An
     assert_identical(dict(whole.state_dict()), dict(again.state_dict()))
 
 
-@pytest.mark.parametrize("technique", [LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=str)
+@pytest.mark.parametrize("technique", [LoRA(2, init="ga"), LowRankFinetuning(0.6)], ids=["ga", "low-rank"])
 def test_a_search_of_the_learning_rate_leaves_the_adapters(technique: Any, tmp_path: Any) -> None:
     search = LearningRateFinder(num_training_steps=4, update_attr=False)
     first = run(technique)
