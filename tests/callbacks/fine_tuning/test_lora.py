@@ -508,7 +508,9 @@ def test_a_layer_with_its_own_forward_is_right_too() -> None:
 
 @pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize(
-    "other", [NMSparsity("2:4", include=["backbone.3"]), QuantizationAwareTraining(4, include=["backbone.3"])], ids=str
+    "other",
+    [NMSparsity("2:4", include=["backbone.3"]), QuantizationAwareTraining(4, include=["backbone.3"])],
+    ids=["sparse", "quantized"],
 )
 def test_a_layer_with_a_view_is_refused_by_name(other: Any, is_first: bool) -> None:
     callbacks = [LoRA(2), copy.deepcopy(other)]
@@ -732,7 +734,9 @@ def test_other_precisions_validate_what_they_save(precision: Any, tmp_path: Any)
 
 
 @pytest.mark.parametrize(
-    ("technique", "limit"), [(LoRA(2), 0.0), (LoRA(2, init="ga"), 0.0), (LowRankFinetuning(0.6), 1e-5)], ids=str
+    ("technique", "limit"),
+    [(LoRA(2), 0.0), (LoRA(2, init="ga"), 0.0), (LowRankFinetuning(0.6), 1e-5)],
+    ids=["default", "ga", "low-rank"],
 )
 def test_weights_that_are_loaded_in_a_fit_are_those_of_the_module(technique: Any, limit: float) -> None:
     class LoadsBest(Net):
