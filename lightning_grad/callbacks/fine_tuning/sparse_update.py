@@ -30,7 +30,7 @@ from lightning_grad.core import (
 )
 from lightning_grad.functional.choices import check_choice
 from lightning_grad.functional.fine_tuning.layer_choice import RULES, LayerRule
-from lightning_grad.utilities.checks import check_at_least, check_finite, owned_ids
+from lightning_grad.utilities.checks import check_at_least, check_finite, check_finite_at_least, owned_ids
 from lightning_grad.utilities.optimizer_report import optimizer_report
 from lightning_grad.utilities.parameters import all_names, as_names, check_patterns, matches, named_owners
 from lightning_grad.utilities.reporting import counted, log_many
@@ -137,7 +137,7 @@ class SparseUpdate(GradCallback):
         self.layers = as_names(layers)
         self.exclude = as_names(exclude)
         self.rule = rule
-        self.state = check_at_least(state, 0.0, "state")
+        self.state = check_finite_at_least(state, 0.0, "state")
         self.loader_key = loader_key
         self.seed = check_at_least(seed, 0, "seed")
         check_choice(rule, RULES, "rule")

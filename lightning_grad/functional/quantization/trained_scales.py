@@ -34,12 +34,12 @@ def round_to_scales_(weight: Tensor, bits: int, group_size: int | None = None, d
         ValueError: If there is no such grid, the weight has fewer than two dimensions, or the groups do not fit.
 
     Example:
-        >>> weight = torch.tensor([[0.9, -0.2, 0.1, 0.3]])
+        >>> weight = torch.tensor([[0.9, -0.7, 0.2, 0.3]])
         >>> round_to_scales_(weight, bits=2, group_size=2)
         tensor([[0.9000],
                 [0.3000]])
         >>> weight
-        tensor([[0.9000, -0.0000, 0.0000, 0.3000]])
+        tensor([[ 0.9000, -0.9000,  0.3000,  0.3000]])
     """
     rows = weight_rows(weight, dim)
     if rows.shape[1] % (group_size or 1):

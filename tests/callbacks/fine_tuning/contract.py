@@ -10,11 +10,12 @@ from tests.contract.entries import Technique
 BODY = {"rank": 2, "alpha": 4.0, "exclude": ["head"]}  # leaves the head to a second instance
 
 _WRONG_BUDGETS: tuple[tuple[Mapping[str, Any], str], ...] = (
-    ({"budget": None}, "needs budget= (bytes or a share) or layers= (names)"),
+    ({"budget": None}, r"needs budget= \(bytes or a share\) or layers= \(names\)"),
     ({"budget": 0}, "share above 0 and at most 1, or an integer number of bytes; got 0"),
     ({"budget": 1.5}, "or an integer number of bytes; got 1.5"),
     ({"rule": "gains"}, "Did you mean 'gain'"),
     ({"state": -1.0}, "state must be at least 0"),
+    ({"state": float("inf")}, "state must be finite"),
     ({"seed": -1}, "seed must be at least 0"),
 )
 
@@ -59,11 +60,10 @@ ENTRIES: list[Technique] = [
         wrong=(
             ({"forget": []}, "forget must hold at least one index"),
             ({"forget": [3, -1]}, "counted from 0; got -1"),
-            ({"forget": "3"}, "forget must be"),
-            ({"keep": 0.0}, "keep must be"),
-            ({"keep": 1.5}, "keep must be"),
-            ({"num_classes": 1}, "num_classes must be at least 2"),
-            ({"seed": -1}, "seed must be at least 0"),
+            ({"forget": [0], "keep": 0.0}, "keep must be"),
+            ({"forget": [0], "keep": 1.5}, "keep must be"),
+            ({"forget": [0], "num_classes": 1}, "num_classes must be at least 2"),
+            ({"forget": [0], "seed": -1}, "seed must be at least 0"),
         ),
     ),
 ]
