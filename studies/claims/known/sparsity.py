@@ -50,10 +50,10 @@ def claim(pattern: str, task: str, rates: tuple[float, ...], budget: float) -> O
     )
 
 
-IMAGES, TEXT = (0.01, 0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2, 3e-2)
+IMAGES, TEXT = (0.003, 0.01, 0.03, 0.1, 0.3), (1e-3, 3e-3, 1e-2, 3e-2)
 CLAIMS = (
-    claim("1:8", "images", IMAGES, 7),
-    claim("1:16", "images", IMAGES, 7),
+    claim("1:8", "images", IMAGES, 8),
+    claim("1:16", "images", IMAGES, 8),
     claim("1:8", "text", TEXT, 22),
     claim("1:16", "text", TEXT, 22),
     OnTask(
