@@ -36,7 +36,7 @@ def claim(pattern: str, task: str, rates: tuple[float, ...], budget: float) -> O
     settings: Mapping[str, Any] = TASKS[task].metric
     return OnTask(
         name=f"sparsity-{pattern.replace(':', '-')}-{task}",
-        text=f"At {pattern}, recipes that prune gradually (MDGF, SDGF) end better than {' and '.join(others).upper()}.",
+        text=f"At {pattern}, recipes that prune gradually (MDGF, SDGF) end better than {' and '.join(map(str.upper, others))}.",
         paper=PAPER,
         table=arms(pattern),
         arms=("dense", *others, MDGF, SDGF),
