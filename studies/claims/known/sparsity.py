@@ -33,10 +33,11 @@ def claim(pattern: str, task: str, rates: tuple[float, ...], budget: float) -> O
     others = (
         ("sr-ste",) if images else ("sr-ste", "step")
     )  # STEP is about the variance of Adam; images are learned by SGD
+    named = " and ".join(map(str.upper, others))
     settings: Mapping[str, Any] = TASKS[task].metric
     return OnTask(
         name=f"sparsity-{pattern.replace(':', '-')}-{task}",
-        text=f"At {pattern}, recipes that prune gradually (MDGF, SDGF) end better than {' and '.join(map(str.upper, others))}.",
+        text=f"At {pattern}, recipes that prune gradually (MDGF, SDGF) end better than {named}.",
         paper=PAPER,
         table=arms(pattern),
         arms=("dense", *others, MDGF, SDGF),
