@@ -6,10 +6,9 @@ nothing in one training of an arm, then it is no reason to train the others agai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations
+from collections.abc import Sequence
 
-from studies.claim import Run, freeze
+from studies.claim import freeze
 from studies.results import Line
 
 
@@ -21,22 +20,18 @@ def standing(lines: Sequence[Line], code: str) -> set[tuple[str, str]]:
         code: Digest of the current code.
     """
     equal: dict[tuple[str, str], bool] = {}
-    for old, new in pairs(lines):
-        if new.origin.code == code != old.origin.code:
-            place = (old.arm, old.origin.code)
-            equal[place] = equal.get(place, True) and not differences(old, new)
+    current = [line for line in lines if line.origin.code == code]
+    for old in lines:
+        for new in current:
+            if old.origin.code != code and is_same_training(old, new):
+                place = (old.arm, old.origin.code)
+                equal[place] = equal.get(place, True) and not differences(old, new)
     return {place for place, repeated in equal.items() if repeated}
 
 
-def pairs(lines: Iterable[Line]) -> Iterator[tuple[Line, Line]]:
-    """Yield both orders of any two results of one training, on the same hardware and with the same versions."""
-    by_training: dict[tuple[Run, str], list[Line]] = {}
-    for line in lines:
-        by_training.setdefault((line.key, line.origin.same[1]), []).append(line)
-    for same in by_training.values():
-        for one, other in combinations(same, 2):
-            yield one, other
-            yield other, one
+def is_same_training(old: Line, new: Line) -> bool:
+    """Return whether two results are of one training, on the same hardware and with the same versions."""
+    return old.key == new.key and old.origin.place == new.origin.place
 
 
 def differences(old: Line, new: Line) -> list[str]:

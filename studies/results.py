@@ -63,7 +63,12 @@ class Origin:
     @property
     def same(self) -> tuple[str, str]:
         """What must be equal for numbers to be comparable without a note."""
-        return self.code, freeze({"hardware": self.hardware, "versions": self.versions})
+        return self.code, self.place
+
+    @property
+    def place(self) -> str:
+        """The hardware and the versions, as text."""
+        return freeze({"hardware": self.hardware, "versions": self.versions})
 
 
 def origin_of(claim: Claim[Any]) -> Origin:

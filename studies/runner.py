@@ -82,7 +82,7 @@ class Study:
 
     def repeat(self, old: Line, plan: Plan) -> list[str]:
         """Train a result once more, and return what is different."""
-        if old.origin.same[1] != plan.origin.same[1]:
+        if old.origin.place != plan.origin.place:
             print(f"{describe(old.key)}: made on other hardware or with other versions, so it cannot be compared.")
             return []
         start = self.clock()

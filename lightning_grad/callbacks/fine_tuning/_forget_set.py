@@ -120,7 +120,7 @@ class ForgetPass:
             yield None if batch is None else to_device(self._trainer, batch)
 
     def mixed_batches(self) -> list[list[int]]:
-        """Return the samples of some batches, drawn from the whole training set, so that they have several classes."""
+        """Return the samples of some batches, drawn from the whole training set, so they have several classes."""
         sampler = self._training_set.sampler
         order = torch.randperm(len(sampler.population), generator=torch.Generator().manual_seed(0))
         mixed, size = sampler.population[order].tolist(), sampler.batch_size

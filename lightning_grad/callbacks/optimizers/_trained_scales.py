@@ -84,11 +84,7 @@ class TrainedScales:
             assert parameter is not None
             if id(parameter) in self._weights:
                 continue
-            if parameter.dtype == torch.float16:
-                raise ValueError(
-                    f"{display_name} with bits needs weights of a wider range than {name} of torch.float16 has: a scale "
-                    "close to 0 would lose the integers. Train with precision='bf16-true' or 32."
-                )
+            _refuse_float16(parameter, name, display_name)
             weight, dim = plain_tensor(parameter.detach()), output_dimension(owner, attribute) or 0
             fits = weight.numel() // weight.shape[dim] % (group_size or 1) == 0
             if name not in scales:
@@ -102,7 +98,6 @@ class TrainedScales:
                 f"{display_name} with bits finds no weight to round. It rounds the weights of Linear, Conv and attention "
                 "layers that the optimizer holds. Choose others with include=, or train all parameters with bits=None."
             )
-
         self.words = (
             f"rounds {counted(len(self.names), 'weight')} to {bits} bits, and trains their scales without backward"
         )
@@ -137,6 +132,14 @@ class TrainedScales:
         """Take the scales of a checkpoint, whose weights the module has loaded already, for those of the weights."""
         for each in self._weights.values():
             each.shown.copy_(each.scales)
+
+
+def _refuse_float16(weight: Tensor, name: str, display_name: str) -> None:
+    if weight.dtype == torch.float16:
+        raise ValueError(
+            f"{display_name} with bits needs weights of a wider range than {name} of torch.float16 has: a scale close to 0 "
+            "would lose the integers. Train with precision='bf16-true' or 32."
+        )
 
 
 def refuse_with_bits(trainer: pl.Trainer, readers: Sequence[str], display_name: str) -> None:

@@ -51,7 +51,7 @@ class Adapter:
         self._is_attached = False
         self._shows_frozen = False
         self._inference: Tensor | None = None
-        self.digest = ""  # of the weight that the adapter started from
+        self.digest = ""  # of the weight that the adapter started from, if it is kept
 
     def start(self) -> Mapping[str, Tensor]:
         """Return the initial values of the adapter's parameters by name, on the device of the weight."""
@@ -134,7 +134,7 @@ class Adapter:
     def attach(self) -> None:
         """Register the parameters on the layer and replace its class."""
         values = self.start()
-        self.digest = digest_of(self.frozen)
+        self.digest = self._digest()
         self._keys = {name: f"{self.found.attribute}_{name}" for name in values}
         self.own = {name: nn.Parameter(value.contiguous()) for name, value in values.items()}
         for name, parameter in self.own.items():
@@ -162,6 +162,9 @@ class Adapter:
         else:
             frozen.data = value
 
+    def _digest(self) -> str:
+        return digest_of(self.frozen) if self.keeps_weight else ""  # without the weight, nothing is added to it later
+
     def value(self, dense: Tensor) -> Tensor:
         """Return the merged weight with its graph."""
         return self.merged(dense)
@@ -187,7 +190,7 @@ class Adapter:
         return self.frozen if self._shows_frozen else self.merged(self.frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the adapter's parameters, and the digest of the weight that it started from."""
+        """Return copies of the adapter's parameters, and the digest of the kept weight that it started from."""
         return {"digest": self.digest, **{name: value.detach().clone() for name, value in self.own.items()}}
 
     def allocate(self) -> None:
@@ -208,7 +211,7 @@ class Adapter:
         """
         for name, value in self.start().items():
             self.own[name].copy_(value)
-        self.digest = digest_of(self.frozen)
+        self.digest = self._digest()
         if self._inference is not None:
             self._inference = self.stored(self.frozen.detach())
 
