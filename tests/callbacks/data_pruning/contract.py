@@ -45,6 +45,11 @@ ENTRIES = [
         wrong=_SHARES,
     ),
     Technique(
+        "GradientNormSampling",
+        needs_end={},
+        wrong=(({"smooth": 1.5}, "smooth must be from 0 to 1"), ({"seed": -1}, "seed must be at least 0")),
+    ),
+    Technique(
         "RepeatedRandomSubset",
         wrong=_SHARES,
     ),
