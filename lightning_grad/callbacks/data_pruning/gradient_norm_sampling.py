@@ -205,7 +205,7 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
         self._weights = torch.ones(self.training_set.sampler.total).index_put((population,), weights)
         found = {
             "smooth": smooth,
-            "distinct_share": len(drawn.unique()) / len(population),
+            "distinct_share": len({*drawn.tolist()}) / len(population),
             "variance_ratio": rules.variance_ratio(norms, probabilities),
         }
         self.log_scalars(pl_module, found, sync_dist=True)

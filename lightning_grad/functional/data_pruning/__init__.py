@@ -2,6 +2,7 @@
 
 from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.curriculum_weighting import curriculum_weights, easiness
+from lightning_grad.functional.data_pruning.dataset_quantization import dataset_quantization
 from lightning_grad.functional.data_pruning.gradient_norm_sampling import (
     draw_samples,
     output_gradient_norms,
@@ -33,6 +34,7 @@ __all__ = [
     "aum_state",
     "count_kept",
     "curriculum_weights",
+    "dataset_quantization",
     "draw_samples",
     "easiness",
     "el2n",

@@ -61,7 +61,8 @@ def output_gradient_norms(call: LossCall) -> Tensor:
         loss = getattr(F, call.name)(output, call.target, **{**call.options, "reduction": "sum"})
         (gradient,) = torch.autograd.grad(loss, output)
     rows = split(gradient, call.samples)
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.promote_types(rows.dtype, torch.float32))
+    return norms
 
 
 def loss_gradient_bounds(losses: Tensor) -> Tensor:
