@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_grad.functional.shuffling import shuffled
 
 _BLOCK = 5_000  # samples that are compared with each other: their similarities take 100 MB
+_TIE = 1e-5  # the last two samples of a set have equal gains, up to rounding
 
 
 def dataset_quantization(
@@ -22,9 +23,10 @@ def dataset_quantization(
         s_{ij} = \frac{f_i^\top f_j}{\lVert f_i \rVert \lVert f_j \rVert}
 
     A bin S takes one sample after another: the one that is most similar to the samples of D outside S and least similar
-    to those in S (the gain of the submodular function GraphCut). When the bin is full, its samples leave D, and the next
-    bin begins. The first bins hold typical and diverse samples of the whole set, the last ones what is left.
-    With place k of n, the bin is :math:`\lfloor b (k + 1/2) / n \rfloor`; bins differ by at most one sample.
+    to those in S (the gain of the submodular function GraphCut). Of equal gains, within 1e-5, the first is taken. When
+    the bin is full, its samples leave D, and the next bin begins. The first bins hold typical and diverse samples of the
+    whole set, the last ones what is left. With place k of n, the bin is :math:`\lfloor b (k + 1/2) / n \rfloor`; bins
+    differ by at most one sample.
 
     Every sample is compared with all others, so time and memory are quadratic. Sets of more than ``block`` samples, or
     classes if there are labels, are split at random into blocks of nearly equal size, which fill the same bins; time is
@@ -59,8 +61,9 @@ def dataset_quantization(
     known = features.isfinite().all(1)
     places = torch.full((len(features),), math.nan, dtype=torch.float64)
     order = shuffled(len(features), seed, "blocks of dataset quantization")
-    for group in [order] if labels is None else [order[labels.cpu()[order] == own] for own in labels.cpu().unique()]:
-        group = group[known[group]]
+    classes = torch.zeros(len(features)) if labels is None else labels.detach().cpu()
+    for own in sorted({*classes.tolist()}):
+        group = order[(classes[order] == own) & known[order]]
         for part in group.tensor_split(max(1, -(-len(group) // block))):
             # In the order of the data, so ties do not depend on the seed unless there are several blocks.
             part = part.sort().values
@@ -85,10 +88,10 @@ def graphcut_order(features: Tensor, bins: int) -> Tensor:
     left, order = torch.ones(total, dtype=torch.bool), list[int]()
     for number in range(bins):
         # The gain is counted in float64, because it adds up many similarities.
-        gain = similarity[:, left].sum(1, dtype=torch.float64) - own
+        gain = unit.double() @ unit[left].sum(0, dtype=torch.float64) - own
         gain[~left] = -math.inf
         for _ in range(_end(number, total, bins) - len(order)):
-            best = int(gain.argmax())
+            best = int((gain >= gain.max() - _TIE).to(torch.uint8).argmax())  # the first of them
             order.append(best)
             gain -= 2.0 * similarity[best]
             gain[best] = -math.inf

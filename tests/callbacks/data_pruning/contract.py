@@ -16,6 +16,7 @@ ENTRIES = [
             ({"keep": "hardest"}, "keep must be"),
             ({"select": "css"}, "Did you mean 'ccs'"),
             ({"select": "ccs", "keep": "easy"}, "keep='easy' has no effect"),
+            ({"select": "dq", "score": "loss"}, "score has no effect"),
             ({"budget": "epoch"}, "Did you mean 'epochs'"),
             ({"balance": "classes"}, "Did you mean 'class'"),
             ({"epoch": -1}, "epoch must be at least 0"),
@@ -38,6 +39,13 @@ ENTRIES = [
         broad=False,
         arguments={"prune": [0.2, 0.4], "epoch": [1, 3], "score": "forgetting", "loss_index": 0},
         neutral={"prune": 0.0, "epoch": 1},
+    ),
+    Technique(
+        "DataPruning",
+        "dq",
+        broad=False,
+        arguments={"prune": 0.3, "epoch": 1, "select": "dq", "balance": "class"},
+        neutral={"prune": 0.0},
     ),
     Technique(
         "InfoBatch",
