@@ -170,6 +170,8 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
         if self.acts:
             self._refuse_other_draws()
             total_steps(trainer, self.display_name, self.total_steps)  # raises if the run has no known end
+            if trainer.max_epochs == 1:
+                self.say("has no effect in a run of one epoch, which only measures the norms. Train for more epochs")
         super().on_train_start(trainer, pl_module)
 
     def _refuse_other_draws(self) -> None:
