@@ -112,7 +112,8 @@ def test_a_run_without_a_known_end(technique, arguments):
     given = {"max_epochs": None, **arguments}
     train = DataLoader(_Endless(), BATCH) if arguments.get("max_epochs") == 1 else loaders()[0]
     callback = technique.build(**technique.needs_end)
-    with pytest.raises(ValueError, match=rf"no known end. Set total_steps=... of {technique.name}"):
+    ways_out = rf"no known end. Set total_steps=... of {technique.name}|^{technique.name} .*the IterableDataset"
+    with pytest.raises((ValueError, TypeError), match=ways_out):
         make_trainer(callbacks=[_NoBatch(), callback], **given).fit(make_classifier(), train)
 
 

@@ -17,7 +17,7 @@ class EpochRecord:
         """Record the values of a batch.
 
         Args:
-            indices: Indices of its samples in the data set.
+            indices: Indices of its samples in the data set; if one occurs twice, its last value counts.
             values: Values of its samples, of shape (B,).
             total: Length of the data set.
 
@@ -32,6 +32,9 @@ class EpochRecord:
         if self.values is None:
             self.values = torch.full((total,), float("nan"), device=values.device)
         self.values = self.values.to(values.device)  # a resumed run loads them on the CPU
+        rows = {index: row for row, index in enumerate(indices)}
+        if len(rows) < len(indices):  # which of two writes to one place comes last is undefined on a GPU
+            indices, values = list(rows), values[torch.tensor(list(rows.values()), device=values.device)]
         self.values[torch.tensor(indices, device=values.device)] = values.detach().to(self.values.dtype)
 
     def take(self, trainer: pl.Trainer) -> Tensor | None:

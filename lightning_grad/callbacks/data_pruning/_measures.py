@@ -21,7 +21,8 @@ HISTORIES = ("aum", "forgetting")
 OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")  # need logits and labels
 OF_LOSSES = ("loss", "grand", "vog")
 ONE_BY_ONE = ("loss", "grand")  # need only the loss of each sample, so samples can be run one at a time
-BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance")  # need only logits and classes
+# Need only logits and classes.
+BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance", "dq")
 GRADIENT_SCORES = ("grand", "grand-last", "vog")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
@@ -165,6 +166,7 @@ MEASURES: Mapping[str, Measure] = {
     "grand": _grand,
     "grand-last": _grand_last,
     "prototypes": _embedding,
+    "dq": _embedding,
     "chance": lambda look: _of_call(look, lambda call: torch.zeros_like(call.losses)),
 }
 MEASURES_ALONE: Mapping[str, Measure] = {"loss": _loss_alone, "grand": _grand_alone}

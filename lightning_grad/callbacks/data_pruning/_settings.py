@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSES, OF_LOSSES, ONE_BY_ONE
-from lightning_grad.callbacks.data_pruning._sources import Chance, FileScores
+from lightning_grad.callbacks.data_pruning._sources import BINS, Chance, FileScores
 from lightning_grad.data.score_files import score_path
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_count, check_only_one, check_share
@@ -57,6 +57,7 @@ def check_settings(settings: DataPruning) -> None:
         ValueError: If two settings cannot be used together.
     """
     _check_file(settings.save_scores)
+    _check_bins(settings)
     _check_source(settings)
     _check_functions(settings)
     _check_selection(settings)
@@ -68,6 +69,27 @@ def _check_file(path: str | None) -> None:
             score_path(path)
     except ValueError as error:
         raise ValueError(f"save_scores must be the path of a .npz file; got {path!r}. {error}") from None
+
+
+def _check_bins(settings: DataPruning) -> None:
+    """Raise if a setting has no effect because Dataset Quantization uses no score."""
+    if settings.select != BINS:
+        return
+    given = {
+        "score": settings.score != "el2n",
+        "score_fn": settings.score_fn is not None,
+        "score_files": settings.score_files is not None,
+        "keep": settings.keep != "hard",
+        "offset": settings.offset != 0.0,
+        "class_floor": settings.class_floor != 0.0,
+        "loss_fn": settings.loss_fn is not None,
+        "scores_by": settings.scores_by != "batch",
+    }
+    for name in (name for name, is_given in given.items() if is_given):
+        raise ValueError(
+            f"select='dq' draws evenly from bins of the features of the last layer, so {name} has no effect. Leave "
+            f"{name} at its default, or use another select."
+        )
 
 
 def _check_source(settings: DataPruning) -> None:
@@ -141,7 +163,9 @@ def warn_of_risks(callback: DataPruning, trainer: pl.Trainer) -> None:
             f"{callback.display_name} has rounds that are never reached: max_epochs={trainer.max_epochs}, "
             f"epoch={callback.epoch}. Remove them, or set max_epochs higher."
         )
-    if epochs[0] == 0 and callback.source.runs_the_step and callback.keep != "random":
+    # Features of a pretrained network can be used at once.
+    by_score = callback.keep != "random" and callback.select != BINS
+    if epochs[0] == 0 and callback.source.runs_the_step and by_score:
         rank_zero_warn(
             f"{callback.display_name}(score={callback.score!r}) scores at initialization, before the module has "
             "learned anything. Such scores agree poorly with later ones; GraNd follows the norm of the input (arXiv "
@@ -161,6 +185,8 @@ def score_settings(callback: DataPruning) -> list[str]:
     if isinstance(callback.source, (Chance, FileScores)):
         return ["score_files"]
     names = ["score", "score_fn", "score_dataset", "loss_index", "loss_fn", "outputs_fn", "scores_by"]
+    if callback.select == BINS:
+        return [*names, "strata", "balance", "seed"]
     return [*names, "seed"] if callback.source.name == "prototypes" else names
 
 

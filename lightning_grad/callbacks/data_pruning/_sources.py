@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
 
 CHANCE = "chance"
+BINS = "dq"
 _PROTOTYPES = 10  # number of prototypes if the samples have no classes
 
 
@@ -95,6 +96,8 @@ def source_of(settings: DataPruning) -> ScoreSource:
         source = FileScores("files")
     elif settings.score_fn is not None:
         source = PassScores(getattr(settings.score_fn, "__name__", "score_fn"), settings.score_fn)
+    elif settings.select == BINS:
+        source = BinScores(BINS)
     elif settings.keep == "random":
         source = PassScores(CHANCE) if settings.balances_classes else Chance(CHANCE)
     elif settings.score in measures.HISTORIES:
@@ -183,6 +186,19 @@ class PassScores(ScoreSource):
         # Not by name: a score_fn may be called "prototypes" too.
         values = found["score"] if "score" in found else _distances(found, passes.callback.seed)
         return self._scored(passes, values, found)
+
+
+class BinScores(PassScores):
+    """Places of the samples in the order in which Dataset Quantization puts them into bins."""
+
+    def take(self, passes: Passes) -> ScoredSet:
+        found, callback = passes.run(self._measure, "Collecting features for dq"), passes.callback
+        places = torch.empty(0)
+        if passes.trainer.is_global_zero:
+            labels = _classes(found.get("label")) if callback.balance is not None else None
+            places = rules.dataset_quantization(found["embedding"], callback.num_strata, labels, callback.seed)
+        # The choices compare sums, whose rounding may differ between machines.
+        return self._scored(passes, passes.trainer.strategy.broadcast(places), found)
 
 
 def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:

@@ -21,7 +21,14 @@ from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Sco
 from lightning_grad.callbacks.data_pruning._passes import Passes
 from lightning_grad.callbacks.data_pruning._report import report_scores
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
-from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
+from lightning_grad.callbacks.data_pruning._sources import (
+    BINS,
+    CHANCE,
+    FileScores,
+    HistoryScores,
+    ScoreSource,
+    source_of,
+)
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
@@ -35,6 +42,7 @@ from lightning_grad.utilities.checks import check_between, check_count
 from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
+_STRATA = {"ccs": 50, "dq": 10}  # as in the released codes
 _SHARDED = stand_in(
     "All scores work except `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
     "with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
@@ -87,14 +95,18 @@ class DataPruning(SubsetCallback):
         score: Name of the score that ranks the samples; see the table.
         epoch: Number of whole epochs before scoring and pruning; a list for several rounds.
             Default 10 (the paper takes EL2N from 10 to 20 of 200 epochs on), and 0 with score_files.
+            With select="dq", 0 is right for a pretrained network.
         keep: "hard" keeps high scores, "easy" low scores, "random" is the baseline.
             "easy" is better if data is scarce (arXiv 2206.14486).
         offset: Share of the hardest samples to drop too, against wrong labels.
         balance: "class" keeps the same share of every class.
         class_floor: Minimum share of each class to keep.
-        select: "top" keeps one end of the ranking, "ccs" samples over all scores, for high rates.
-            CCS is from arXiv 2210.15809.
-        strata: Number of bins of ccs (50, as in its released code).
+        select: "top" keeps one end of the ranking, "ccs" and "dq" draw from all samples, for high rates.
+            "ccs" (arXiv 2210.15809) draws over all scores. "dq" (Dataset Quantization, arXiv 2308.10524) uses no score:
+            it draws evenly from bins of similar features, each of which represents the whole set
+            (:func:`~lightning_grad.functional.dataset_quantization`). With balance="class", each class has its bins.
+        strata: Number of bins of ccs or dq.
+            Default 50 for ccs and 10 for dq, as in their released codes.
         budget: "epochs" shortens epochs and training, "steps" keeps the number of steps per epoch.
             With "steps", as in the paper, an epoch passes through the kept samples more than once.
         score_files: Score files to rank by instead of scoring; several are averaged.
@@ -106,7 +118,7 @@ class DataPruning(SubsetCallback):
             For loss, grand and vog (which then uses the gradient of the loss). Its mean must equal the loss of
             the step, up to a constant.
         outputs_fn: Callable (module, batch) -> logits (B, C) and labels (B,), used instead of the step.
-            For el2n, margin, aum, forgetting, grand-last and prototypes.
+            For el2n, margin, aum, forgetting, grand-last, prototypes and select="dq".
         scores_by: "sample" runs the step on one sample at a time, if its loss cannot be split.
             It takes up to a batch size times as long. For loss and grand. The mean over the samples of a batch
             must equal the loss of the batch.
@@ -198,8 +210,8 @@ class DataPruning(SubsetCallback):
         offset: float = 0.0,
         balance: Literal["class"] | None = None,
         class_floor: float = 0.0,
-        select: Literal["top", "ccs"] = "top",
-        strata: int = 50,
+        select: Literal["top", "ccs", "dq"] = "top",
+        strata: int | None = None,
         budget: Literal["epochs", "steps"] = "epochs",
         score_files: Sequence[str] | None = None,
         save_scores: str | None = None,
@@ -227,7 +239,7 @@ class DataPruning(SubsetCallback):
         self.balance = balance
         self.class_floor = check_between(class_floor, 0.0, 1.0, "class_floor")
         self.select = select
-        self.strata = check_count(strata, 1, "strata")
+        self.strata = None if strata is None else check_count(strata, 1, "strata")
         self.budget = budget
         self.score_files = as_names(score_files)
         self.save_scores = save_scores
@@ -250,6 +262,11 @@ class DataPruning(SubsetCallback):
     def balances_classes(self) -> bool:
         """Whether the choice of samples depends on their classes."""
         return self.balance is not None or self.class_floor != 0.0
+
+    @property
+    def num_strata(self) -> int:
+        """Number of bins of ccs or dq."""
+        return self.strata or _STRATA.get(self.select, 1)
 
     @property
     def _needs_no_training(self) -> bool:
@@ -290,6 +307,7 @@ class DataPruning(SubsetCallback):
         answers = self.compatibility
         if self.source.runs_the_step:
             asked = "balance or class_floor" if self.source.name == CHANCE else f"score={self.score!r}"
+            asked = "select='dq'" if self.select == BINS else asked
             answers = answers.but(**manual(_NO_PASS.given(asked)))
         if self.source.name in GRADIENT_SCORES:
             answers = answers.but(**dict.fromkeys(WHOLE_WEIGHTS, _NO_GRADIENTS.given(f"score={self.score!r}")))
@@ -408,7 +426,8 @@ class DataPruning(SubsetCallback):
             labels = labels[population]
             labels = labels.where(labels >= 0, labels.max() + 1)  # samples of unknown class form one extra class
         choice = {name: getattr(self, name) for name in rules.CHOICE}
-        return select_samples(scored.values[population], count, rule=choice.pop("select"), labels=labels, **choice)
+        choice |= {"rule": choice.pop("select"), "strata": self.num_strata}
+        return select_samples(scored.values[population], count, labels=labels, **choice)
 
     def _refuse_balance(self, labels: Tensor | None) -> None:
         if self.balances_classes and labels is None:
@@ -424,7 +443,8 @@ class DataPruning(SubsetCallback):
         what = "Epochs get shorter, and schedules that step with every batch advance faster, to end at the same point."
         if self.passes_more_than_once:
             what = "Epochs keep their number of steps and pass through these samples more than once."
-        rank_zero_info(f"{self.display_name} keeps {count} of {total} samples, ranked by {name}. {what}")
+        how = f"drawn evenly from {self.num_strata} bins" if self.select == BINS else f"ranked by {name}"
+        rank_zero_info(f"{self.display_name} keeps {count} of {total} samples, {how}. {what}")
 
     def _save(self, trainer: pl.Trainer, scored: ScoredSet) -> None:
         mark = fingerprint(self._passes.items)

@@ -2,6 +2,13 @@
 
 from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.curriculum_weighting import curriculum_weights, easiness
+from lightning_grad.functional.data_pruning.dataset_quantization import dataset_quantization
+from lightning_grad.functional.data_pruning.gradient_norm_sampling import (
+    draw_samples,
+    output_gradient_norms,
+    sampling_probabilities,
+    sampling_weights,
+)
 from lightning_grad.functional.data_pruning.histories import (
     aum,
     aum_state,
@@ -27,6 +34,8 @@ __all__ = [
     "aum_state",
     "count_kept",
     "curriculum_weights",
+    "dataset_quantization",
+    "draw_samples",
     "easiness",
     "el2n",
     "forgetting",
@@ -36,9 +45,12 @@ __all__ = [
     "loss_weights",
     "margin",
     "normalize_by_class",
+    "output_gradient_norms",
     "predictions",
     "prototype_distance",
     "repeated_random_subset",
+    "sampling_probabilities",
+    "sampling_weights",
     "select_samples",
     "uniform_learning_repeats",
     "update_aum_",

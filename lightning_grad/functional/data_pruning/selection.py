@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.choices import check_choice
+from lightning_grad.functional.data_pruning.dataset_quantization import bins_of
 from lightning_grad.functional.shuffling import shuffled
 
 
@@ -61,6 +62,18 @@ def _stratified(scores: Tensor, count: int, offset: int, strata: int) -> Tensor:
     return torch.cat([kept, *drawn])
 
 
+def _evenly(places: Tensor, count: int, bins: int) -> Tensor:
+    """Return ``count`` positions: those without a place, then the first ones of every bin, in proportion to its size."""
+    missing = places.isnan()
+    kept = missing.nonzero().flatten()[:count]
+    pool = (~missing).nonzero().flatten()
+    # In a random order of the bins, because the first ones get what cannot be split evenly.
+    order = list(dict.fromkeys(bins_of(places[pool], bins).tolist()))
+    members = [pool[bins_of(places[pool], bins) == number] for number in order]
+    shares = _shares(torch.tensor([len(own) for own in members], dtype=torch.int64), count - len(kept)).tolist()
+    return torch.cat([kept, *(own[:share] for own, share in zip(members, shares, strict=True))])
+
+
 def _shares(sizes: Tensor, count: int) -> Tensor:
     """Split ``count`` over the classes in proportion to their sizes (largest remainder method)."""
     total = int(sizes.sum())
@@ -95,11 +108,11 @@ def _with_floor(ranking: Tensor, labels: Tensor, count: int, class_floor: float)
 
 def _check_rule(keep: str, rule: str, balance: str | None, strata: int) -> None:
     check_choice(keep, ("hard", "easy", "random"), "keep")
-    check_choice(rule, ("top", "ccs"), "rule")
+    check_choice(rule, ("top", "ccs", "dq"), "rule")
     if balance is not None:
         check_choice(balance, ("class",), "balance")
-    if rule == "ccs" and keep != "hard":
-        raise ValueError(f"rule='ccs' draws from all strata of the scores and needs keep='hard'; got keep={keep!r}.")
+    if rule != "top" and keep != "hard":
+        raise ValueError(f"rule={rule!r} draws from all strata of the scores and needs keep='hard'; got keep={keep!r}.")
     if strata < 1:
         raise ValueError(f"strata must be at least 1; got {strata}.")
 
@@ -128,7 +141,7 @@ def _check_classes(scores: Tensor, labels: Tensor | None, balance: str | None, c
         raise ValueError(f"labels must have one entry for each of the {len(scores)} scores; got {tuple(labels.shape)}.")
     if not 0.0 <= class_floor <= 1.0:
         raise ValueError(f"class_floor must be between 0 and 1, a fraction of each class; got {class_floor}.")
-    if class_floor and (balance or rule == "ccs"):
+    if class_floor and (balance or rule != "top"):
         raise ValueError("class_floor needs rule='top' and balance=None. Drop class_floor, or use balance='class'.")
 
 
@@ -156,16 +169,19 @@ def select_samples(
     the range of the other scores into strata of equal width, divides k evenly between them, and draws at random within
     each. The unused budget of small strata goes to larger ones.
 
+    ``rule="dq"`` (Dataset Quantization) needs the places that :func:`dataset_quantization` returns as scores, and draws
+    the same share of every bin at random.
+
     Args:
         scores: s, (n,): the score of each sample, higher = harder.
         count: k, the number of samples to keep.
         keep: ``"hard"``, ``"easy"`` or ``"random"``; random ignores scores (except nan) and offset.
-        rule: ``"top"``, or ``"ccs"`` with ``keep="hard"``.
-        offset: o, fraction of n to drop first, the very hardest, which are often mislabeled.
+        rule: ``"top"``; or ``"ccs"`` or ``"dq"`` with ``keep="hard"``.
+        offset: o, fraction of n to drop first, the very hardest, which are often mislabeled; not for ``"dq"``.
         labels: (n,) int64: the class of each sample, for ``balance`` and ``class_floor``.
         balance: ``"class"`` keeps the same fraction of each class, and applies offset and rule in each.
         class_floor: Smallest fraction to keep of each class; needs ``rule="top"`` and no ``balance``.
-        strata: Number of strata of ``"ccs"``; 50 in the released code.
+        strata: Number of strata of ``"ccs"`` (50 in the released code), or of bins of ``"dq"`` (10 in the released code).
         seed: Seed of ties and random choices.
 
     Returns:
@@ -187,10 +203,14 @@ def select_samples(
     References:
         Paul et al., "Deep Learning on a Data Diet", 2021, arXiv 2107.07075, sections 3 and 4 (offset); Sorscher et al.,
         2022, arXiv 2206.14486 (easy for scarce data); Zheng et al., "Coverage-centric Coreset Selection for High
-        Pruning Rates", 2023, arXiv 2210.15809, algorithm 1.
+        Pruning Rates", 2023, arXiv 2210.15809, algorithm 1; Zhou et al., "Dataset Quantization", 2023, arXiv 2308.10524.
     """
     _check_rule(keep, rule, balance, strata)
     offset = 0.0 if keep == "random" else offset
+    if rule == "dq" and (offset or bool(((scores <= 0.0) | (scores >= 1.0)).any())):
+        raise ValueError(
+            "rule='dq' needs the places that dataset_quantization returns, between 0 and 1, and no offset."
+        )
     _check_count(scores, count, offset)
     _check_classes(scores, labels, balance, class_floor, rule)
     scores = scores.detach().to("cpu", torch.float64)
@@ -199,6 +219,8 @@ def select_samples(
     def choose(among: Tensor, quota: int) -> Tensor:
         """Return ``quota`` of the samples ``among``, which are in shuffled order."""
         dropped = min(_whole(offset, len(among)), len(among) - quota)
+        if rule == "dq":
+            return among[_evenly(scores[among], quota, strata)]
         if rule == "ccs":
             return among[_stratified(scores[among], quota, dropped, strata)]
         return among[_ranking(scores[among], keep, dropped)[:quota]]

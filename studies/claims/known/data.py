@@ -1,11 +1,17 @@
-"""Less data: InfoBatch, random subsets, and subsets chosen by a score, at equal numbers of seen samples."""
+"""Less data: InfoBatch, random subsets and chosen subsets at equal numbers of seen samples; samples drawn by gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_grad.callbacks import DataPruning, InfoBatch, RepeatedRandomSubset
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_grad.callbacks import DataPruning, GradientNormSampling, InfoBatch, RepeatedRandomSubset
+from lightning_grad.core import SubsetCallback
 from studies.arms import PLAIN, Arm, OfEpochs, Use
 from studies.claim import Paper
 from studies.on_task import OnTask
@@ -31,23 +37,25 @@ def arms(prune: float) -> dict[str, Arm]:
         "el2n": chosen(prune),
         "grand": chosen(prune, score="grand"),
         "ccs": chosen(prune, offset=0.1, select="ccs"),
+        "dq": chosen(prune, select="dq", balance="class"),
     }
 
 
 def pruning(part: str, prune: float, flip: float) -> OnTask:
     """Return the claim about a part of the data, with a share of wrong labels."""
-    scored = ("el2n", "grand", "ccs")
+    scored = ("el2n", "grand", "ccs", "dq")
     wrong = f", with {100 * flip:g} % wrong labels" if flip else ""
     return OnTask(
         name=f"pruning-{part}{'-wrong-labels' if flip else ''}-images",
-        text=f"After a quarter of the epochs{wrong}, the {part} of the data chosen by EL2N, GraNd or CCS is better than a "
-        f"random {part}, and than RS2 with as many seen samples.",
+        text=f"After a quarter of the epochs{wrong}, the {part} of the data chosen by EL2N, GraNd, CCS or Dataset "
+        f"Quantization is better than a random {part}, and than RS2 with as many seen samples.",
         paper=Paper(
             "`DataPruning`",
             "data_pruning",
             "Half of CIFAR-10 chosen by EL2N or GraNd is as good as all of it; at high rates, they are worse than a random "
-            "choice, and CCS is better.",
-            "Deep Learning on a Data Diet (2107.07075); Coverage-centric Coreset Selection (2210.15809)",
+            "choice, and CCS and Dataset Quantization are better.",
+            "Deep Learning on a Data Diet (2107.07075); Coverage-centric Coreset Selection (2210.15809); "
+            "Dataset Quantization (2308.10524)",
         ),
         table=arms(prune),
         arms=("random", "rs2", *scored),
@@ -58,6 +66,25 @@ def pruning(part: str, prune: float, flip: float) -> OnTask:
         budget=6,
         **IMAGES,
     )
+
+
+class UniformDraws(SubsetCallback):
+    """Draws as many samples as there are, with replacement, in each epoch but the first, like GradientNormSampling.
+
+    Args:
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+
+    @override
+    def choose_samples(self, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+        population, epoch = self.training_set.sampler.population, trainer.current_epoch
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+        drawn = torch.randint(len(population), (len(population),), generator=generator)
+        return population[drawn] if epoch else None
 
 
 CLAIMS = (
@@ -98,4 +125,26 @@ CLAIMS = (
     pruning("fifth", 0.8, 0.0),
     pruning("half", 0.5, 0.1),
     pruning("fifth", 0.8, 0.1),
+    OnTask(
+        name="gradient-norm-sampling-images",
+        text="With as many steps, samples drawn by gradient norms, with unbiased weights, are better than uniform draws with "
+        "replacement, and than all samples in each epoch.",
+        paper=Paper(
+            "`GradientNormSampling`",
+            "data_pruning",
+            "Drawing samples in proportion to their gradient norms lowers the variance of the gradient, and trains better.",
+            "PA&DA: Jointly Sampling PAth and DAta for Consistent NAS (2302.14772)",
+        ),
+        table={
+            "all": PLAIN,
+            "uniform draws": Arm(Use(UniformDraws)),
+            "gradient norms": Arm(Use(GradientNormSampling)),
+        },
+        arms=("all", "uniform draws", "gradient norms"),
+        reference="uniform draws",
+        pairs=[("gradient norms", "uniform draws"), ("gradient norms", "all")],
+        rates=RATES,
+        budget=4,
+        **IMAGES,
+    ),
 )

@@ -16,6 +16,7 @@ ENTRIES = [
             ({"keep": "hardest"}, "keep must be"),
             ({"select": "css"}, "Did you mean 'ccs'"),
             ({"select": "ccs", "keep": "easy"}, "keep='easy' has no effect"),
+            ({"select": "dq", "score": "loss"}, "score has no effect"),
             ({"budget": "epoch"}, "Did you mean 'epochs'"),
             ({"balance": "classes"}, "Did you mean 'class'"),
             ({"epoch": -1}, "epoch must be at least 0"),
@@ -40,9 +41,21 @@ ENTRIES = [
         neutral={"prune": 0.0, "epoch": 1},
     ),
     Technique(
+        "DataPruning",
+        "dq",
+        broad=False,
+        arguments={"prune": 0.3, "epoch": 1, "select": "dq", "balance": "class"},
+        neutral={"prune": 0.0},
+    ),
+    Technique(
         "InfoBatch",
         compile=True,
         wrong=_SHARES,
+    ),
+    Technique(
+        "GradientNormSampling",
+        needs_end={},
+        wrong=(({"smooth": 1.5}, "smooth must be from 0 to 1"), ({"seed": -1}, "seed must be at least 0")),
     ),
     Technique(
         "RepeatedRandomSubset",

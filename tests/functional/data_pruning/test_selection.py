@@ -263,7 +263,7 @@ def test_strata_of_degenerate_scores_keep_the_exact_count(scores: Tensor) -> Non
         ({"offset": 1.0}, "offset must be at least 0 and below 1"),
         ({"offset": -0.1}, "offset must be"),
         ({"keep": "hrad"}, "Did you mean 'hard'"),
-        ({"rule": "bottom"}, "rule must be 'top' or 'ccs'; got 'bottom'"),
+        ({"rule": "bottom"}, "rule must be 'top', 'ccs' or 'dq'; got 'bottom'"),
         ({"balance": "classes"}, "Did you mean 'class'"),
         ({"balance": "class"}, "needs the labels"),
         ({"class_floor": 0.1}, "needs the labels"),

@@ -1,0 +1,257 @@
+"""Importance sampling by gradient norms: the rules are in ``functional/data_pruning/gradient_norm_sampling.py``."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.utils.data import WeightedRandomSampler
+from typing_extensions import override
+
+from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
+from lightning_grad.core.compatibility import Compatibility, manual
+from lightning_grad.core.fit import until_next_fit
+from lightning_grad.core.losses.given_functions import LOSS_FN
+from lightning_grad.core.losses.rehearsal import Rehearsal
+from lightning_grad.core.losses.sample_losses import SampleLosses
+from lightning_grad.core.progress import check_total_steps, total_steps
+from lightning_grad.core.subset import SubsetCallback
+from lightning_grad.functional.data_pruning import gradient_norm_sampling as rules
+from lightning_grad.functional.shuffling import hashed_seed
+from lightning_grad.utilities.checks import check_between, check_count
+from lightning_grad.utilities.reporting import is_log_step
+
+
+class GradientNormSampling(LossWeighting, SubsetCallback):
+    r"""Draw samples with large gradients more often, with weights that keep the expected gradient unchanged.
+
+    .. math::
+        p_i = \delta \frac{\nu_i}{\sum_j \nu_j} + \frac{1 - \delta}{n}, \qquad
+        \text{loss} = \frac 1 B \sum_{b=1}^B \frac{\ell_{i_b}}{n\,p_{i_b}}, \qquad i_b \sim p
+
+    :math:`\nu_i` bounds the gradient norm of sample i, up to a common factor. It comes from the batch that had the
+    sample last, so no extra pass is needed:
+
+    - If the loss is one call of ``torch.nn.functional``: the norm of its gradient by the output of the network, which is
+      the norm of p - y for a classifier (:func:`~lightning_grad.functional.output_gradient_norms`).
+    - For any other loss: the square root of the sample's loss, which bounds the gradient of a smooth loss.
+
+    :math:`\delta` grows linearly with the epochs, from 0 to ``smooth``. The first epoch measures the norms and is bitwise
+    that of a run without the callback. Each later epoch draws n samples with replacement, as many as the data set has, so
+    about a third or more of the samples are missing in an epoch, and others come several times.
+
+    Args:
+        smooth: :math:`\delta` at the end of the run, from 0 (off) to 1.
+            Weights are at most 1 / (1 - smooth). The released code goes up to 1, but applies no weights; 0.9 limits
+            them to 10.
+        loss_index: Index, from 0, of the only loss call that counts. Default: the whole loss.
+        loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step's loss.
+            Its mean must equal the loss of the step, up to a constant. The step still runs, so this costs a
+            second forward and backward pass.
+        seed: Seed of the draws.
+        loader_key: Key or list position of the training loader to sample from, if there are several.
+        total_steps: Length of the run in optimizer steps. Default: the Trainer's.
+        name: Name of this instance.
+
+    Raises:
+        ValueError: In the constructor for a number outside its range. In setup for manual optimization, or another
+            technique that chooses or weights samples. When training starts, if the run has no known end. In the first
+            step if it returns no loss.
+        InseparableLossError: In the first step, if its loss is not a sum of one term per sample, or a learned factor
+            multiplies it.
+        RuntimeError: After the first batch, if rows do not follow their samples when these are reordered.
+        TypeError: If the training data has no indices (iterable data, ``in_order=False``, other keys of a sampler), or
+            its sampler draws samples in a way of its own (``WeightedRandomSampler``, an unknown one).
+
+    **Hooks.** The same as :class:`InfoBatch`: losses are read inside ``training_step`` and weighted in its backward pass.
+    The step still returns and logs the unweighted loss, which is the loss of the drawn samples.
+
+    **Logs** under ``data/``, at each epoch: ``kept_share`` (1), ``samples_seen``; from the second epoch on ``smooth``
+    (:math:`\delta`), ``distinct_share`` (share of the samples that the epoch contains) and ``variance_ratio`` (expected
+    squared gradient norm of a weighted draw relative to a uniform one, by the norms). At log steps ``mean_weight`` (of the
+    batch; 1 on average), ``loss`` and ``weighted_loss`` (the mean loss of the batch without and with weights). In the
+    summary ``samples_share``.
+
+    **State.** The norms, the drawn samples of the epoch and their weights; resuming is bit-exact. With several ranks,
+    only the first saves the norms of an unfinished epoch.
+
+    **Cost.** A loss that is one call of ``torch.nn.functional`` is computed a second time, without reduction, and its
+    gradient by the output of the network. For any other loss the step is traced: one to two milliseconds per step.
+
+    Example:
+        .. code-block:: yaml
+
+            trainer:
+              callbacks:
+                - class_path: lightning_grad.callbacks.GradientNormSampling
+                  init_args:
+                    smooth: 0.9
+
+    References:
+        Lu et al., "PA&DA: Jointly Sampling PAth and DAta for Consistent NAS", CVPR 2023, arXiv 2302.14772; this is its
+        sampling of data. Its code draws for the next epoch with the norms of the last one, where samples that were not
+        drawn have norm 0; here they keep their last norm.
+    """
+
+    compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
+        compiled=COMPILED, **manual(no_weighting("Use RepeatedRandomSubset, which needs no loss"))
+    )
+    trial: ClassVar[Mapping[str, Any]] = {"smooth": 0.9}
+    neutral: ClassVar[Mapping[str, Any] | str] = {"smooth": 0.0}
+    way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
+
+    # What was measured for each sample: norms, or losses if the loss is not one call. nan if never measured.
+    _values = until_next_fit[Tensor | None](lambda _: None).saved()
+    _are_losses = until_next_fit.of(bool).saved()
+    # Of the current epoch; a resumed epoch keeps its weights even if settings have changed.
+    _weights = until_next_fit[Tensor | None](lambda _: None).saved()
+    _record = until_next_fit.of(EpochRecord)
+
+    def __init__(
+        self,
+        smooth: float = 0.9,
+        loss_index: int | None = None,
+        loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
+        seed: int = 0,
+        loader_key: str | int | None = None,
+        total_steps: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(loader_key, name)
+        self.smooth = check_between(smooth, 0.0, 1.0, "smooth")
+        self.acts = smooth > 0.0
+        self.choose_loss(loss_index, loss_fn)
+        self.seed = check_count(seed, 0, "seed")
+        self.total_steps = check_total_steps(total_steps)
+
+    @property
+    @override
+    def plan(self) -> str:
+        if not self.acts:
+            return "trains on all samples (smooth=0)"
+        return "draws the samples of each epoch but the first by their gradient norms, with replacement"
+
+    @property
+    @override
+    def remembers_samples(self) -> bool:
+        return self.acts
+
+    @property
+    @override
+    def holds_samples(self) -> bool:
+        return super().holds_samples or self._values is not None or self._record.values is not None
+
+    @override
+    def needs_losses(self) -> bool:
+        return self.acts or self._weights is not None
+
+    @override
+    def samples_of(self, batch: Any) -> int:
+        return len(self.indices)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "epoch_values": self._record.values}
+
+    @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore(state)
+        if self.has_same_loss(state):
+            self._record.values = state["epoch_values"]
+        elif self._values is not None:
+            self._values = None
+            self.say("has no norms of the new loss yet and trains on all samples for one epoch")
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.acts:
+            self._refuse_other_draws()
+            total_steps(trainer, self.display_name, self.total_steps)  # raises if the run has no known end
+            if trainer.max_epochs == 1:
+                self.say("has no effect in a run of one epoch, which only measures the norms. Train for more epochs")
+        super().on_train_start(trainer, pl_module)
+
+    def _refuse_other_draws(self) -> None:
+        sampler = self.training_set.sampler
+        if not sampler.shares_are_known or type(sampler.sampler) is WeightedRandomSampler:
+            raise TypeError(
+                f"{self.display_name} draws the samples of an epoch itself, but the training loader draws them with "
+                f"{type(sampler.sampler or sampler.original).__name__}, and their gradient would no longer be unbiased. "
+                "Use shuffle=True or False, a SubsetRandomSampler or a DistributedSampler."
+            )
+
+    @override
+    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.acts:
+            rehearsal = Rehearsal(trainer, pl_module, self.asked, self.training_set, by_terms=True)
+            rehearsal.check_loader(in_training=self.loss_fn is None)
+            self.learn_sample_loss(rehearsal)
+
+    @override
+    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
+        self._take_values(trainer)
+        self._weights = None
+        if self._values is None or not self.acts:
+            return None
+        population = self.training_set.sampler.population
+        values = self._values[population]
+        norms = rules.loss_gradient_bounds(values) if self._are_losses else values
+        smooth = self.smooth * self._share_done(trainer)
+        probabilities = rules.sampling_probabilities(norms, smooth)
+        generator = torch.Generator().manual_seed(hashed_seed(self.seed, f"draws of epoch {trainer.current_epoch}"))
+        drawn = population[rules.draw_samples(probabilities, len(population), generator)]
+        weights = rules.sampling_weights(probabilities)
+        self._weights = torch.ones(self.training_set.sampler.total).index_put((population,), weights)
+        found = {
+            "smooth": smooth,
+            "distinct_share": len({*drawn.tolist()}) / len(population),
+            "variance_ratio": rules.variance_ratio(norms, probabilities),
+        }
+        self.log_scalars(pl_module, found, sync_dist=True)
+        return drawn
+
+    def _share_done(self, trainer: pl.Trainer) -> float:
+        """Return the share of the run that is done when an epoch begins."""
+        # Not run_progress, which is for hooks of a batch: here its counters still belong to the last epoch.
+        ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
+        if self.total_steps is not None:
+            ends = [(self.total_steps, trainer.global_step)]
+        return min(1.0, max(done / end for end, done in ends if end not in (None, -1, 0)))
+
+    @override
+    def end_epoch(self, trainer: pl.Trainer) -> None:
+        self._take_values(trainer)
+
+    def _take_values(self, trainer: pl.Trainer) -> None:
+        seen = self._record.take(trainer)
+        if seen is not None:
+            self._values = seen if self._values is None else torch.where(seen.isfinite(), seen, self._values)
+
+    @override
+    def weigh(self, losses: SampleLosses) -> Tensor | None:
+        self._put(losses)
+        if self._weights is None:
+            return None
+        device = losses.losses.device
+        self._weights = self._weights.to(device)
+        return self._weights[self.device_indices(device)]
+
+    def _put(self, losses: SampleLosses) -> None:
+        """Record the norms of a batch."""
+        are_losses = losses.call is None
+        if are_losses != self._are_losses:  # norms and losses cannot be compared
+            self._are_losses, self._values, self._record.values = are_losses, None, None
+        if losses.call is not None:
+            found = rules.output_gradient_norms(losses.call)
+        else:
+            found = losses.losses if losses.terms is None else losses.terms.shares
+        self._record.put(self.indices, found.detach(), self.training_set.sampler.total)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if self._weighted is not None and is_log_step(trainer):
+            self.log_scalars(pl_module, {"mean_weight": self._weighted[1].mean()})
+        super().on_train_batch_end(trainer, pl_module, *args)
