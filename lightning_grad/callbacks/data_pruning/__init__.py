@@ -9,6 +9,7 @@ select samples (``core/subset.py``), scoring passes without side effects
 
 from lightning_grad.callbacks.data_pruning.curriculum_weighting import CurriculumWeighting
 from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
+from lightning_grad.callbacks.data_pruning.domain_reweighting import DomainReweighting
 from lightning_grad.callbacks.data_pruning.info_batch import InfoBatch
 from lightning_grad.callbacks.data_pruning.loss_reweighting import LossReweighting
 from lightning_grad.callbacks.data_pruning.repeated_random_subset import RepeatedRandomSubset
@@ -17,6 +18,7 @@ from lightning_grad.callbacks.data_pruning.uniform_learning import UniformLearni
 __all__ = [
     "CurriculumWeighting",
     "DataPruning",
+    "DomainReweighting",
     "InfoBatch",
     "LossReweighting",
     "RepeatedRandomSubset",

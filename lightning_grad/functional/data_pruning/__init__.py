@@ -2,6 +2,7 @@
 
 from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.curriculum_weighting import curriculum_weights, easiness
+from lightning_grad.functional.data_pruning.domain_reweighting import gradient_alignments, update_domain_weights
 from lightning_grad.functional.data_pruning.histories import (
     aum,
     aum_state,
@@ -31,6 +32,7 @@ __all__ = [
     "el2n",
     "forgetting",
     "forgetting_state",
+    "gradient_alignments",
     "infobatch_subset",
     "last_layer_gradient_norm",
     "loss_weights",
@@ -42,6 +44,7 @@ __all__ = [
     "select_samples",
     "uniform_learning_repeats",
     "update_aum_",
+    "update_domain_weights",
     "update_forgetting_",
     "update_vog_",
     "vog",
