@@ -15,7 +15,13 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 from lightning_grad.testing import BATCH, BATCHES, CLASSES, TOKENS, WIDTH, make_classifier, make_data, make_trainer
 from tests.contract.settings import CANONICAL, TECHNIQUES, Technique
 
-PAIRING = ("DataPruning", "InfoBatch", "UniformLearning", "SaliencyUnlearning")  # they credit values to indices
+PAIRING = (
+    "DataPruning",
+    "DomainReweighting",
+    "InfoBatch",
+    "UniformLearning",
+    "SaliencyUnlearning",
+)  # they credit values to indices
 DATA = [t for t in TECHNIQUES if t.name in (*PAIRING, "CurriculumWeighting", "LossReweighting", "RepeatedRandomSubset")]
 PROBES = [t for t in CANONICAL if getattr(t.kind, "credits_samples", False)]  # they show values of single samples
 OTHERS = [t for t in CANONICAL if t not in (*DATA, *PROBES) and t.name != "GhostBatchNorm"]  # without BatchNorm here

@@ -24,7 +24,6 @@ from lightning_grad.core.record import RunRecord, panels, style_axis
 from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional import gradient_alignments, update_domain_weights
 from lightning_grad.utilities.checks import check_between, check_count, check_finite_at_least, check_share
-from lightning_grad.utilities.parameters import as_names
 from lightning_grad.utilities.reporting import is_log_step, listed, stepped_batches
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class DomainReweighting(LossWeighting):
             number, or None for none. Samples without a domain keep the weight 1.
         target: Callable (trainer) -> DataLoader or data set of target samples. Default: the validation loader.
             The validation loss then no longer measures new data. In YAML, write its dotted path.
-        eta: Step size of the weights, at least 0; 0 keeps them (0.5 is our choice).
+        eta: Step size of the weights, at least 0; 0 keeps them (1 is our choice).
             With normalize, a weight changes by at most about a factor of exp(eta sqrt(k)) in an update.
         every_n_steps: Optimizer steps between two updates of the weights (T_r of the paper).
             50 is our choice; an update costs about as much as one step for each domain and one for the target.
@@ -69,7 +68,6 @@ class DomainReweighting(LossWeighting):
             Without it, the right eta depends on the scale of the loss, and updates shrink as gradients do.
         initial: Share of each domain in the first mixture, by name. Default: its share in the data.
             With eta=0, this is a fixed mixture.
-        include: Compare gradients of these parameters only: names or patterns with *. Default: all trained ones.
         loss_index: Index, from 0, of the only loss call that counts. Default: the whole loss.
         loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step's loss.
             Its mean must equal the loss of the step, up to a constant. The step still runs, so this costs a
@@ -99,7 +97,7 @@ class DomainReweighting(LossWeighting):
     **State.** The weights, the rows of the table, and the step of the last update; resuming is bit-exact.
 
     **Cost.** For k domains, an update runs ``samples * (k + 1)`` samples forward and backward, in batches; ranks share them.
-    It holds two gradients of the compared parameters. Other steps read the loss, as in :class:`InfoBatch`.
+    It holds two gradients of the trained parameters. Other steps read the loss, as in :class:`InfoBatch`.
 
     Example:
         .. code-block:: yaml
@@ -152,14 +150,13 @@ class DomainReweighting(LossWeighting):
         self,
         domains: Sequence[str] | Mapping[str, Sequence[int]] | Callable[[Any], Any],
         target: Callable[[pl.Trainer], Any] | None = None,
-        eta: float = 0.5,
+        eta: float = 1.0,
         every_n_steps: int = 50,
         samples: int = 64,
         smoothing: float = 0.5,
         floor: float = 0.05,
         normalize: bool = True,
         initial: Mapping[str, float] | None = None,
-        include: Sequence[str] | None = None,
         loss_index: int | None = None,
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         seed: int = 0,
@@ -179,7 +176,6 @@ class DomainReweighting(LossWeighting):
         self.initial = None if initial is None else dict(initial)
         if initial is not None and (min(initial.values(), default=-1.0) < 0.0 or abs(sum(initial.values()) - 1) > _SUM):
             raise ValueError(f"initial must have shares of at least 0 with the sum 1; got {self.initial}.")
-        self.include = as_names(include)
         self.choose_loss(loss_index, loss_fn)
         self.seed = check_count(seed, 0, "seed")
         self.loader_key = loader_key
@@ -285,7 +281,7 @@ class DomainReweighting(LossWeighting):
 
     def _alignments(self, step: int) -> Tensor:
         """Return the alignment of each domain with the target, (k,), on the CPU; all ranks return the same."""
-        parameters = trained_parameters(self._module, self.include, self.display_name)
+        parameters = trained_parameters(self._module, None, self.display_name)
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * step)
 
         def some(total: int) -> list[int]:
