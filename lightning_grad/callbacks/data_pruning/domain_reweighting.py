@@ -57,7 +57,7 @@ class DomainReweighting(LossWeighting):
             number, or None for none. Samples without a domain keep the weight 1.
         target: Callable (trainer) -> DataLoader or data set of target samples. Default: the validation loader.
             The validation loss then no longer measures new data. In YAML, write its dotted path.
-        eta: Step size of the weights, at least 0; 0 keeps them (1 is our choice).
+        eta: Step size of the weights, at least 0; 0 keeps them (0.5 is our choice).
             With normalize, a weight changes by at most about a factor of exp(eta sqrt(k)) in an update.
         every_n_steps: Optimizer steps between two updates of the weights (T_r of the paper).
             50 is our choice; an update costs about as much as one step for each domain and one for the target.
@@ -150,7 +150,7 @@ class DomainReweighting(LossWeighting):
         self,
         domains: Sequence[str] | Mapping[str, Sequence[int]] | Callable[[Any], Any],
         target: Callable[[pl.Trainer], Any] | None = None,
-        eta: float = 1.0,
+        eta: float = 0.5,
         every_n_steps: int = 50,
         samples: int = 64,
         smoothing: float = 0.5,
