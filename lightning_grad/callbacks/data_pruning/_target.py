@@ -150,7 +150,7 @@ class TargetSet:
                 f"{self.asked.display_name} found no loss in the target: every batch was None, or training_step returned "
                 "None for it. Make them return something in eval mode."
             )
-        return {name: sum_over_ranks(self.trainer, total) / count.to(total) for name, total in sums.items()}
+        return {name: sum_over_ranks(self.trainer, total).div_(count.to(total)) for name, total in sums.items()}
 
     def _gradient(
         self, batch: Any, indices: list[int], number: int, parameters: list[Tensor], memory: dict[str, Any]

@@ -97,7 +97,7 @@ class DomainReweighting(LossWeighting):
     **State.** The weights, the rows of the table, and the step of the last update; resuming is bit-exact.
 
     **Cost.** For k domains, an update runs ``samples * (k + 1)`` samples forward and backward, in batches; ranks share them.
-    It holds two gradients of the trained parameters. Other steps read the loss, as in :class:`InfoBatch`.
+    It holds up to three gradients of the trained parameters. Other steps read the loss, as in :class:`InfoBatch`.
 
     Example:
         .. code-block:: yaml

@@ -43,14 +43,15 @@ def gradient_alignments(
         inner product; ``normalize`` is ours.
     """
     products, squares = list[Tensor](), list[Tensor]()
-    for number, gradient in enumerate(gradients):
+    for gradient in gradients:
         if len(gradient) != len(target):
             raise ValueError(
-                f"Each gradient must have one tensor for each of the {len(target)} of the target; domain {number} has "
-                f"{len(gradient)}."
+                f"Each gradient must have one tensor for each of the {len(target)} of the target; domain {len(products)} "
+                f"has {len(gradient)}."
             )
         products.append(_inner(gradient, target))
         squares.append(_inner(gradient, gradient))
+        del gradient  # else it would exist while the next one is made
     if not products:
         raise ValueError("gradients must have the gradient of at least one domain; got none.")
     found, sizes = torch.stack(products), torch.stack(squares)
@@ -62,9 +63,12 @@ def gradient_alignments(
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    # In float64 (float32 on Apple's GPU, which has no float64): a float32 sum over millions of entries is inexact.
+    # Sums of millions of float32 products are inexact. Apple's GPU has no float64.
     wide = torch.float32 if other and other[0].device.type == "mps" else torch.float64
-    parts = [(a.detach().to(wide) * b.detach().to(wide)).sum() for a, b in zip(one, other, strict=True)]
+    parts = []
+    for a, b in zip(one, other, strict=True):
+        kind = torch.promote_types(torch.float32, torch.promote_types(a.dtype, b.dtype))
+        parts.append((a.detach().to(kind) * b.detach().to(kind)).sum(dtype=wide))
     return torch.stack(parts).sum()
 
 
