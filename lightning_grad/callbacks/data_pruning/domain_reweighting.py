@@ -61,7 +61,7 @@ class DomainReweighting(LossWeighting):
             With normalize, a weight changes by at most about a factor of exp(eta sqrt(k)) in an update.
         every_n_steps: Optimizer steps between two updates of the weights (T_r of the paper).
             50 is our choice; an update costs about as much as one step for each domain and one for the target.
-        samples: Samples of each domain, and of the target, in an update, drawn anew each time; smaller sets are used whole.
+        samples: Samples of each domain, and of the target, in an update; smaller sets are used whole.
         smoothing: Beta, the part of the mean weights that an update keeps, at least 0 and below 1.
         floor: Smallest weight w of a domain's losses, from 0 to 1, so a domain can return (0.05 is our choice).
         normalize: Whether to divide inner products by the norms of the gradients; False is the rule of the paper.
