@@ -305,12 +305,21 @@ def test_steps_between_updates_do_not_wait_for_the_device() -> None:
 
 
 def test_a_resumed_run_keeps_its_domains(tmp_path: Path) -> None:
-    first = train(whole(domains=sources_of), epochs=2, enable_checkpointing=False)
+    second = ["b"]
+
+    def sources(dataset: Any) -> list[str]:
+        return [second[0] if index < 9 else "a" for index in range(len(dataset))]
+
+    first = train(whole(domains=sources), epochs=2, enable_checkpointing=False)
     first.trainer.save_checkpoint(tmp_path / "a.ckpt")
-    other = whole(domains=lambda dataset: ["x" if index else "a" for index in range(len(dataset))])
-    other_data = pytest.raises(ValueError, match="domains")
-    with other_data:
-        train(other, epochs=3, ckpt=tmp_path / "a.ckpt")
+    again = whole(domains=sources)
+    train(again, epochs=3, ckpt=tmp_path / "a.ckpt")
+    assert [row["step"] for row in again.record.rows()] == [2, 4, 6, 8]
+    with pytest.raises(ValueError, match="its weights belong to these domains"):
+        train(whole(), epochs=3, ckpt=tmp_path / "a.ckpt")
+    second[0] = "x"
+    with pytest.raises(ValueError, match="resumes with weights of a, b, but the domains are a, x"):
+        train(whole(domains=sources), epochs=3, ckpt=tmp_path / "a.ckpt")
 
 
 def test_logs_table_and_figure(tmp_path: Path) -> None:
