@@ -98,6 +98,12 @@ class ProbeLook(Look):
             yield Look(self.pl_module, batch, indices, self.total, run, self.asked, self.memory)
 
 
+def early_validation_loaders(trainer: pl.Trainer) -> Any:
+    """Return a separate copy of the validation loaders, before Lightning loads its own for the first validation."""
+    loaders = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+    return getattr(loaders, "iterables", loaders)  # unwrap a CombinedLoader of either namespace
+
+
 def check_samples(samples: int | Sequence[int]) -> None:
     """Raise unless ``samples`` is a count or a list of indices.
 
@@ -248,11 +254,8 @@ class ProbeSamples:
             return self.trainer.train_dataloader
         if self.trainer.val_dataloaders is not None:
             return self.trainer.val_dataloaders
-        # Lightning loads them at the first validation and still does so; these are a separate copy
-        # for the probe.
         if self._early is None:
-            loaders = self.trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
-            self._early = getattr(loaders, "iterables", loaders)  # unwrap a CombinedLoader of either namespace
+            self._early = early_validation_loaders(self.trainer)
         return self._early
 
     def _refuse_other_order(self, batch: Any, backwards: Any, samples: int) -> None:

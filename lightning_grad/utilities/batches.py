@@ -171,6 +171,24 @@ def tensors_in(batch: Any) -> list[Tensor]:
     return [value for _, value in _tensors_of(batch)]
 
 
+def form_of(batch: Any) -> dict[str, str]:
+    """Return what each tensor of a batch is, by its place: its kind of numbers, and its number of dimensions.
+
+    Example:
+        >>> form_of({"x": torch.zeros(4, 3), "y": (torch.zeros(4, dtype=torch.long), "text")})
+        {"batch['x']": 'a 2-dimensional floating-point tensor', "batch['y'][0]": 'a 1-dimensional integer tensor'}
+    """
+    return {
+        text_of(path): f"a {value.dim()}-dimensional {_kind_of(value)} tensor" for path, value in _tensors_of(batch)
+    }
+
+
+def _kind_of(value: Tensor) -> str:
+    if value.dtype == torch.bool:
+        return "boolean"
+    return "complex" if value.is_complex() else "floating-point" if value.is_floating_point() else "integer"
+
+
 def same_tensors(batch: Any, other: Any) -> bool:
     """Return True if two batches contain the same tensor objects, even in different containers.
 

@@ -16,7 +16,14 @@ from lightning_grad.testing import BATCH, BATCHES, CLASSES, TOKENS, WIDTH, make_
 from tests.contract.settings import CANONICAL, TECHNIQUES, Technique
 
 # They credit values to indices.
-PAIRING = ("DataPruning", "GradientNormSampling", "InfoBatch", "UniformLearning", "SaliencyUnlearning")
+PAIRING = (
+    "DataPruning",
+    "DomainReweighting",
+    "GradientNormSampling",
+    "InfoBatch",
+    "UniformLearning",
+    "SaliencyUnlearning",
+)
 DATA = [t for t in TECHNIQUES if t.name in (*PAIRING, "CurriculumWeighting", "LossReweighting", "RepeatedRandomSubset")]
 PROBES = [t for t in CANONICAL if getattr(t.kind, "credits_samples", False)]  # they show values of single samples
 OTHERS = [t for t in CANONICAL if t not in (*DATA, *PROBES) and t.name != "GhostBatchNorm"]  # without BatchNorm here

@@ -9,6 +9,7 @@ select samples (``core/subset.py``), scoring passes without side effects
 
 from lightning_grad.callbacks.data_pruning.curriculum_weighting import CurriculumWeighting
 from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
+from lightning_grad.callbacks.data_pruning.domain_reweighting import DomainReweighting
 from lightning_grad.callbacks.data_pruning.gradient_norm_sampling import GradientNormSampling
 from lightning_grad.callbacks.data_pruning.info_batch import InfoBatch
 from lightning_grad.callbacks.data_pruning.loss_reweighting import LossReweighting
@@ -18,6 +19,7 @@ from lightning_grad.callbacks.data_pruning.uniform_learning import UniformLearni
 __all__ = [
     "CurriculumWeighting",
     "DataPruning",
+    "DomainReweighting",
     "GradientNormSampling",
     "InfoBatch",
     "LossReweighting",

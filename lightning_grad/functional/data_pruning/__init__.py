@@ -3,6 +3,7 @@
 from lightning_grad.functional.data_pruning.clustering import prototype_distance
 from lightning_grad.functional.data_pruning.curriculum_weighting import curriculum_weights, easiness
 from lightning_grad.functional.data_pruning.dataset_quantization import dataset_quantization
+from lightning_grad.functional.data_pruning.domain_reweighting import gradient_alignments, update_domain_weights
 from lightning_grad.functional.data_pruning.gradient_norm_sampling import (
     draw_samples,
     output_gradient_norms,
@@ -40,6 +41,7 @@ __all__ = [
     "el2n",
     "forgetting",
     "forgetting_state",
+    "gradient_alignments",
     "infobatch_subset",
     "last_layer_gradient_norm",
     "loss_weights",
@@ -54,6 +56,7 @@ __all__ = [
     "select_samples",
     "uniform_learning_repeats",
     "update_aum_",
+    "update_domain_weights",
     "update_forgetting_",
     "update_vog_",
     "vog",

@@ -8,6 +8,7 @@ from studies.claims.known import (
     clipping,
     communication,
     data,
+    domains,
     fine_tuning,
     label_errors,
     optimizers,
@@ -20,6 +21,7 @@ from studies.claims.known import (
 FAMILIES = (
     sparsity,
     data,
+    domains,
     label_errors,
     sharpness,
     optimizers,

@@ -80,6 +80,19 @@ ENTRIES = [
         ),
     ),
     Technique(
+        "DomainReweighting",
+        wrong=(
+            ({"domains": ["web"]}, "at least two different domains"),
+            ({"domains": {"web": [0], "code": [0]}}, "has the index 0, that is in 'web' too"),
+            ({"domains": {"web": [0], "code": []}}, "at least one index"),
+            ({"eta": -1.0}, "eta must be at least 0"),
+            ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
+            ({"smoothing": 1.0}, "at least 0 and below 1"),
+            ({"floor": 1.5}, "floor must be from 0 to 1"),
+            ({"initial": {"first": 0.5, "second": 0.4}}, "with the sum 1"),
+        ),
+    ),
+    Technique(
         "UniformLearning",
         wrong=(({"epoch": 0}, "epoch must be at least 1"), ({"repeats": -1}, "repeats must be at least 0")),
     ),
