@@ -20,8 +20,9 @@ from lightning_grad.callbacks.data_pruning import _settings as rules
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._passes import Passes
 from lightning_grad.callbacks.data_pruning._report import report_scores
+from lightning_grad.callbacks.data_pruning._score_source import ScoreSource
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
-from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, ScoreSource, source_of
+from lightning_grad.callbacks.data_pruning._sources import CHANCE, FileScores, HistoryScores, source_of
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
@@ -68,7 +69,7 @@ class DataPruning(SubsetCallback):
     f are the logits, r is ``prune``, o is ``offset`` and n the number of samples; rank 1 is the hardest.
 
     ============= ========================================================================================
-    score         definition (higher is harder)
+    score         definition (higher is harder; less: more influential)
     ============= ========================================================================================
     el2n          norm of probabilities minus one-hot label: :func:`~lightning_grad.functional.el2n`
     grand         norm of the gradient of the sample's own loss over all trained parameters
@@ -79,6 +80,7 @@ class DataPruning(SubsetCallback):
     forgetting    number of changes from right to wrong in the training batches; inf if never right
     vog           variance of the input gradient of the true logit over several passes
     prototypes    distance of the last layer's input to its nearest prototype, with one per class
+    less          influence on a target: cosine of the sample's step and the target's gradient
     ============= ========================================================================================
 
     Args:
@@ -87,7 +89,7 @@ class DataPruning(SubsetCallback):
         score: Name of the score that ranks the samples; see the table.
         epoch: Number of whole epochs before scoring and pruning; a list for several rounds.
             Default 10 (the paper takes EL2N from 10 to 20 of 200 epochs on), and 0 with score_files.
-        keep: "hard" keeps high scores, "easy" low scores, "random" is the baseline.
+        keep: "hard" keeps high scores (less: influential samples), "easy" low ones, "random" is the baseline.
             "easy" is better if data is scarce (arXiv 2206.14486).
         offset: Share of the hardest samples to drop too, against wrong labels.
         balance: "class" keeps the same share of every class.
@@ -114,7 +116,14 @@ class DataPruning(SubsetCallback):
         loss_index: Index, from 0, of the only loss call that counts.
             By default loss and grand use the whole loss, grand-last its only call, and the others the only call that
             classifies.
-        checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
+        target: Callable (trainer) -> DataLoader or data set of labeled samples that less aims at.
+            Default: the validation loader. Its batches must have the form of the training batches. Dotted path in
+            YAML.
+        include: Names or wildcards of the parameters whose gradients less compares.
+            Default: those of adapters (LoRA), if there are any, else all trained parameters.
+        projection: Entries of a projected gradient of less, a multiple of 64; None compares exactly.
+            The paper projects to 8192 entries, because it stores the gradients.
+        checkpoints: Number of passes of vog (at least 2) and less, spread evenly over the epochs before.
         strict: Whether to refuse score files of another data set.
         num_shown: Number of hardest and of easiest samples in the table and figure; 0 for none.
         decode: Callable (item) -> text or image to show for an item of the data set.
@@ -209,6 +218,9 @@ class DataPruning(SubsetCallback):
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         scores_by: Literal["batch", "sample"] = "batch",
+        target: Callable[[pl.Trainer], Any] | None = None,
+        include: Sequence[str] | None = None,
+        projection: int | None = None,
         checkpoints: int = 3,
         strict: bool = True,
         num_shown: int = 16,
@@ -237,7 +249,10 @@ class DataPruning(SubsetCallback):
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by
-        self.checkpoints = check_count(checkpoints, 2, "checkpoints")
+        self.target = target
+        self.include = as_names(include)
+        self.projection = projection
+        self.checkpoints = check_count(checkpoints, 1, "checkpoints")
         self.strict = strict
         self.num_shown = check_count(num_shown, 0, "num_shown")
         self.decode = decode
@@ -337,6 +352,8 @@ class DataPruning(SubsetCallback):
             next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
             rules.refuse_unrecorded(self, self._saved_settings, next_epoch)
             self.source.begin(next_epoch)
+        if self._has_rounds_left:
+            self.source.prepare(self._passes)
         if isinstance(self.source, FileScores) and self._has_rounds_left:
             self._refuse_balance(self.source.look(self._passes).labels)
         super().on_train_start(trainer, pl_module)
