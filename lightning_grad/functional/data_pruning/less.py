@@ -132,10 +132,9 @@ class GradientCosines:
         if self._projection is not None:
             rows = self._projection.values
             assert isinstance(self._target, Tensor)
-            values: Tensor = F.cosine_similarity(rows, self._target.to(rows)[None], dim=1)
-            return values
+            return F.cosine_similarity(rows, self._target.to(rows)[None], dim=1)
         assert isinstance(self._target, Mapping)
-        whole = torch.stack([value.float().norm().to(self._dots) for value in self._target.values()]).norm()
+        whole = torch.nn.utils.get_total_norm([value.float() for value in self._target.values()]).to(self._dots)
         return (self._dots / (self._squares.sqrt() * whole)).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
     def _add_silent(self) -> None:
