@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from lightning_grad.callbacks.data_pruning._target import trained_parameters
 from lightning_grad.core.losses.look import Look
 from lightning_grad.core.ranks import sum_over_ranks
 from lightning_grad.core.views.adapted_layer import adapters_of
-from lightning_grad.functional import AdamMoments, GradientCosines, RademacherProjection
+from lightning_grad.functional import AdamMoments, GradientCosines
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.reporting import counted
 
@@ -39,19 +40,19 @@ class InfluenceScores(SeveralPasses):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        # Sums over the passes: learning rate times cosine, and the learning rates of those with a cosine, (n,) each.
+        # Sums over the passes: learning rate times cosine, and learning rates where there is one, (n, targets) each.
         self._record: dict[str, Tensor] = {}
         self._found: Mapping[str, Tensor] = {}
         self._has_said = False
 
     @override
     def prepare(self, passes: Passes) -> None:
-        passes.target.check()
+        for target in passes.targets:
+            target.check()
 
     @override
     def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
-        target = passes.target
-        return passes.rehearse(self._measure(passes, range(min(target.batch_size, len(target)))))
+        return passes.rehearse(self._measure(passes, rehearses=True))
 
     @override
     def epoch_begins(self, passes: Passes) -> None:
@@ -66,23 +67,26 @@ class InfluenceScores(SeveralPasses):
         for name, value in (("cosines", rates * cosines.nan_to_num(nan=0.0)), ("rates", rates)):
             self._record[name] = self._record.get(name, 0.0) + value
 
-    def _measure(self, passes: Passes, positions: Sequence[int] | None = None) -> Influence:
+    def _measure(self, passes: Passes, rehearses: bool = False) -> Influence:
         """Return the measure of a pass with the current weights, moments and rates."""
         callback, trainer = passes.callback, passes.trainer
         parameters = _compared(trainer, passes.pl_module, callback.include, callback.display_name)
-        target = passes.target.mean_gradient(parameters, positions)
-        size = float(torch.stack([value.norm() for value in target.values()]).norm())
-        if size == 0.0 or size != size or size == float("inf"):
-            raise ValueError(
-                f"{callback.display_name} compares directions with the gradient of the target, but it is "
-                f"{'zero' if size == 0.0 else 'not finite'}. Check the loss of training_step on the target in eval mode, "
-                "or set include to other parameters."
-            )
+        aims = []
+        for target in passes.targets:
+            few = range(min(target.batch_size, len(target))) if rehearses else None
+            aims.append(target.mean_gradient(parameters, few))
+            size = float(torch.nn.utils.get_total_norm(list(aims[-1].values())))
+            if size == 0.0 or not math.isfinite(size):
+                raise ValueError(
+                    f"{callback.display_name} compares directions with the gradient of the target, but it is "
+                    f"{'zero' if size == 0.0 else 'not finite'}. Check the loss of training_step on the target in eval "
+                    "mode, or set include to other parameters."
+                )
         moments = _moments(trainer, parameters)
-        if positions is None:
+        if not rehearses:
             self._say(callback, trainer, parameters, moments)
-        rate, alone = _rate(trainer, parameters), callback.scores_by == "sample"
-        return Influence(parameters, target, moments, rate, callback.projection, callback.seed, alone)
+        cosines = GradientCosines(1, aims, moments, callback.projection, callback.seed)
+        return Influence(parameters, cosines, _rate(trainer, parameters), callback.scores_by == "sample")
 
     def _say(
         self,
@@ -111,7 +115,7 @@ class InfluenceScores(SeveralPasses):
     def take(self, passes: Passes) -> ScoredSet:
         if not self._record:  # the round was due before this fit began
             self._add_pass(passes)
-        values = self._record["cosines"] / self._record["rates"]  # nan where no pass had a cosine
+        values = (self._record["cosines"] / self._record["rates"]).amax(1)  # nan where no pass had a cosine
         self._record = {}
         return self._scored(passes, values, self._found)
 
@@ -129,45 +133,29 @@ class InfluenceScores(SeveralPasses):
 
 
 class Influence:
-    """Measure of a batch: the cosine between the target's gradient and the direction of each sample.
+    """Measure of a batch: the cosines between the gradients of the targets and the direction of each sample.
 
     Args:
         parameters: The parameters that are compared, by name.
-        target: Gradient of the target by parameter.
-        moments: Adam's moments by parameter.
+        cosines: The gradients of the targets, and Adam's moments.
         rate: Learning rate of the pass.
-        dim: Entries of a projected direction; ``None`` compares without a projection.
-        seed: Seed of the projection.
         alone: Whether batches have one sample, whose loss is that of the step.
     """
 
-    def __init__(
-        self,
-        parameters: Mapping[str, Tensor],
-        target: Mapping[str, Tensor],
-        moments: Mapping[str, AdamMoments],
-        rate: float,
-        dim: int | None,
-        seed: int,
-        alone: bool,
-    ) -> None:
-        self.rate, self._alone = rate, alone
-        self._parameters, self._moments, self._dim, self._seed = parameters, moments, dim, seed
-        self._target: Mapping[str, Tensor] | Tensor = target
-        if dim is not None:
-            projection = RademacherProjection(1, dim, seed)
-            for name, gradient in target.items():
-                projection.add(name, 0, gradient.reshape(1, -1))
-            self._target = projection.values[0]
+    def __init__(self, parameters: Mapping[str, Tensor], cosines: GradientCosines, rate: float, alone: bool) -> None:
+        self.rate = rate
+        self._parameters, self._cosines, self._alone = parameters, cosines, alone
 
     def __call__(self, look: Look) -> Mapping[str, Tensor]:
-        cosines = GradientCosines(len(look.indices), self._target, self._moments, self._dim, self._seed)
+        cosines = self._cosines
+        cosines.begin(len(look.indices))
         with _only(self._parameters, look.pl_module):
             if self._alone:
                 return self._of_one(look, cosines)
             found = look.gradient_rows(cosines.add)
         # A sample whose positions are all ignored has no gradient of its own, but Adam would step all the same.
-        scores = cosines.values.to(found.losses.device).masked_fill(found.losses.isnan(), float("nan"))
+        ignored = found.losses.detach().isnan()[:, None]
+        scores = cosines.values.to(ignored.device).masked_fill(ignored, float("nan"))
         return {"score": scores, **measures.classes_of_losses(found)}
 
     def _of_one(self, look: Look, cosines: GradientCosines) -> Mapping[str, Tensor]:

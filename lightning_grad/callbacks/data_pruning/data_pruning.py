@@ -117,8 +117,8 @@ class DataPruning(SubsetCallback):
             By default loss and grand use the whole loss, grand-last its only call, and the others the only call that
             classifies.
         target: Callable (trainer) -> DataLoader or data set of labeled samples that less aims at.
-            Default: the validation loader. Its batches must have the form of the training batches. Dotted path in
-            YAML.
+            Default: the validation loader. A list of them, such as one for each class, keeps samples that help one
+            of them. Their batches must have the form of the training batches. Dotted path in YAML.
         include: Names or wildcards of the parameters whose gradients less compares.
             Default: those of adapters (LoRA), if there are any, else all trained parameters.
         projection: Entries of a projected gradient of less, a multiple of 64; None compares exactly.

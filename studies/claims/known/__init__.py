@@ -9,6 +9,7 @@ from studies.claims.known import (
     communication,
     data,
     fine_tuning,
+    influence,
     label_errors,
     optimizers,
     quantization,
@@ -20,6 +21,7 @@ from studies.claims.known import (
 FAMILIES = (
     sparsity,
     data,
+    influence,
     label_errors,
     sharpness,
     optimizers,

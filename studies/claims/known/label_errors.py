@@ -53,11 +53,11 @@ class FoundErrors(OnTask):
 
 
 def order_of(trainer: Any) -> np.ndarray:
-    """Return the indices of the training samples, the hardest first."""
+    """Return the indices of the training samples, the most suspect first."""
     (pruning,) = (each for each in trainer.callbacks if isinstance(each, DataPruning))
     if pruning.scored is None:
         raise RuntimeError("the training ended before its samples were scored.")
-    order: np.ndarray = pruning.scored.values.argsort(descending=True, stable=True).numpy()
+    order: np.ndarray = pruning.scored.suspicion.argsort(descending=True, stable=True).numpy()
     return order
 
 
@@ -66,7 +66,8 @@ def scored(score: str) -> Arm:
     return Arm(Use(DataPruning, 0.0, score=score, epoch=OfEpochs(0.5), figure=False, num_shown=0))
 
 
-TABLE = {RANDOM: PLAIN, **{score: scored(score) for score in ("el2n", "grand", "loss", "margin", "aum", "forgetting")}}
+SCORES = ("el2n", "grand", "loss", "margin", "aum", "forgetting", "grand-last", "prototypes", "vog", "less")
+TABLE = {RANDOM: PLAIN, **{score: scored(score) for score in SCORES}}
 CLAIMS = (
     FoundErrors(
         name="label-errors-images",
@@ -74,7 +75,7 @@ CLAIMS = (
         paper=Paper(
             "`DataPruning(prune=0)`, scores",
             "data_pruning",
-            "Samples with a high score (AUM: a low margin over the training) are often mislabeled.",
+            "Samples with a high score (AUM: a low margin over the training; LESS: a low influence) are often mislabeled.",
             "Identifying Mislabeled Data using the Area Under the Margin Ranking (2001.10528)",
         ),
         table=TABLE,

@@ -131,6 +131,14 @@ def test_duplicates_of_the_target_rank_first() -> None:
     assert ranks["grand"] != set(copies), "they do not stand out as such"
 
 
+def test_a_sample_counts_for_the_target_that_it_helps_most() -> None:
+    halves = [Subset(TARGET, range(4)), Subset(TARGET, range(4, len(TARGET)))]
+    alone = torch.stack([scored(less(target=lambda _, half=half: half)) for half in halves])
+    together = scored(less(target=lambda _: {"one": halves[0], "other": halves[1]}))
+    torch.testing.assert_close(together, alone.amax(0), atol=1e-6, rtol=1e-5)
+    assert (together - scored(less())).abs().max() > 0.01, "the mean gradient of both is something else"
+
+
 def test_single_samples_and_functions_have_the_same_scores() -> None:
     batch = scored(less(checkpoints=1))
     torch.testing.assert_close(scored(less(checkpoints=1, scores_by="sample")), batch, atol=1e-5, rtol=1e-4)
