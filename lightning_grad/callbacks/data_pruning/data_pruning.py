@@ -37,12 +37,12 @@ from lightning_grad.utilities.parameters import as_names
 
 _EPOCH = 10
 _SHARDED = stand_in(
-    "All scores work except `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
+    "All scores work except `grand`, `grand-last`, `vog` and `less`, which need whole weights and raise. Tests run the others "
     "with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
 )
 _NO_GRADIENTS = no(
     "needs whole weights, and {} shards them",
-    "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
+    "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last, vog and less",
 )
 _NO_PASS = no(
     "does not work with {}: its training_step also steps the optimizer, so it cannot be run just to score samples",
@@ -105,12 +105,12 @@ class DataPruning(SubsetCallback):
         score_fn: Callable (module, batch) -> scores of shape (B,). Use it if the loss cannot be read.
             Dotted path in YAML. It runs in eval mode and without gradients, unless it enables them.
         loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step.
-            For loss, grand and vog (which then uses the gradient of the loss). Its mean must equal the loss of
+            For loss, grand, less and vog (which then uses the gradient of the loss). Its mean must equal the loss of
             the step, up to a constant.
         outputs_fn: Callable (module, batch) -> logits (B, C) and labels (B,), used instead of the step.
             For el2n, margin, aum, forgetting, grand-last and prototypes.
         scores_by: "sample" runs the step on one sample at a time, if its loss cannot be split.
-            It takes up to a batch size times as long. For loss and grand. The mean over the samples of a batch
+            It takes up to a batch size times as long. For loss, grand and less. The mean over the samples of a batch
             must equal the loss of the batch.
         score_dataset: Callable (trainer) -> training set without augmentation, to score it.
         loss_index: Index, from 0, of the only loss call that counts.
@@ -160,11 +160,21 @@ class DataPruning(SubsetCallback):
     counts them by label and suggested label. In the summary ``samples_share``, samples seen as a share of
     training on all samples.
 
-    **State.** The kept samples, the scores, and the records of histories; resuming is bit-exact. With several
+    With score "less", s is the influence on a target. With passes t at learning rates :math:`\eta_t`,
+
+    .. math::
+        s_i = \max_j \frac{\sum_t \eta_t \cos(a_{tj}, \Gamma_t(g_{ti}))}{\sum_t \eta_t}
+
+    :math:`a_{tj}` is the gradient of the mean loss on target j, and :math:`\Gamma_t` turns the gradient g of sample i
+    into the direction of Adam's step with the moments of pass t. Parameters of other optimizers keep their gradient.
+    So ``keep="hard"`` keeps the influential samples. LESS takes the sum over passes; the mean ranks samples the same.
+
+    **State.** The kept samples, the scores, and the records of histories and of passes; resuming is bit-exact. With several
     ranks, only the first saves its record of the current epoch.
 
-    **Cost.** One evaluation pass through the training set per round (grand: forward and backward); see
-    docs/benchmarks.md.
+    **Cost.** One evaluation pass through the training set per round (grand, less: forward and backward; vog, less:
+    several); see docs/benchmarks.md. A pass of less also differentiates the loss of the target, and holds a gradient of the
+    compared parameters for each target, and blocks of gradients.
 
     Example:
         .. code-block:: yaml
@@ -179,6 +189,7 @@ class DataPruning(SubsetCallback):
 
     References:
         Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
+        Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", 2024, arXiv 2402.04333 (less).
     """
 
     compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
