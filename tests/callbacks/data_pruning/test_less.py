@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_grad.callbacks import LoRA, OptimizerSwap
-from lightning_grad.callbacks.data_pruning import _influence
+from lightning_grad.callbacks.data_pruning import _influence, _pictures, _report
 from lightning_grad.testing import on_ranks
 from tests.callbacks.data_pruning.test_data_pruning import SAMPLES, Classifier, make_data, train
 from tests.callbacks.data_pruning.test_rows import pruning
@@ -275,3 +277,31 @@ def test_parameters_that_no_optimizer_holds() -> None:
 
     with pytest.raises(ValueError, match=r"no optimizer holds the parameters that include=\['head'\] selects"):
         scored(less(include=["head"]), Half())
+
+
+def test_figures_speak_of_influence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    inner = _pictures.draw_samples
+
+    def draw(*args: Any) -> Any:
+        figure = inner(*args)
+        drawn.extend(text.get_text() for text in figure.texts)
+        return figure
+
+    monkeypatch.setattr(_report, "draw_samples", draw)
+    callback = less(checkpoints=1, epoch=1, num_shown=4, figure=True, decode=lambda item: torch.rand(3, 8, 8))
+    train(callback, Classifier(), logger=CSVLogger(tmp_path))
+    assert "The most influential samples (4), most influential first" in drawn
+    assert "more influential" in _pictures.draw_scores(callback.scored, "", None).axes[0].get_xlabel()
+
+
+def test_a_changed_target_scores_again(tmp_path: Path) -> None:
+    def half(trainer: pl.Trainer) -> Any:
+        return Subset(TARGET, range(3))
+
+    found = train(less(epoch=1, checkpoints=1, prune=0.3), Adaptive(), epochs=2)
+    found.trainer.save_checkpoint(tmp_path / "run.ckpt")
+    same, other = (less(epoch=1, checkpoints=1, prune=0.3, target=aim) for aim in (target, half))
+    for callback, epoch in ((same, 1), (other, 2)):
+        train(callback, Adaptive(), epochs=3, ckpt=tmp_path / "run.ckpt")
+        assert callback.scored.epoch == epoch
