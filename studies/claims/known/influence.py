@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from lightning_grad.callbacks import DataPruning
 from studies.arms import Arm, OfEpochs, Use
 from studies.claim import Paper, Run
 from studies.common import Follow
-from studies.on_task import FitClock, OnTask
+from studies.on_task import ON_PURPOSE, FitClock, OnTask
 from studies.pretrained import tensors_of, turned
 from studies.tasks import CLASSES, TASKS
 
@@ -38,6 +39,7 @@ class Targeted(OnTask):
     @override
     def fitted(self, run: Run, first: Sequence[Callback] = ()) -> tuple[Trainer, LightningModule, Any, FitClock]:
         """Train; see :class:`OnTask`."""
+        warnings.filterwarnings("ignore", f".*({ON_PURPOSE})")
         arm, task, clock = self.table[run.arm], TASKS[self.task], FitClock()
         source = task.data(self.data, run.seed, self.flip)
         source.setup("fit")
