@@ -28,7 +28,8 @@ DIFFERENT: list[Technique] = [
 CHOOSING: list[Technique] = [
     next((entry for entry in TECHNIQUES if entry.name == first.name and entry.chooses), first)
     for first in CANONICAL
-    if "include" in first.build().settings and first.name != "GhostBatchNorm"  # which chooses layers
+    if "include" in first.build().settings
+    and first.name not in ("GhostBatchNorm", "DataPruning")  # which chooses layers, or only where its score compares
 ]
 """A setting of each technique that chooses parameters by their names."""
 BROAD: list[Technique] = [technique for technique in TECHNIQUES if technique.broad]

@@ -16,14 +16,14 @@ from lightning_grad.core.losses.look import Look, Measure, SkippedBatchError
 from lightning_grad.core.losses.sample_losses import SampleLosses, loss_of_output, refuse_loss
 from lightning_grad.functional import LossCall, el2n, last_layer_gradient_norm, margin, predictions
 
-Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes"]
+Score = Literal["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "vog", "prototypes", "less"]
 HISTORIES = ("aum", "forgetting")
 OF_CLASSES = ("el2n", "margin", "aum", "forgetting", "grand-last", "prototypes")  # need logits and labels
-OF_LOSSES = ("loss", "grand", "vog")
-ONE_BY_ONE = ("loss", "grand")  # need only the loss of each sample, so samples can be run one at a time
+OF_LOSSES = ("loss", "grand", "vog", "less")
+ONE_BY_ONE = ("loss", "grand", "less")  # need only the loss of each sample, so samples can be run one at a time
 # Need only logits and classes.
 BY_CLASSES = ("el2n", "margin", "aum", "forgetting", "vog", "prototypes", "chance", "dq")
-GRADIENT_SCORES = ("grand", "grand-last", "vog")
+GRADIENT_SCORES = ("grand", "grand-last", "vog", "less")
 ScoreFunction = Callable[[pl.LightningModule, Any], Tensor]
 
 
@@ -58,20 +58,21 @@ def scores_of(score_fn: ScoreFunction, look: Look) -> Mapping[str, Tensor]:
 
 def _loss_alone(look: Look) -> Mapping[str, Tensor]:
     """Return the loss of a batch of one sample."""
-    return {"score": _alone(look).detach().reshape(1)}
+    return {"score": alone(look).detach().reshape(1)}
 
 
 def _grand_alone(look: Look) -> Mapping[str, Tensor]:
     """Return the gradient norm of the loss of a batch of one sample, and the loss."""
     with torch.enable_grad():
-        loss = _alone(look)
+        loss = alone(look)
         parameters = [p for p in look.pl_module.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     norm = torch.nn.utils.get_total_norm([gradient for gradient in found if gradient is not None])
     return {"score": norm.reshape(1), "loss": loss.detach().reshape(1)}
 
 
-def _alone(look: Look) -> Tensor:
+def alone(look: Look) -> Tensor:
+    """Run the step on a batch of one sample, and return its loss."""
     output = look.run()
     if output is None:
         raise SkippedBatchError
@@ -96,16 +97,17 @@ def _of_call(look: Look, score: Callable[[LossCall], Tensor]) -> dict[str, Tenso
 
 def _loss(look: Look) -> Mapping[str, Tensor]:
     found = look.losses()
-    return {"score": found.losses, **_classes_of_losses(found)}
+    return {"score": found.losses, **classes_of_losses(found)}
 
 
 def _grand(look: Look) -> Mapping[str, Tensor]:
     norms, found = look.gradient_norms()
     # A sample whose positions are all ignored has gradient zero: without nan it would rank as the easiest.
-    return {"score": norms.masked_fill(found.losses.isnan(), float("nan")), **_classes_of_losses(found)}
+    return {"score": norms.masked_fill(found.losses.isnan(), float("nan")), **classes_of_losses(found)}
 
 
-def _classes_of_losses(found: SampleLosses) -> dict[str, Tensor]:
+def classes_of_losses(found: SampleLosses) -> dict[str, Tensor]:
+    """Return labels and predicted classes, or nothing if the losses are of no classification."""
     return {} if found.call is None else _classes_of(found.call)
 
 

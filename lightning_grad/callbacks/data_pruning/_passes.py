@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, OF_CLASSES, ONE_BY_ONE
 from lightning_grad.callbacks.data_pruning._sources import HistoryScores
+from lightning_grad.callbacks.data_pruning._target import TargetSet, target_sets
 from lightning_grad.core.losses.given_functions import LOSS_FN, OUTPUTS_FN, SCORE_FN, LossRequest, SampleLoss
 from lightning_grad.core.losses.look import Measure
 from lightning_grad.core.losses.one_sample import cost_of_single_samples, in_words
@@ -37,6 +38,7 @@ class Passes:
     trainer: pl.Trainer
     pl_module: pl.LightningModule
     _unaugmented: Any = field(default=None, init=False)
+    _targets: Sequence[TargetSet] = field(default=(), init=False)
     _sample_loss: SampleLoss = field(default=None, init=False)
     _has_checked: bool = field(default=False, init=False)
     # What errors say about scores_by="sample": None until its cost is measured, "" if it does not help.
@@ -61,6 +63,15 @@ class Passes:
     def items(self) -> Any:
         """The samples of the scored data set, by index."""
         return self.training_set.items(self.dataset)
+
+    @property
+    def targets(self) -> Sequence[TargetSet]:
+        """The sets of samples whose gradients the score "less" compares with."""
+        if not self._targets:
+            callback, training_set = self.callback, self.training_set
+            own = (self.trainer, self.pl_module, self.asked, training_set.loader)
+            self._targets = target_sets(*own, callback.target, training_set.is_whole_batch, callback.seed)
+        return self._targets
 
     @property
     def way_out(self) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_grad.callbacks.data_pruning._samples import ORDERS, Groups, Sample, named, shortened
+from lightning_grad.callbacks.data_pruning._samples import OF_HARDNESS, Groups, Sample, named, shortened
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def draw_scores(scored: ScoredSet, title: str, class_names: Sequence[str] | None
     axes = figure.subplots(2 if by_class else 1, 1, squeeze=False, height_ratios=[1.2, 1] if by_class else [1])[:, 0]
     figure.suptitle(f"{title}, {int(kept.sum()):,} of {len(values):,} samples kept", parse_math=False)
     _draw_histogram(axes[0], values, kept)
-    axes[0].set_xlabel("\n".join([f"{scored.name} score, higher is harder", *_notes(scored)]), parse_math=False)
+    higher = "more influential" if scored.is_influence else "harder"
+    axes[0].set_xlabel("\n".join([f"{scored.name} score, higher is {higher}", *_notes(scored)]), parse_math=False)
     if by_class:
         _draw_classes(axes[1], labels, kept, class_names)
     return figure
@@ -169,8 +170,8 @@ def _draw_classes(
 # The figure of the samples.
 
 
-def draw_samples(groups: Groups, title: str) -> Figure:
-    """Draw the hardest samples above the easiest, each with its label, prediction and score."""
+def draw_samples(groups: Groups, title: str, headings: Sequence[str] = OF_HARDNESS) -> Figure:
+    """Draw the samples with the highest scores above those with the lowest, each with its label, prediction and score."""
     from matplotlib.figure import Figure
 
     drawn = groups[0][:_MOST_DRAWN], groups[1][-_MOST_DRAWN:]
@@ -184,7 +185,7 @@ def draw_samples(groups: Groups, title: str) -> Figure:
     legend = "bold: label,  \N{CHECK MARK} or \N{BALLOT X}: prediction,  grey: score and #index"
     figure.text(1 - margin / width, 1 - 0.5 * top / height, legend, size=9, va="center", ha="right", color="0.35")
     above = top
-    for order, group, count in zip(ORDERS, drawn, rows, strict=True):
+    for order, group, count in zip(headings, drawn, rows, strict=True):
         if not group:
             continue
         text = order.format(len(group))

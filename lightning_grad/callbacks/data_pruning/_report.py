@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning._pictures import draw_samples, draw_scores
-from lightning_grad.callbacks.data_pruning._samples import Sample, class_names_of, named, view_of
+from lightning_grad.callbacks.data_pruning._samples import (
+    OF_HARDNESS,
+    OF_INFLUENCE,
+    Sample,
+    class_names_of,
+    named,
+    view_of,
+)
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet
 from lightning_grad.core.record import Recorder
 from lightning_grad.utilities.reporting import counted, log_figure, log_table, output_file, output_folder, tolerated
@@ -87,7 +94,10 @@ def report_scores(
         if figure and any(picture is not None for picture in pictures):
             with tolerated(display_name, "the figure of samples"):
                 path = output_file(trainer, display_name, f"{ending}samples.png")
-                log_figure(trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title), path)
+                headings = OF_INFLUENCE if scored.is_influence else OF_HARDNESS
+                log_figure(
+                    trainer, owner.log_key("samples_figure"), partial(draw_samples, groups, title, headings), path
+                )
 
 
 def _report_label_errors(

@@ -21,7 +21,7 @@ class Sample:
 
     Args:
         index: Its index in the data set.
-        rank: Its rank by score, 0 for the hardest.
+        rank: Its rank by score, 0 for the highest.
         score: Its score.
         label: Name or number of its class, ``None`` if unknown.
         prediction: Name or number of the predicted class, ``None`` if unknown.
@@ -49,8 +49,12 @@ class Sample:
         return "\N{BALLOT X}" if self.wrong else "\N{CHECK MARK}"
 
 
-Groups = tuple[Sequence[Sample], Sequence[Sample]]  # the hardest and the easiest
-ORDERS = ("The hardest samples ({}), hardest first", "The easiest samples ({}), easiest last")
+Groups = tuple[Sequence[Sample], Sequence[Sample]]  # those with the highest and the lowest scores
+OF_HARDNESS = ("The hardest samples ({}), hardest first", "The easiest samples ({}), easiest last")
+OF_INFLUENCE = (
+    "The most influential samples ({}), most influential first",
+    "The least influential samples ({}), least influential last",
+)
 
 
 def view_of(item: Any) -> tuple[NDArray[np.uint8] | None, str]:

@@ -19,6 +19,8 @@ from lightning_grad.utilities.reporting import log_file, output_folder
 if TYPE_CHECKING:
     from lightning_grad.callbacks.data_pruning.data_pruning import DataPruning
 
+LESS = "less"  # its high scores mark influential samples, not hard ones
+
 
 @dataclass(frozen=True)
 class ScoredSet:
@@ -27,7 +29,8 @@ class ScoredSet:
     Args:
         name: Name of the score, such as ``"el2n"``.
         epoch: Number of whole epochs before the scores were taken.
-        values: Scores (n,) in float64 on the CPU, higher is harder; nan where a sample has none.
+        values: Scores (n,) in float64 on the CPU, higher is harder (``"less"``: more influential); nan where a
+            sample has none.
         kept: Sorted indices of the kept samples; ``None`` for all.
         labels: Classes (n,), -1 where unknown; ``None`` if the samples have none.
         predictions: Predicted classes (n,), -1 where unknown; ``None`` if there are none.
@@ -45,15 +48,25 @@ class ScoredSet:
         return f"ScoredSet(name={self.name!r}, epoch={self.epoch}, kept {kept} of {len(self.values)} samples)"
 
     @property
+    def is_influence(self) -> bool:
+        """Whether the scores are the influence on a target."""
+        return self.name == LESS
+
+    @property
+    def suspicion(self) -> Tensor:
+        """How suspect each label is, (n,): the scores, or minus the influence: a wrong label pulls away from a target."""
+        return -self.values if self.is_influence else self.values
+
+    @property
     def label_errors(self) -> Tensor:
-        """Indices of the samples whose predicted class differs from their label, hardest first.
+        """Indices of the samples whose predicted class differs from their label, most suspect first.
 
         The predicted class, in ``predictions``, is the suggested label.
         """
         if self.labels is None or self.predictions is None:
             return torch.empty(0, dtype=torch.int64)
         known = (self.labels >= 0) & (self.predictions >= 0) & ~self.values.isnan()
-        order = self.values.argsort(descending=True, stable=True)
+        order = self.suspicion.argsort(descending=True, stable=True)
         return order[(known & (self.labels != self.predictions))[order]]
 
 

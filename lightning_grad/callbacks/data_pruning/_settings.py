@@ -14,8 +14,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSES, OF_LOSSES, ONE_BY_ONE
+from lightning_grad.callbacks.data_pruning._scored import LESS
 from lightning_grad.callbacks.data_pruning._sources import BINS, Chance, FileScores
 from lightning_grad.data.score_files import score_path
+from lightning_grad.functional import RademacherProjection
 from lightning_grad.utilities.arguments import plain
 from lightning_grad.utilities.checks import check_count, check_only_one, check_share
 from lightning_grad.utilities.reporting import counted
@@ -96,12 +98,15 @@ def _check_source(settings: DataPruning) -> None:
     """Raise if the settings of the scores contradict each other."""
     score, by_function = settings.score, settings.score_fn is not None
     epochs = [epoch for epoch, _ in settings.rounds]
+    _check_target(settings)
     given = {"score_fn": settings.score_fn, "score_files": settings.score_files}
     check_only_one({**given, f"score={score!r}": by_function and score != "el2n"}, "determine the scores")
     if settings.score_files and settings.keep == "random":
         raise ValueError("keep='random' ignores scores, so score_files have no effect. Set only one of the two.")
     if settings.score_files or by_function or settings.keep == "random":
         return
+    if score == "vog" and settings.checkpoints < 2:
+        raise ValueError(f"checkpoints must be at least 2 with score='vog'; got {settings.checkpoints}.")
     if score == "vog" and any(later - earlier < 2 for earlier, later in pairwise([0, *epochs])):
         raise ValueError(
             "score='vog' compares passes at different epochs, so it needs at least 2 epochs before each round; got "
@@ -109,6 +114,25 @@ def _check_source(settings: DataPruning) -> None:
         )
     if score in HISTORIES and epochs[0] == 0:
         raise ValueError(f"score={score!r} is recorded during training, so epoch must be at least 1; got 0.")
+
+
+def _check_target(settings: DataPruning) -> None:
+    """Raise if a setting of the score "less" would have no effect, or another one would undo its choice."""
+    is_used = settings.score == LESS and not settings.score_files and settings.keep != "random"
+    of_less = {"target": settings.target, "include": settings.include, "projection": settings.projection}
+    unused = [name for name, value in of_less.items() if value is not None]
+    if unused and not is_used:
+        raise ValueError(
+            f"{unused[0]} works only with score='less' that ranks the samples; got score={settings.score!r}, "
+            f"keep={settings.keep!r} and score_files={settings.score_files}. Leave {unused[0]} at None."
+        )
+    if settings.projection is not None:
+        RademacherProjection(1, check_count(settings.projection, 1, "projection"))  # raises for a wrong number
+    if is_used and settings.offset:
+        raise ValueError(
+            "offset drops the samples with the highest scores, which are the most influential ones with score='less'. "
+            "Leave offset at 0."
+        )
 
 
 def _check_functions(settings: DataPruning) -> None:
@@ -172,7 +196,7 @@ def warn_of_risks(callback: DataPruning, trainer: pl.Trainer) -> None:
             "2303.14753). Set epoch to a few epochs of training."
         )
     most = max(share for _, share in callback.rounds)
-    if most > _TOO_MUCH and callback.keep == "hard" and callback.select == "top":
+    if most > _TOO_MUCH and callback.source.name != LESS and callback.keep == "hard" and callback.select == "top":
         rank_zero_warn(
             f"{callback.display_name} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates, "
             "the hardest samples alone do worse than a random choice (arXiv 2210.15809). Use select='ccs', or "
@@ -187,6 +211,8 @@ def score_settings(callback: DataPruning) -> list[str]:
     names = ["score", "score_fn", "score_dataset", "loss_index", "loss_fn", "outputs_fn", "scores_by"]
     if callback.select == BINS:
         return [*names, "strata", "balance", "seed"]
+    if callback.source.name == LESS:
+        return [*names, "target", "include", "projection", *(["seed"] if callback.projection else [])]
     return [*names, "seed"] if callback.source.name == "prototypes" else names
 
 

@@ -1,12 +1,11 @@
 """Sources of the scores of a training set: one pass, several passes, the batches of the training, files, or chance.
 
 :func:`source_of` builds the source that the arguments of ``DataPruning`` select. ``_measures.py`` defines the
-measurements of a batch.
+measurements of a batch, ``_score_source.py`` the base, and ``_influence.py`` the influence on a target.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +18,9 @@ from torch import Tensor
 
 from lightning_grad.callbacks.data_pruning import _measures as measures
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.callbacks.data_pruning._influence import InfluenceScores
+from lightning_grad.callbacks.data_pruning._score_source import ScoreSource, SeveralPasses, classes_of
+from lightning_grad.callbacks.data_pruning._scored import LESS, ScoredSet
 from lightning_grad.core.losses.look import Look, Measure
 from lightning_grad.core.ranks import first_of_ranks, sum_over_ranks
 from lightning_grad.data import SampleScores, average_scores, load_scores
@@ -36,59 +37,6 @@ BINS = "dq"
 _PROTOTYPES = 10  # number of prototypes if the samples have no classes
 
 
-class ScoreSource:
-    """Source of the scores of all samples.
-
-    Args:
-        name: Name of the scores.
-    """
-
-    runs_the_step = False  # whether a pass runs training_step just to score
-    epochs_needed = 0  # whole epochs of recording before a round
-    is_recording = False  # whether anything has been recorded so far
-    pairs_rows = True  # whether rows of a batch are assigned to its samples
-    measure: Measure | None = None  # measurement of a batch that does not run training_step
-    by_terms = False  # whether only the loss of each sample is needed
-    by_classes = False  # whether only logits and classes are needed
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    @property
-    def kind(self) -> str:
-        """Kind of the scores; a checkpoint of another kind is not used."""
-        return f"{type(self).__name__}({self.name})"
-
-    def rehearse(self, passes: Passes) -> Mapping[str, Tensor] | None:
-        """Measure one batch, to raise early what a pass would raise, and return the measurements."""
-        return None
-
-    def gather(self, trainer: pl.Trainer) -> None:
-        """Gather the records of all ranks."""
-
-    def epoch_begins(self, passes: Passes) -> None:
-        """Record the values that are due at the start of an epoch."""
-
-    def take(self, passes: Passes) -> ScoredSet:
-        """Return the current scores."""
-        raise NotImplementedError
-
-    def begin(self, epoch: int) -> None:
-        """Start recording at this epoch, if there is no record from a checkpoint."""
-
-    def _scored(self, passes: Passes, values: Tensor, found: Mapping[str, Tensor]) -> ScoredSet:
-        labels, predictions = _classes(found.get("label")), _classes(found.get("prediction"))
-        epoch = passes.trainer.current_epoch
-        return ScoredSet(self.name, epoch, values.double(), labels=labels, predictions=predictions)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state for a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a checkpoint."""
-
-
 def source_of(settings: DataPruning) -> ScoreSource:
     """Return the source for settings that have been checked."""
     source: ScoreSource
@@ -102,6 +50,8 @@ def source_of(settings: DataPruning) -> ScoreSource:
         source = PassScores(CHANCE) if settings.balances_classes else Chance(CHANCE)
     elif settings.score in measures.HISTORIES:
         source = HistoryScores(settings.score)
+    elif settings.score == LESS:
+        source = InfluenceScores(LESS)
     elif settings.score == "vog":
         source = VarianceScores("vog")
     else:
@@ -147,7 +97,7 @@ class FileScores(ScoreSource):
         scores = average_scores([load_scores(path, passes.items, strict) for path in paths])
         labels = None
         if scores.labels is not None:
-            labels = _classes(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
+            labels = classes_of(SampleScores(scores.labels.double(), "labels", index=scores.index).dense(total))
         epoch = -1 if scores.epoch is None else int(scores.epoch)
         self._found = ScoredSet(scores.name, epoch, scores.dense(total), labels=labels)
         return self._found
@@ -195,7 +145,7 @@ class BinScores(PassScores):
         found, callback = passes.run(self._measure, "Collecting features for dq"), passes.callback
         places = torch.empty(0)
         if passes.trainer.is_global_zero:
-            labels = _classes(found.get("label")) if callback.balance is not None else None
+            labels = classes_of(found.get("label")) if callback.balance is not None else None
             places = rules.dataset_quantization(found["embedding"], callback.num_strata, labels, callback.seed)
         # The choices compare sums, whose rounding may differ between machines.
         return self._scored(passes, passes.trainer.strategy.broadcast(places), found)
@@ -203,7 +153,7 @@ class BinScores(PassScores):
 
 def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
     """Return the distances of the last layer's inputs to their nearest prototype, one prototype per class."""
-    embeddings, labels = found["embedding"], _classes(found.get("label"))
+    embeddings, labels = found["embedding"], classes_of(found.get("label"))
     known = embeddings.isfinite().all(1)
     clusters = min(int(labels.max()) + 1 if labels is not None else _PROTOTYPES, int(known.sum()))
     scores = torch.full((len(embeddings),), float("nan"), dtype=torch.float64)
@@ -212,16 +162,14 @@ def _distances(found: Mapping[str, Tensor], seed: int) -> Tensor:
     return scores
 
 
-class VarianceScores(ScoreSource):
+class VarianceScores(SeveralPasses):
     """The variance of gradients over several passes, evenly spread over the epochs before a round."""
 
-    runs_the_step = True
     epochs_needed = 2
     by_classes = True
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self._begun_in = 0
         self._gradients: dict[str, Tensor] = {}  # sums per sample
         self._measured: list[int] = []  # samples that this rank has measured in the current pass
         self._found: Mapping[str, Tensor] = {}
@@ -237,13 +185,7 @@ class VarianceScores(ScoreSource):
         return classes or {"seen": torch.ones(len(look.indices))}  # a pass must return at least one value
 
     def epoch_begins(self, passes: Passes) -> None:
-        rounds, count = [epoch for epoch, _ in passes.callback.rounds], passes.callback.checkpoints
-        later = [epoch for epoch in rounds if epoch >= passes.trainer.current_epoch]
-        if not later:
-            return
-        first = max([self._begun_in, *(epoch for epoch in rounds if epoch < passes.trainer.current_epoch)])
-        spacing = (min(later) - first) / count
-        if passes.trainer.current_epoch in {first + math.ceil(spacing * (number + 1)) for number in range(count)}:
+        if self._is_due(passes):
             self._found = passes.run(self._take_in, "Collecting gradients for vog")
             self._share(passes.trainer)
 
@@ -267,16 +209,13 @@ class VarianceScores(ScoreSource):
                 f"{'none' if count is None else 'one'} before epoch {passes.trainer.current_epoch}. Set checkpoints "
                 "to at least 2, and epoch so that this fit trains for at least 2 epochs before each round."
             )
-        values, labels = rules.vog(self._gradients).double(), _classes(self._found.get("label"))
+        values, labels = rules.vog(self._gradients).double(), classes_of(self._found.get("label"))
         self._gradients = {}
         return self._scored(passes, values if labels is None else rules.normalize_by_class(values, labels), self._found)
 
     @property
     def is_recording(self) -> bool:  # type: ignore[override]
         return bool(self._gradients)
-
-    def begin(self, epoch: int) -> None:
-        self._begun_in = epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {"gradients": self._gradients, "begun_in": self._begun_in}
@@ -343,7 +282,3 @@ class HistoryScores(ScoreSource):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._values.values, self._labels.values = state["values"], state["labels"]
         self._history = state["history"]
-
-
-def _classes(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.nan_to_num(nan=-1.0).clamp(min=-1).long()

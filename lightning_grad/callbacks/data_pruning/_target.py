@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler
 
 from lightning_grad.core.losses.given_functions import LossRequest
 from lightning_grad.core.losses.look import Look, SkippedBatchError
@@ -259,6 +259,28 @@ class TargetSet:
 
 def _dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def target_sets(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    asked: LossRequest,
+    loader: DataLoader[Any],
+    target: Callable[[pl.Trainer], Any] | None,
+    is_whole_batch: bool,
+    seed: int,
+) -> list[TargetSet]:
+    """Return the target sets: one, or one for each loader or data set if ``target`` returns a list or mapping of them.
+
+    Raises:
+        TypeError: If a target has no indices.
+    """
+    given = [None] if target is None else [target(trainer)]
+    parts = list(given[0].values()) if isinstance(given[0], Mapping) else given[0]
+    if isinstance(parts, (list, tuple)) and parts and all(isinstance(each, (DataLoader, Dataset)) for each in parts):
+        given = list(parts)
+    makes = [None if target is None else (lambda _, each=each: each) for each in given]
+    return [TargetSet(trainer, pl_module, asked, loader, make, is_whole_batch, seed) for make in makes]
 
 
 def trained_parameters(

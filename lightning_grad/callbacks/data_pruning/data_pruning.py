@@ -20,15 +20,9 @@ from lightning_grad.callbacks.data_pruning import _settings as rules
 from lightning_grad.callbacks.data_pruning._measures import GRADIENT_SCORES, Score
 from lightning_grad.callbacks.data_pruning._passes import Passes
 from lightning_grad.callbacks.data_pruning._report import report_scores
+from lightning_grad.callbacks.data_pruning._score_source import ScoreSource
 from lightning_grad.callbacks.data_pruning._scored import ScoredSet, check_score_file, write_score_file
-from lightning_grad.callbacks.data_pruning._sources import (
-    BINS,
-    CHANCE,
-    FileScores,
-    HistoryScores,
-    ScoreSource,
-    source_of,
-)
+from lightning_grad.callbacks.data_pruning._sources import BINS, CHANCE, FileScores, HistoryScores, source_of
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, CURRENT_WEIGHTS
 from lightning_grad.core.compatibility import WHOLE_WEIGHTS, Compatibility, manual, no, stand_in, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
@@ -44,12 +38,12 @@ from lightning_grad.utilities.parameters import as_names
 _EPOCH = 10
 _STRATA = {"ccs": 50, "dq": 10}  # as in the released codes
 _SHARDED = stand_in(
-    "All scores work except `grand`, `grand-last` and `vog`, which need whole weights and raise. Tests run the others "
+    "All scores work except `grand`, `grand-last`, `vog` and `less`, which need whole weights and raise. Tests run the others "
     "with stand-ins of FSDP2, FSDP1 and DeepSpeed in one process, not on real shards."
 )
 _NO_GRADIENTS = no(
     "needs whole weights, and {} shards them",
-    "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last and vog",
+    "Train with strategy='ddp' or on one device, or use a score other than grand, grand-last, vog and less",
 )
 _NO_PASS = no(
     "does not work with {}: its training_step also steps the optimizer, so it cannot be run just to score samples",
@@ -76,7 +70,7 @@ class DataPruning(SubsetCallback):
     f are the logits, r is ``prune``, o is ``offset`` and n the number of samples; rank 1 is the hardest.
 
     ============= ========================================================================================
-    score         definition (higher is harder)
+    score         definition (higher is harder; less: more influential)
     ============= ========================================================================================
     el2n          norm of probabilities minus one-hot label: :func:`~lightning_grad.functional.el2n`
     grand         norm of the gradient of the sample's own loss over all trained parameters
@@ -87,6 +81,7 @@ class DataPruning(SubsetCallback):
     forgetting    number of changes from right to wrong in the training batches; inf if never right
     vog           variance of the input gradient of the true logit over several passes
     prototypes    distance of the last layer's input to its nearest prototype, with one per class
+    less          influence on a target: cosine of the sample's step and the target's gradient
     ============= ========================================================================================
 
     Args:
@@ -96,7 +91,7 @@ class DataPruning(SubsetCallback):
         epoch: Number of whole epochs before scoring and pruning; a list for several rounds.
             Default 10 (the paper takes EL2N from 10 to 20 of 200 epochs on), and 0 with score_files.
             With select="dq", 0 is right for a pretrained network.
-        keep: "hard" keeps high scores, "easy" low scores, "random" is the baseline.
+        keep: "hard" keeps high scores (less: influential samples), "easy" low ones, "random" is the baseline.
             "easy" is better if data is scarce (arXiv 2206.14486).
         offset: Share of the hardest samples to drop too, against wrong labels.
         balance: "class" keeps the same share of every class.
@@ -115,18 +110,25 @@ class DataPruning(SubsetCallback):
         score_fn: Callable (module, batch) -> scores of shape (B,). Use it if the loss cannot be read.
             Dotted path in YAML. It runs in eval mode and without gradients, unless it enables them.
         loss_fn: Callable (module, batch) -> losses of shape (B,), used instead of the step.
-            For loss, grand and vog (which then uses the gradient of the loss). Its mean must equal the loss of
+            For loss, grand, less and vog (which then uses the gradient of the loss). Its mean must equal the loss of
             the step, up to a constant.
         outputs_fn: Callable (module, batch) -> logits (B, C) and labels (B,), used instead of the step.
             For el2n, margin, aum, forgetting, grand-last, prototypes and select="dq".
         scores_by: "sample" runs the step on one sample at a time, if its loss cannot be split.
-            It takes up to a batch size times as long. For loss and grand. The mean over the samples of a batch
+            It takes up to a batch size times as long. For loss, grand and less. The mean over the samples of a batch
             must equal the loss of the batch.
         score_dataset: Callable (trainer) -> training set without augmentation, to score it.
         loss_index: Index, from 0, of the only loss call that counts.
             By default loss and grand use the whole loss, grand-last its only call, and the others the only call that
             classifies.
-        checkpoints: Number of passes of vog, at least 2, spread evenly over the epochs before.
+        target: Callable (trainer) -> DataLoader or data set of labeled samples that less aims at.
+            Default: the validation loader. A list of them, such as one for each class, keeps samples that help one
+            of them. Their batches must have the form of the training batches. Dotted path in YAML.
+        include: Names or wildcards of the parameters whose gradients less compares.
+            Default: those of adapters (LoRA), if there are any, else all trained parameters.
+        projection: Entries of a projected gradient of less, a multiple of 64; None compares exactly.
+            The paper projects to 8192 entries, because it stores the gradients.
+        checkpoints: Number of passes of vog (at least 2) and less, spread evenly over the epochs before.
         strict: Whether to refuse score files of another data set.
         num_shown: Number of hardest and of easiest samples in the table and figure; 0 for none.
         decode: Callable (item) -> text or image to show for an item of the data set.
@@ -163,11 +165,21 @@ class DataPruning(SubsetCallback):
     counts them by label and suggested label. In the summary ``samples_share``, samples seen as a share of
     training on all samples.
 
-    **State.** The kept samples, the scores, and the records of histories; resuming is bit-exact. With several
+    With score "less", s is the influence on a target. With passes t at learning rates :math:`\eta_t`,
+
+    .. math::
+        s_i = \max_j \frac{\sum_t \eta_t \cos(a_{tj}, \Gamma_t(g_{ti}))}{\sum_t \eta_t}
+
+    :math:`a_{tj}` is the gradient of the mean loss on target j, and :math:`\Gamma_t` turns the gradient g of sample i
+    into the direction of Adam's step with the moments of pass t. Parameters of other optimizers keep their gradient.
+    So ``keep="hard"`` keeps the influential samples. LESS takes the sum over passes; the mean ranks samples the same.
+
+    **State.** The kept samples, the scores, and the records of histories and of passes; resuming is bit-exact. With several
     ranks, only the first saves its record of the current epoch.
 
-    **Cost.** One evaluation pass through the training set per round (grand: forward and backward); see
-    docs/benchmarks.md.
+    **Cost.** One evaluation pass through the training set per round (grand, less: forward and backward; vog, less:
+    several); see docs/benchmarks.md. A pass of less also differentiates the loss of the target, and holds a gradient of the
+    compared parameters for each target, and blocks of gradients.
 
     Example:
         .. code-block:: yaml
@@ -182,6 +194,7 @@ class DataPruning(SubsetCallback):
 
     References:
         Paul et al., "Deep Learning on a Data Diet: Finding Important Examples Early in Training", 2021, arXiv 2107.07075.
+        Xia et al., "LESS: Selecting Influential Data for Targeted Instruction Tuning", 2024, arXiv 2402.04333 (less).
     """
 
     compatibility: ClassVar[Compatibility] = SubsetCallback.compatibility.but(
@@ -221,6 +234,9 @@ class DataPruning(SubsetCallback):
         loss_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         outputs_fn: Callable[[pl.LightningModule, Any], Any] | None = None,
         scores_by: Literal["batch", "sample"] = "batch",
+        target: Callable[[pl.Trainer], Any] | None = None,
+        include: Sequence[str] | None = None,
+        projection: int | None = None,
         checkpoints: int = 3,
         strict: bool = True,
         num_shown: int = 16,
@@ -249,7 +265,10 @@ class DataPruning(SubsetCallback):
         self.loss_fn = loss_fn
         self.outputs_fn = outputs_fn
         self.scores_by = scores_by
-        self.checkpoints = check_count(checkpoints, 2, "checkpoints")
+        self.target = target
+        self.include = as_names(include)
+        self.projection = projection
+        self.checkpoints = check_count(checkpoints, 1, "checkpoints")
         self.strict = strict
         self.num_shown = check_count(num_shown, 0, "num_shown")
         self.decode = decode
@@ -355,6 +374,8 @@ class DataPruning(SubsetCallback):
             next_epoch = trainer.current_epoch + trainer.fit_loop.restarted_mid_epoch
             rules.refuse_unrecorded(self, self._saved_settings, next_epoch)
             self.source.begin(next_epoch)
+        if self._has_rounds_left:
+            self.source.prepare(self._passes)
         if isinstance(self.source, FileScores) and self._has_rounds_left:
             self._refuse_balance(self.source.look(self._passes).labels)
         super().on_train_start(trainer, pl_module)

@@ -23,6 +23,7 @@ from lightning_grad.functional.data_pruning.histories import (
     vog_state,
 )
 from lightning_grad.functional.data_pruning.info_batch import infobatch_subset
+from lightning_grad.functional.data_pruning.less import AdamMoments, GradientCosines
 from lightning_grad.functional.data_pruning.loss_reweighting import annealed_temperature, loss_weights
 from lightning_grad.functional.data_pruning.repeated_random_subset import repeated_random_subset
 from lightning_grad.functional.data_pruning.scores import el2n, last_layer_gradient_norm, margin, predictions
@@ -30,6 +31,8 @@ from lightning_grad.functional.data_pruning.selection import count_kept, select_
 from lightning_grad.functional.data_pruning.uniform_learning import uniform_learning_repeats
 
 __all__ = [
+    "AdamMoments",
+    "GradientCosines",
     "annealed_temperature",
     "aum",
     "aum_state",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -53,11 +54,11 @@ class FoundErrors(OnTask):
 
 
 def order_of(trainer: Any) -> np.ndarray:
-    """Return the indices of the training samples, the hardest first."""
+    """Return the indices of the training samples, the most suspect first."""
     (pruning,) = (each for each in trainer.callbacks if isinstance(each, DataPruning))
     if pruning.scored is None:
         raise RuntimeError("the training ended before its samples were scored.")
-    order: np.ndarray = pruning.scored.values.argsort(descending=True, stable=True).numpy()
+    order: np.ndarray = pruning.scored.suspicion.argsort(descending=True, stable=True).numpy()
     return order
 
 
@@ -66,19 +67,15 @@ def scored(score: str) -> Arm:
     return Arm(Use(DataPruning, 0.0, score=score, epoch=OfEpochs(0.5), figure=False, num_shown=0))
 
 
-TABLE = {RANDOM: PLAIN, **{score: scored(score) for score in ("el2n", "grand", "loss", "margin", "aum", "forgetting")}}
-CLAIMS = (
-    FoundErrors(
-        name="label-errors-images",
-        text="With a tenth of the labels wrong, each score finds more of them than a random order.",
-        paper=Paper(
-            "`DataPruning(prune=0)`, scores",
-            "data_pruning",
-            "Samples with a high score (AUM: a low margin over the training) are often mislabeled.",
-            "Identifying Mislabeled Data using the Area Under the Margin Ranking (2001.10528)",
-        ),
-        table=TABLE,
-        arms=tuple(TABLE),
+def finding(name: str, text: str, says: str, source: str, scores: Sequence[str]) -> FoundErrors:
+    """Return the claim about some scores."""
+    table = {RANDOM: PLAIN, **{score: scored(score) for score in scores}}
+    return FoundErrors(
+        name=name,
+        text=text,
+        paper=Paper("`DataPruning(prune=0)`, scores", "data_pruning", says, source),
+        table=table,
+        arms=tuple(table),
         reference=RANDOM,
         flip=0.1,
         rates=(0.1,),
@@ -87,5 +84,24 @@ CLAIMS = (
         unit="%",
         chosen_by="share",
         budget=6,
+    )
+
+
+CLAIMS = (
+    finding(
+        "label-errors-images",
+        "With a tenth of the labels wrong, each score finds more of them than a random order.",
+        "Samples with a high score (AUM: a low margin over the training) are often mislabeled.",
+        "Identifying Mislabeled Data using the Area Under the Margin Ranking (2001.10528)",
+        ("el2n", "grand", "loss", "margin", "aum", "forgetting"),
+    ),
+    finding(
+        "label-errors-others-images",
+        "With a tenth of the labels wrong, each of the other scores (LESS: a low influence on correct validation labels) "
+        "finds more of them than a random order.",
+        "Samples that a score of difficulty ranks high, or that pull away from correct samples, are often mislabeled.",
+        "Estimating Example Difficulty Using Variance of Gradients (2008.11600); LESS: Selecting Influential Data for "
+        "Targeted Instruction Tuning (2402.04333)",
+        ("grand-last", "prototypes", "vog", "less"),
     ),
 )

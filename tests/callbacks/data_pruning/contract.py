@@ -25,7 +25,15 @@ ENTRIES = [
             ({"offset": 0.6}, r"at most prune \(0\.5\)"),
             ({"score": "aum", "epoch": 0}, "at least 1"),
             ({"num_shown": -1}, "num_shown must be at least 0"),
+            ({"include": ["head"]}, "include works only with score='less'"),
         ),
+    ),
+    Technique(
+        "DataPruning",
+        "less",
+        broad=False,
+        arguments={"prune": 0.3, "epoch": 1, "score": "less"},
+        neutral={"prune": 0.0},
     ),
     Technique(
         "DataPruning",

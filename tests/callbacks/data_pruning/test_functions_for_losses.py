@@ -289,7 +289,7 @@ def test_who_looks_at_samples_one_by_one_is_not_told_to() -> None:
     [
         (
             {"score": "el2n", "loss_fn": overlaps},
-            "loss_fn works only with score='loss', 'grand', 'vog'; got score='el2n'",
+            "loss_fn works only with score='loss', 'grand', 'vog', 'less'; got score='el2n'",
         ),
         ({"score": "loss", "outputs_fn": outputs}, "outputs_fn works only with score='el2n'"),
         (

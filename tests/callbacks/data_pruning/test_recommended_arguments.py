@@ -15,7 +15,7 @@ from lightning_grad.callbacks import InfoBatch, LossReweighting, UniformLearning
 from tests.callbacks.data_pruning.test_data_pruning import CLASSES, Classifier, make_data, train
 from tests.callbacks.data_pruning.test_rows import batches, by_length, pruning
 
-SCORES = ("loss", "grand", "el2n", "margin", "grand-last", "prototypes", "aum", "forgetting", "vog")
+SCORES = ("loss", "grand", "el2n", "margin", "grand-last", "prototypes", "aum", "forgetting", "vog", "less")
 MAKE: dict[str, Callable[..., Any]] = {
     **{score: lambda score=score, **more: pruning(score, epoch=2, checkpoints=2, **more) for score in SCORES},
     # Its refusals say to leave scores_by at "batch".

@@ -65,6 +65,7 @@ TECHNIQUES: dict[str, tuple[Callable[[], Any], int]] = {
     "info": (lambda: InfoBatch(0.5, prune_until=1.0), 1),
     "aum": (lambda: DataPruning(0.5, "aum", epoch=2, num_shown=0, figure=False), 0),
     "vog": (lambda: DataPruning(0.5, "vog", epoch=3, checkpoints=3, num_shown=0, figure=False), 1),
+    "less": (lambda: DataPruning(0.5, "less", epoch=3, checkpoints=3, num_shown=0, figure=False), 1),
 }
 
 

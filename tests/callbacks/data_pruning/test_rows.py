@@ -29,7 +29,13 @@ KEEP = "collate_fn changes the order.*Make collate_fn keep the order"
 STEP = r"training_step arranges them differently.*torch\.stack"
 
 
+def training_data(trainer: pl.Trainer) -> Any:
+    return trainer.train_dataloader.dataset
+
+
 def pruning(score: Any = "el2n", prune: float = 0.5, **arguments: Any) -> DataPruning:
+    if score == "less":
+        arguments = {"target": training_data, **arguments}
     return DataPruning(prune, score, **{"epoch": 1, "num_shown": 0, "figure": False, **arguments})
 
 
@@ -57,7 +63,7 @@ def batches(collate: Any, dataset: Any = None, batch_size: int = 8) -> Any:
 
 # What collate_fn does.
 
-SCORES = ["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "prototypes", "vog"]
+SCORES = ["el2n", "grand", "grand-last", "loss", "margin", "aum", "forgetting", "prototypes", "vog", "less"]
 
 
 @pytest.mark.parametrize("collate", [by_length, backwards, evens_first])

@@ -53,7 +53,7 @@ def drop(items: list[Any]) -> Any:
     return None if any(x.isnan().any() for x, *_ in items) else default_collate(items)
 
 
-SCORES = ["el2n", "loss", "margin", "grand", "grand-last", "prototypes", "vog", "aum", "forgetting"]
+SCORES = ["el2n", "loss", "margin", "grand", "grand-last", "prototypes", "vog", "aum", "forgetting", "less"]
 
 
 def scored(score: str, module: Any, data: Any, **arguments: Any) -> Any:
