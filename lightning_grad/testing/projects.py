@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_grad.testing.project import Project, is_a
-from lightning_grad.testing.reference import BATCH, BATCHES, loaders, make_classifier, make_data
+from lightning_grad.testing.reference import BATCH, BATCHES, VALIDATION_BATCHES, loaders, make_classifier, make_data
 
 _SHORT = {"limit_train_batches": 6, "limit_val_batches": 3}
 
@@ -38,7 +38,7 @@ def _dictionaries() -> Any:
         def validation_step(self, batch: Any, batch_idx: int) -> None:
             super().validation_step((batch["inputs"], batch["labels"]), batch_idx)
 
-    return WithDictionaries(), DataLoader(_Named(0, BATCHES), BATCH), DataLoader(_Named(1, BATCHES // 2), BATCH)
+    return WithDictionaries(), DataLoader(_Named(0, BATCHES), BATCH), DataLoader(_Named(1, VALIDATION_BATCHES), BATCH)
 
 
 def _of_pytorch_lightning() -> Any:

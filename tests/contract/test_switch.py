@@ -18,7 +18,7 @@ from lightning_grad.testing.checks.trained import replaces_optimizers
 from lightning_grad.testing.runs import Run
 from tests.contract import strategy_settings
 from tests.contract.recorded import bare, run, subject, watched
-from tests.contract.settings import CANONICAL, build_together
+from tests.contract.settings import CANONICAL, Technique, build_together
 from tests.strategies.fits import outcome, train_on_ranks
 
 
@@ -47,7 +47,7 @@ def _every_technique() -> list[Any]:
     return [*(technique.build() for technique in CANONICAL), Foreign()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # tests of single techniques run between those of other modules
 def off(tmp_path_factory: pytest.TempPathFactory) -> _Off:
     folder, callbacks = tmp_path_factory.mktemp("off"), _every_technique()
     saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, monitor="val_loss")
@@ -76,15 +76,23 @@ def test_nothing_is_logged_or_written(off: _Off):
     assert not any("/" in key for key in off.run.trainer.callback_metrics)
 
 
+def _assert_continues(callbacks: list[Any], path: Path, **arguments: Any) -> None:
+    _, module = fit(callbacks, resumable=True, ckpt=path, **arguments)
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("technique", CANONICAL, ids=str)
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # of the others that are in it
-def test_a_run_that_was_off_continues_with_a_technique(off: _Off, tmp_path: Path):
-    path = off.folder / "step=18.ckpt"
-    assert torch.load(path, weights_only=True)["callbacks"].keys().isdisjoint(off.names)
+def test_a_run_that_was_off_continues_with_a_technique(off: _Off, technique: Technique):
+    if not replaces_optimizers(subject(technique)):
+        _assert_continues([technique.build()], off.folder / "step=18.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_was_off_continues_with_several_techniques(off: _Off, tmp_path: Path):
+    assert torch.load(off.folder / "step=18.ckpt", weights_only=True)["callbacks"].keys().isdisjoint(off.names)
     off.run.trainer.save_checkpoint(tmp_path / "by_hand.ckpt")  # with the techniques, which have no state
-    able = [technique for technique in CANONICAL if not replaces_optimizers(subject(technique))]
-    trained = [fit([technique.build()], resumable=True, ckpt=path)[1] for technique in able]
-    trained += [fit(build_together(), resumable=True, ckpt=tmp_path / "by_hand.ckpt", max_epochs=5)[1]]
-    assert all(parameter.isfinite().all() for module in trained for parameter in module.parameters())
+    _assert_continues(build_together(), tmp_path / "by_hand.ckpt", max_epochs=5)
 
 
 def test_states_of_techniques_are_ignored(off: _Off, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

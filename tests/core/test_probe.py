@@ -744,10 +744,10 @@ def test_an_author_needs_forty_lines_and_public_names_only() -> None:
 
 
 def test_the_layers_norm_is_what_is_logged() -> None:
-    probe = ActivationNorm("hidden", samples=6)
+    probe = ActivationNorm("hidden", samples=4)
     trainer, module = fit([probe])
     samples = loaders()[1].dataset.tensors[0]
-    x = samples[:: len(samples) // 6]
+    x = samples[:: len(samples) // 4]
     module.eval()
     with torch.no_grad():
         expected = module.hidden(module.encoder(module.mix(x)).mean(1)).norm(dim=1).mean()

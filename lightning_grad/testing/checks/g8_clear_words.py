@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -41,7 +42,7 @@ def _without_numbers(text: str) -> str:
 def g8_yaml_round_trip(subject: Subject) -> None:
     """LightningCLI builds it with the same arguments from a YAML file, and again from the config that it writes of that."""
     class_path, arguments = importable_path(subject.kind), _arguments(subject)
-    yaml, cli = _modules_or_skip()
+    yaml, parser = _modules_or_skip()
     callback = {"class_path": class_path, "init_args": arguments}
     text = yaml.safe_dump({"trainer": {"accelerator": "cpu", "logger": False, "callbacks": [callback]}})
     for source in ("a YAML file", "the config that it writes itself"):
@@ -52,14 +53,15 @@ def g8_yaml_round_trip(subject: Subject) -> None:
                 # The parser prints its usage and exits, and reads no other command line.
                 with hidden(), patch.object(sys, "argv", sys.argv[:1]), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    built = cli(path)
+                    parsed = parser.parse_path(path)
+                    parser.instantiate_classes(parsed)
             except (Exception, SystemExit) as error:
                 words = _reason(str(error.__context__ or error))
                 raise GuaranteeError(f"LightningCLI cannot build it from {source}: {words}", _line(subject)) from error
-        (parsed,) = built.config.trainer.callbacks
-        given = {name: _yaml_value(name, parsed.init_args[name]) for name in arguments}
+        (callback,) = parsed.trainer.callbacks
+        given = {name: _yaml_value(name, callback.init_args[name]) for name in arguments}
         assert_identical(arguments, given, f"arguments from {source}: ")
-        text = built.parser.dump(built.config, skip_none=False)
+        text = parser.dump(parsed, skip_none=False)
 
 
 def _reason(words: str) -> str:
@@ -77,15 +79,22 @@ def _line(subject: Subject) -> str:
 
 
 def _modules_or_skip() -> tuple[Any, Any]:
-    """Return PyYAML, and a function that builds a LightningCLI from a config."""
+    """Return PyYAML, and the parser of a LightningCLI."""
     try:
         importlib.import_module("jsonargparse")
     except ImportError as error:
         raise NotApplicableError("jsonargparse is not installed, which LightningCLI needs.") from error
+    return importlib.import_module("yaml"), _parser()
+
+
+@functools.cache  # it reads all arguments of the Trainer
+def _parser() -> Any:
     cli = importlib.import_module("lightning.pytorch.cli").LightningCLI
     model = importlib.import_module("lightning.pytorch.demos.boring_classes").BoringModel
     given = {"run": False, "save_config_callback": None, "seed_everything_default": False}
-    return importlib.import_module("yaml"), lambda path: cli(model, args=["--config", str(path)], **given)
+    with hidden(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return cli(model, args=["--trainer.accelerator=cpu", "--trainer.logger=false"], **given).parser
 
 
 def importable_path(kind: type) -> str:

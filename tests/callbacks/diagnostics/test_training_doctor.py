@@ -342,7 +342,7 @@ def test_a_profiler_around_the_fit_keeps_its_events():
     assert sum(event.name == "aten::masked_select" for event in profile.function_events or []) == 4
 
 
-@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events", "ignore:.*default schedule will be overridden")
 def test_another_profiler_keeps_its_events(tmp_path, told):
     rows, _ = watched(Syncs(), profiler=PyTorchProfiler(tmp_path, "trace", export_to_chrome=False))
     assert rows["Syncs"]["host_syncs"] is None
