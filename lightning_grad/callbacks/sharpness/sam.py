@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_grad.core import OptimizerCallback, StepClosure, check_count, during_fit, is_log_step, until_next_fit
 from lightning_grad.core.compatibility import Compatibility, manual, no, stand_in, yes
 from lightning_grad.functional import ascend_
+from lightning_grad.functional.gradients.tensor_lists import shards
 from lightning_grad.functional.plain_tensors import on_plain_tensors
 from lightning_grad.utilities.checks import check_finite_above, check_finite_at_least
 from lightning_grad.utilities.optimizers import OptimizerCounts, optimizer_shape
@@ -259,7 +260,7 @@ class SAM(OptimizerCallback):
 @on_plain_tensors
 def _give_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
     if kept:
-        torch._foreach_copy_([parameter for parameter, _ in kept], [value for _, value in kept])
+        torch._foreach_copy_(shards(parameter for parameter, _ in kept), shards(value for _, value in kept))
 
 
 def _check_rho(number: float) -> None:
