@@ -25,6 +25,7 @@ from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Chain, ModuleChains, Stage, chains_of
 from lightning_grad.core.views.weight_choice import FoundWeight, W, WeightChoice, choose_weights, refuse_pruners
+from lightning_grad.functional.gradients.shards import reshard
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted, listed
@@ -154,6 +155,7 @@ class WeightCallback(GradCallback, Generic[W]):
         This way exactly one technique of a chain saves its residual. A shared parameter has several
         keys.
         """
+        reshard(pl_module)
         first = {id(w.parameter): w.chain for w in self.weights if next(iter(w.chain.stages)) is self.stage}
         named = pl_module.named_parameters(remove_duplicate=False)
         return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}

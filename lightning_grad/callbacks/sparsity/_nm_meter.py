@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import mask_distance, masked_gradient_variance
+from lightning_grad.functional.gradients.shards import shard_of
+from lightning_grad.functional.gradients.tensor_lists import is_sharded, whole
 
 
 def sparsity_totals(weights: Sequence[SparseWeight]) -> dict[str, float]:
@@ -71,7 +73,7 @@ class SparsityMeter:
 
     def read(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
         """Return the available measurements of this log step as scalar tensors."""
-        return {**self._flips(weights), **self._mean_variance()}
+        return {name: whole(value) for name, value in {**self._flips(weights), **self._mean_variance()}.items()}
 
     def _flips(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
         flips, entries = [], 0
@@ -94,7 +96,7 @@ class SparsityMeter:
     def state_dict(self) -> dict[str, Any]:
         """Return the masks of the last log step, packed, and the gradients that the next step is compared with."""
         masks = {name: mask if _is_packed(mask) else pack_bits(mask) for name, mask in self._logged_masks.items()}
-        return {"logged_masks": masks, "previous_gradients": dict(self._previous)}
+        return {"logged_masks": masks, "previous_gradients": {name: whole(g) for name, g in self._previous.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Sequence[SparseWeight]) -> None:
         """Continue with the masks and gradients of a saved step."""
@@ -103,12 +105,12 @@ class SparsityMeter:
             if weight.name in masks:
                 self._logged_masks[weight.name] = _stored(unpack_bits(masks[weight.name], weight.parameter))
             if weight.name in gradients:
-                self._previous[weight.name] = gradients[weight.name].to(weight.parameter.device)
+                self._previous[weight.name] = shard_of(gradients[weight.name].to(weight.parameter.device), weight.parameter)
 
 
 def _stored(mask: Tensor) -> Tensor:
     """Return a bool mask in the form that is kept until the next log step: bits on a CPU; packing would make a GPU wait."""
-    return pack_bits(mask) if mask.is_cpu else mask
+    return pack_bits(mask) if mask.is_cpu and not is_sharded(mask) else mask
 
 
 def _restored(stored: Tensor, like: Tensor) -> Tensor:

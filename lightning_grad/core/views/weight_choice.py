@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -13,6 +13,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_grad.core.views.network_ends import Ends, Owner
 from lightning_grad.core.views.weight_chain import ViewedWeight
 from lightning_grad.core.views.weight_view import ADAPTERS, REPLACEMENTS, viewed_class
+from lightning_grad.functional.gradients.shards import sharded_dims
+from lightning_grad.functional.gradients.tensor_lists import is_sharded
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
@@ -56,6 +58,7 @@ class FoundWeight:
         twins: Other owners of the same (tied) parameter, each with its attribute.
         is_known: Whether its module is a torch layer that reads the attribute at every use.
         is_spelled: Whether a pattern of the user names it in full.
+        sharded: The parameter, if it is a DTensor. FSDP2 replaces it in its module while that computes.
         display_name: Name of the technique, for errors.
         effect: Adjective that describes the resulting weights.
     """
@@ -67,6 +70,7 @@ class FoundWeight:
     twins: tuple[tuple[nn.Module, str], ...] = ()
     is_known: bool = True
     is_spelled: bool = False
+    sharded: nn.Parameter | None = None
     display_name: str = "A technique"
     effect: str = "different"
 
@@ -84,7 +88,7 @@ class FoundWeight:
                 "its layer during the fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before "
                 f"the fit, or exclude the layer: exclude=[{clean_name(self.name)!r}]."
             )
-        return parameter
+        return parameter if self.sharded is None else self.sharded
 
     @property
     def in_place(self) -> bool:
@@ -118,7 +122,9 @@ def found_weights(module: nn.Module, owners: Sequence[Owner], technique: Chooser
     for name, owner, attribute in owners:
         key = id(owner._parameters[attribute])
         names, twins = tuple(known[key]), tuple(use for use in uses[key] if use != (owner, attribute))
-        kinds = (_is_known(owner, attribute), is_spelled(names, technique.include or []))
+        parameter = owner._parameters[attribute]
+        sharded = parameter if parameter is not None and is_sharded(parameter) else None
+        kinds = (_is_known(owner, attribute), is_spelled(names, technique.include or []), sharded)
         found = FoundWeight(name, owner, attribute, names, twins, *kinds, technique.display_name, technique.effect)
         if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
             yield found
@@ -275,6 +281,38 @@ def _explain_others(
     for asked in technique.include or []:
         if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
             choice.skipped.append((asked, "not a Linear, Conv or attention layer; name parameters of others in full"))
+
+
+def refuse_sharded(weight: ViewedWeight, technique: str, cut: Set[int], why: str, way_out: str) -> None:
+    """Raise if the shards of a weight cut what a rule needs whole, or if its gradient cannot pass through the view.
+
+    FSDP2 gives the gradient to the shards itself and calls no hook of theirs, so a view that is written in place cannot
+    change it.
+
+    Args:
+        weight: A chosen weight.
+        technique: Name of the technique.
+        cut: Dimensions along which its rule needs the weight whole.
+        why: A clause that says so, such as "its groups of 4 lie along dimension 1".
+        way_out: What else to do about that, as an imperative.
+
+    Raises:
+        ValueError: With the name of the weight.
+    """
+    name, exclude = clean_name(weight.name), f"exclude=[{clean_name(weight.name)!r}]"
+    along = sorted(cut & sharded_dims(weight.parameter))
+    if along:
+        raise ValueError(
+            f"{technique} cannot work on {name}: {why}, and the weight is sharded along dimension {along[0]}. {way_out}, "
+            f"or exclude it: {exclude}."
+        )
+    if weight.found.in_place and is_sharded(weight.parameter) and not weight.passes_gradient:
+        reason = "several layers share it" if weight.found.twins else "its layer is none of torch's"
+        raise ValueError(
+            f"{technique} cannot work on {name}: with these settings it changes gradients of the weight, which it writes "
+            f"in place, because {reason}, and the weight is sharded. Exclude it: {exclude}; or train with "
+            "strategy='ddp'."
+        )
 
 
 def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight], technique: str, verb: str) -> None:

@@ -1,0 +1,91 @@
+"""Weights that ``fully_shard`` (FSDP2) spreads over ranks: rules that act on the shards, and what all shards make up.
+
+Between the steps, a parameter is a DTensor of which each rank holds some rows. From the forward to the backward pass of
+its layer, FSDP2 puts the whole weight in its place.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_grad.functional.gradients.tensor_lists import is_sharded, whole
+from lightning_grad.functional.torch_version import TORCH
+
+T = TypeVar("T")
+
+
+def sharded_dims(tensor: Tensor) -> set[int]:
+    """Return the dimensions along which a DTensor is cut into shards; none of a plain tensor."""
+    # By attribute: _StridedShard, which FSDP2 uses with tensor parallelism, is not a Shard.
+    found = [getattr(placement, "dim", None) for placement in getattr(tensor, "placements", ())]
+    return {dim for dim in found if dim is not None}
+
+
+def on_shard(rule: Callable[[Tensor], T], weight: Tensor) -> T:
+    """Apply a rule to this rank's shard; what it returns in the shape of the shard becomes a DTensor like the weight.
+
+    Args:
+        rule: Function of a tensor, for which the shard is enough. It returns a tensor, or a tuple of tensors and ``None``.
+        weight: A DTensor, or a plain tensor, to which the rule is applied as it is.
+    """
+    sharded: Any = weight
+    if not is_sharded(weight):
+        return rule(weight)
+    found: Any = rule(sharded.to_local())
+    return tuple(_like(part, sharded) for part in found) if isinstance(found, tuple) else _like(found, sharded)  # type: ignore[return-value]
+
+
+def _like(local: Tensor | None, like: Any) -> Tensor | None:
+    from torch.distributed.tensor import DTensor
+
+    if local is None:
+        return None
+    # Shards may differ in size, so the shape of the whole tensor cannot be inferred from one of them.
+    layout = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, **layout)
+
+
+def shard_of(tensor: Tensor, like: Any) -> Tensor:
+    """Return a tensor that all ranks hold as a DTensor like another, without communication; as it is if that is plain."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    # Before torch 2.7 distribute_tensor cannot take each rank's own values.
+    if TORCH < (2, 7):
+        copies = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
+        return copies.redistribute(placements=like.placements)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def as_used(values: Tensor, weight: Tensor) -> Tensor:
+    """Return values computed from shards for a weight that the forward pass uses, which FSDP2 has gathered and cast.
+
+    All ranks must call it, because it gathers the values of all shards.
+
+    Args:
+        values: Values of the weight's shape, sharded like it or not.
+        weight: The weight in use; still a DTensor under tensor parallelism.
+    """
+    if not is_sharded(values) or is_sharded(weight):
+        return values
+    return whole(values.to(weight.dtype))  # cast first: fewer bytes to gather
+
+
+def is_fully_sharded(layer: nn.Module) -> bool:
+    """Return True if a layer belongs to a module that ``fully_shard`` was called for."""
+    return getattr(layer, "_is_fsdp_managed_module", False) is True
+
+
+@torch.no_grad()
+def reshard(module: nn.Module) -> None:
+    """Put the shards back in the place of weights that FSDP2 keeps whole after a forward pass without a backward pass.
+
+    It does so with the layers of the root, whose parameters are otherwise no parameters of the optimizer, and would
+    not show what is written into the shards.
+    """
+    for child in module.modules():
+        if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
+            child.reshard()  # type: ignore[operator]
