@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_grad.callbacks.quantization._grid_weight import GridWeight
+from lightning_grad.functional.gradients.tensor_lists import whole
 
 
 class LevelFlips:
@@ -24,7 +25,7 @@ class LevelFlips:
         self._before |= {id(weight): weight.levels for weight in weights}
 
     def count(self, weights: Sequence[GridWeight]) -> None:
-        """Compare the levels of weights with those before the step."""
+        """Compare the levels of weights with those before the step; of sharded ones, this rank's shards."""
         for weight in weights:
             before = self._before.pop(id(weight), None)
             if before is not None:
@@ -50,7 +51,7 @@ def relative_error(weights: Sequence[GridWeight]) -> Tensor:
 
 def free_share(weights: Sequence[GridWeight], width: float) -> Tensor:
     """Return the share of the weights that lie near a boundary between two levels."""
-    near = torch.stack([weight.near_boundary(width).sum() for weight in weights]).sum()
+    near = torch.stack([whole(weight.near_boundary(width).sum()) for weight in weights]).sum()
     return near / sum(weight.parameter.numel() for weight in weights)
 
 

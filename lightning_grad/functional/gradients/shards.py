@@ -5,15 +5,13 @@ its layer, FSDP2 puts the whole weight in its place.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_grad.functional.gradients.tensor_lists import is_sharded, whole
 from lightning_grad.functional.torch_version import TORCH
-
-T = TypeVar("T")
 
 
 def sharded_dims(tensor: Tensor) -> set[int]:
@@ -23,28 +21,34 @@ def sharded_dims(tensor: Tensor) -> set[int]:
     return {dim for dim in found if dim is not None}
 
 
-def on_shard(rule: Callable[[Tensor], T], weight: Tensor) -> T:
-    """Apply a rule to this rank's shard; what it returns in the shape of the shard becomes a DTensor like the weight.
+def on_shard(rule: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
+    """Apply a rule to this rank's shard, and return the result as a DTensor like the weight.
 
     Args:
-        rule: Function of a tensor, for which the shard is enough. It returns a tensor, or a tuple of tensors and ``None``.
+        rule: Function that returns a tensor of the same shape, and for which the shard is enough.
         weight: A DTensor, or a plain tensor, to which the rule is applied as it is.
     """
     sharded: Any = weight
-    if not is_sharded(weight):
-        return rule(weight)
-    found: Any = rule(sharded.to_local())
-    return tuple(_like(part, sharded) for part in found) if isinstance(found, tuple) else _like(found, sharded)  # type: ignore[return-value]
+    return as_shard(rule(sharded.to_local()), weight) if is_sharded(weight) else rule(weight)
 
 
-def _like(local: Tensor | None, like: Any) -> Tensor | None:
-    from torch.distributed.tensor import DTensor
+def as_shard(local: Tensor, like: Any, rows_along: int | None = None) -> Tensor:
+    """Return the DTensor of which this rank holds a part.
 
-    if local is None:
-        return None
+    Args:
+        local: The part, in the shape of this rank's shard of ``like``.
+        like: A DTensor.
+        rows_along: Set it if ``local`` is instead a matrix with one row for each index of this dimension, along which
+            ``like`` is sharded.
+    """
+    from torch.distributed.tensor import DTensor, Shard
+
     # Shards may differ in size, so the shape of the whole tensor cannot be inferred from one of them.
-    layout = {"shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, **layout)
+    shape, stride, placements = like.shape, like.stride(), like.placements
+    if rows_along is not None:
+        shape, stride = torch.Size((shape[rows_along], local.shape[1])), (local.shape[1], 1)
+        placements = [placement if getattr(placement, "dim", None) is None else Shard(0) for placement in placements]
+    return DTensor.from_local(local, like.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def shard_of(tensor: Tensor, like: Any) -> Tensor:
@@ -71,7 +75,7 @@ def as_used(values: Tensor, weight: Tensor) -> Tensor:
     """
     if not is_sharded(values) or is_sharded(weight):
         return values
-    return whole(values.to(weight.dtype))  # cast first: fewer bytes to gather
+    return whole(values.to(weight.dtype) if values.is_floating_point() else values)  # cast first: fewer bytes to gather
 
 
 def is_fully_sharded(layer: nn.Module) -> bool:
