@@ -16,6 +16,7 @@ from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.functional.torch_version import TORCH
 from lightning_grad.testing import fit, make_classifier
 
+_OWN_BUFFERS = {"broadcast_buffers" if TORCH < (2, 13) else "forward_sync_buffers": False}
 on_cpus = pytest.mark.skipif(TORCH < (2, 7), reason="fully_shard works on CPUs from torch 2.7 on")
 
 
@@ -57,7 +58,7 @@ def fit_sharded(callbacks: Any = (), module: Any = None, distributed: bool = Tru
 def fit_replicated(callbacks: Any = (), module: Any = None, **arguments: Any) -> Any:
     """Fit the same module under DDP. Ranks keep their own running statistics, as under FSDP2."""
     module = make_classifier(optimizer="sgd") if module is None else module
-    strategy = DDPStrategy(broadcast_buffers=False)
+    strategy = DDPStrategy(**_OWN_BUFFERS)
     ranks = dist.get_world_size()
     return fit(list(callbacks), module, **{"strategy": strategy, "devices": ranks, "max_epochs": 2, **arguments})
 
