@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_grad.callbacks.quantization._grid_weight import GridWeight
+from lightning_grad.functional.gradients.shards import sum_over_shards
 from lightning_grad.functional.gradients.tensor_lists import whole
 
 
@@ -25,11 +26,12 @@ class LevelFlips:
         self._before |= {id(weight): weight.levels for weight in weights}
 
     def count(self, weights: Sequence[GridWeight]) -> None:
-        """Compare the levels of weights with those before the step; of sharded ones, this rank's shards."""
+        """Compare the levels of weights with those before the step."""
         for weight in weights:
             before = self._before.pop(id(weight), None)
             if before is not None:
-                self._counts.append(((weight.levels != before).sum(), before.numel()))
+                changed = sum_over_shards((weight.levels != before).sum(), weight.parameter)
+                self._counts.append((changed, weight.parameter.numel()))
 
     def share(self) -> Tensor | None:
         """Return the share of the weights that changed their level; ``None`` if no weight was compared."""

@@ -64,6 +64,21 @@ def shard_of(tensor: Tensor, like: Any) -> Tensor:
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def sum_over_shards(value: Tensor, like: Any) -> Tensor:
+    """Return the sum of what each rank computed from its shard of a DTensor; of a plain tensor, the value itself."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts = [Replicate() if getattr(placement, "dim", None) is None else Partial() for placement in like.placements]
+    return whole(DTensor.from_local(value, like.device_mesh, parts, run_check=False))
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Return True for a DTensor. Unlike ``is_sharded``, compiled code can ask this."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def as_used(values: Tensor, weight: Tensor) -> Tensor:
     """Return values computed from shards for a weight that the forward pass uses, which FSDP2 has gathered and cast.
 
@@ -73,9 +88,10 @@ def as_used(values: Tensor, weight: Tensor) -> Tensor:
         values: Values of the weight's shape, sharded like it or not.
         weight: The weight in use; still a DTensor under tensor parallelism.
     """
-    if not is_sharded(values) or is_sharded(weight):
+    if not is_dtensor(values) or is_dtensor(weight):
         return values
-    return whole(values.to(weight.dtype) if values.is_floating_point() else values)  # cast first: fewer bytes to gather
+    used: Any = values.to(weight.dtype) if values.is_floating_point() else values  # cast first: fewer bytes to gather
+    return used.full_tensor()  # type: ignore[no-any-return]
 
 
 def is_fully_sharded(layer: nn.Module) -> bool:
