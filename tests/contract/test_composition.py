@@ -72,7 +72,7 @@ def test_ranks_that_lightning_forks_give_their_weights_back(technique: Any) -> N
     assert_trained(module, start)
 
 
-_SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed", "ModelParallelStrategy": "fsdp2"}
+_SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed"}
 
 
 @pytest.mark.parametrize("technique", [*CANONICAL, *(t for t in DIFFERENT if t.works_with.fsdp1.is_no)], ids=str)

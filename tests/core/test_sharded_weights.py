@@ -58,7 +58,9 @@ WAYS: dict[str, Callable[[], list[Any]]] = {
 
 
 def _ours(trainer: Any) -> dict[str, float]:
-    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(("sparsity", "quant"))}
+    return {
+        key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(("sparsity", "quant"))
+    }
 
 
 def _train(name: str, folder: Path) -> Any:
@@ -147,7 +149,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 
 def _refuse(name: str, folder: Path) -> str:
     build, how, _ = REFUSED[name]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="sharded") as error:
         fit_sharded([build()], sharded(_module(), **how))
     return str(error.value)
 

@@ -100,7 +100,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     Raises:
         ValueError: In the constructor for an impossible number of bits, an unknown quantizer, shares outside of 0 to 1,
             or annealing in a Hadamard basis. At the start of the fit if no weight is selected, a name pattern matches
-            nothing, parameters are sharded (FSDP, DeepSpeed), weights move within a step (LBFGS, SAM), another instance
+            nothing, shards cut output channels (ModelParallelStrategy), weights are sharded in other ways (FSDPStrategy,
+            DeepSpeed), weights move within a step (LBFGS, SAM), another instance
             or ``ModelPruning`` has selected the same weight, or a selected weight is sparse and the grid has no 0.
         RuntimeError: If a selected weight is reparametrized during the fit.
 
@@ -142,7 +143,12 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     namespace: ClassVar[str] = "quant"
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
-        fsdp2=yes("TODO"),
+        fsdp2=yes(
+            "`ModelParallelStrategy` with `fully_shard`, which cuts weights along dimension 0: each output channel stays "
+            "whole. Shards that cut output channels raise, and so does 'quest' on weights that are written in place. "
+            "The rounded weights of a step are gathered like the weights, and stay whole from the forward to the backward "
+            "pass. Tests compare fits on two CPU ranks with fits under DDP. None ran on GPUs."
+        ),
         compiled=yes("Modules recompile when quantization begins."),
         manual_optimization=yes(
             "Call `step()` on an optimizer from `self.optimizers()`. If you call it on the raw torch optimizer, weights "

@@ -105,7 +105,9 @@ class SparsityMeter:
             if weight.name in masks:
                 self._logged_masks[weight.name] = _stored(unpack_bits(masks[weight.name], weight.parameter))
             if weight.name in gradients:
-                self._previous[weight.name] = shard_of(gradients[weight.name].to(weight.parameter.device), weight.parameter)
+                self._previous[weight.name] = shard_of(
+                    gradients[weight.name].to(weight.parameter.device), weight.parameter
+                )
 
 
 def _stored(mask: Tensor) -> Tensor:

@@ -373,7 +373,9 @@ class ModuleChains:
             return
         self._is_baked = True
         self.close_window()
-        reshard(self._pl_module)  # after a validation, some layers compute with whole weights that would stay as they are
+        reshard(
+            self._pl_module
+        )  # after a validation, some layers compute with whole weights that would stay as they are
         lasting = {weight for technique in self._techniques for weight in technique.settle(self.trainer)}
         for chain in self._chains.values():
             chain.bake(lasting)

@@ -225,7 +225,9 @@ def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
             "groups. Shard it along another dimension, or choose another axis."
         )
     # With fewer rows than ranks, the shard of some ranks is empty.
-    return on_shard(lambda own: nm_mask(own, pattern.n, pattern.m, dim) if own.numel() else own.detach().clone(), weight)
+    return on_shard(
+        lambda own: nm_mask(own, pattern.n, pattern.m, dim) if own.numel() else own.detach().clone(), weight
+    )
 
 
 def is_nm(weight: Tensor, n: int, m: int, axis: Axis = "input") -> bool:
