@@ -126,7 +126,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         ValueError: In the constructor for an impossible pattern, an unknown recipe or one that contradicts the other
             arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is selected,
             a name pattern matches nothing, the run has no known end, shards cut the groups of a weight
-            (ModelParallelStrategy), weights are sharded in other ways (FSDPStrategy, DeepSpeed), or another instance or ``ModelPruning`` has selected the same weight.
+            (ModelParallelStrategy), weights are sharded in other ways (FSDPStrategy, DeepSpeed), or another instance or
+            ``ModelPruning`` has selected the same weight.
         RuntimeError: If a selected weight is reparametrized during the fit.
 
     **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
