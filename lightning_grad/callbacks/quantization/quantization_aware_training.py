@@ -34,7 +34,6 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.monitor_restart import MonitorRestart
 from lightning_grad.core.optimizers import techniques_that_evaluate
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.views.weight_choice import refuse_sharded
 from lightning_grad.functional.quantization.fake_quantization import ActivationQuantizer
 from lightning_grad.functional.quantization.grids import Quantizer, check_grid
 from lightning_grad.utilities.activation_quantization import apply_activation_quantization
@@ -268,7 +267,7 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         for weight in choice.chosen:
             others = set(range(weight.parameter.ndim)) - {weight.grid.dim}
             why = f"each output channel (dimension {weight.grid.dim}) has one scale"
-            refuse_sharded(weight, self.display_name, others, why, f"Shard it along dimension {weight.grid.dim}")
+            self.refuse_shards(weight, others, why, f"Shard it along dimension {weight.grid.dim}")
         repeating = techniques_that_evaluate(trainer)
         repeating += [type(o).__name__ for o in trainer.optimizers if _moves_within_a_step(o)]
         if repeating:

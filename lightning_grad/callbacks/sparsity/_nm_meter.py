@@ -63,7 +63,8 @@ class SparsityMeter:
         """
         previous, mask = self._previous.pop(weight.name, None), weight.mask
         if measure and previous is not None and mask is not None:
-            self._variances.append((*masked_gradient_variance(gradient, previous, mask), weight))
+            pruned, kept = map(whole, masked_gradient_variance(gradient, previous, mask))
+            self._variances.append((pruned, kept, weight))
         if keep:
             self._previous[weight.name] = gradient.clone()
 
@@ -73,7 +74,7 @@ class SparsityMeter:
 
     def read(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
         """Return the available measurements of this log step as scalar tensors."""
-        return {name: whole(value) for name, value in {**self._flips(weights), **self._mean_variance()}.items()}
+        return {**self._flips(weights), **self._mean_variance()}
 
     def _flips(self, weights: Sequence[SparseWeight]) -> dict[str, Tensor]:
         flips, entries = [], 0
@@ -84,7 +85,7 @@ class SparsityMeter:
             kept = mask != 0
             self._logged_masks[weight.name] = _stored(kept)
             if before is not None:
-                flips.append(mask_distance(kept, _restored(before, kept)) * mask.numel())
+                flips.append(whole(mask_distance(kept, _restored(before, kept))) * mask.numel())
                 entries += mask.numel()
         return {"flips": torch.stack(flips).sum() / entries} if flips else {}
 

@@ -35,7 +35,6 @@ from lightning_grad.core.compatibility import SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.monitor_restart import MonitorRestart
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
-from lightning_grad.core.views.weight_choice import refuse_sharded
 from lightning_grad.functional import NMPattern, NMPhase
 from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
@@ -304,7 +303,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
         for weight in choice.chosen:
             why = f"its groups of {weight.pattern.m} lie along dimension {weight.dim}"
             way_out = "Shard it along another dimension, set axis"
-            refuse_sharded(weight, self.display_name, {weight.dim}, why, way_out)
+            self.refuse_shards(weight, {weight.dim}, why, way_out)
         chosen = {id(weight.parameter) for weight in choice.chosen}
         for optimizer in trainer.optimizers:
             if self.recipe == "step" and not owned_ids(optimizer).isdisjoint(chosen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -13,7 +13,6 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_grad.core.views.network_ends import Ends, Owner
 from lightning_grad.core.views.weight_chain import ViewedWeight
 from lightning_grad.core.views.weight_view import ADAPTERS, REPLACEMENTS, viewed_class
-from lightning_grad.functional.gradients.shards import sharded_dims
 from lightning_grad.functional.gradients.tensor_lists import is_sharded
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
@@ -281,38 +280,6 @@ def _explain_others(
     for asked in technique.include or []:
         if not any(matches(names, [asked]) for names in (*(found.names for found in candidates), *replaced)):
             choice.skipped.append((asked, "not a Linear, Conv or attention layer; name parameters of others in full"))
-
-
-def refuse_sharded(weight: ViewedWeight, technique: str, cut: Set[int], why: str, way_out: str) -> None:
-    """Raise if the shards of a weight cut what a rule needs whole, or if its gradient cannot pass through the view.
-
-    FSDP2 gives the gradient to the shards itself and calls no hook of theirs, so a view that is written in place cannot
-    change it.
-
-    Args:
-        weight: A chosen weight.
-        technique: Name of the technique.
-        cut: Dimensions along which its rule needs the weight whole.
-        why: A clause that says so, such as "its groups of 4 lie along dimension 1".
-        way_out: What else to do about that, as an imperative.
-
-    Raises:
-        ValueError: With the name of the weight.
-    """
-    name, exclude = clean_name(weight.name), f"exclude=[{clean_name(weight.name)!r}]"
-    along = sorted(cut & sharded_dims(weight.parameter))
-    if along:
-        raise ValueError(
-            f"{technique} cannot work on {name}: {why}, and the weight is sharded along dimension {along[0]}. {way_out}, "
-            f"or exclude it: {exclude}."
-        )
-    if weight.found.in_place and is_sharded(weight.parameter) and not weight.passes_gradient:
-        reason = "several layers share it" if weight.found.twins else "its layer is none of torch's"
-        raise ValueError(
-            f"{technique} cannot work on {name}: with these settings it changes gradients of the weight, which it writes "
-            f"in place, because {reason}, and the weight is sharded. Exclude it: {exclude}; or train with "
-            "strategy='ddp'."
-        )
 
 
 def refuse_pruners(callbacks: Iterable[object], weights: Sequence[ViewedWeight], technique: str, verb: str) -> None:

@@ -103,8 +103,8 @@ def is_fully_sharded(layer: nn.Module) -> bool:
 def reshard(module: nn.Module) -> None:
     """Put the shards back in the place of weights that FSDP2 keeps whole after a forward pass without a backward pass.
 
-    It does so with the layers of the root, whose parameters are otherwise no parameters of the optimizer, and would
-    not show what is written into the shards.
+    It does so with the parameters of the root, which would not show what is written into the shards, and which are not
+    those of the optimizer.
     """
     for child in module.modules():
         if any(cls.__name__ == "FSDPModule" for cls in type(child).__mro__):
