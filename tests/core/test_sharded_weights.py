@@ -50,7 +50,6 @@ WAYS: dict[str, Callable[[], list[Any]]] = {
     "step": lambda: [_sparse(recipe="step", dense_fraction=0.3)],
     "old-masks": lambda: [_sparse(recipe="ste", mask_every_n_steps=3)],
     "few-rows": lambda: [_sparse(["norm.1"], recipe="ste"), _rounded(["norm.1", "norm.0", "hidden"])],
-    "rounded": lambda: [_rounded()],
     "quest": lambda: [_rounded(_LAYERS, quantizer="quest")],
     "annealed": lambda: [_rounded(weight_bits=2, quantizer="statsq", annealing_start=0.3, annealing_width=0.1)],
     "both": lambda: [_rounded(), _sparse(recipe="ste")],
@@ -97,7 +96,7 @@ def _resume(name: str, distributed: bool, folder: Path) -> Any:
     return differences(whole, resumed), found, weights_of(whole)
 
 
-RESUMED = [("decaying", True), ("old-masks", False), ("both", False)]
+RESUMED = [("old-masks", True), ("both", False)]
 
 
 @pytest.mark.parametrize("case", RESUMED)
