@@ -147,7 +147,7 @@ class WeightCallback(GradCallback, Generic[W]):
                 f"{way_out}, or exclude it: exclude=[{name!r}]."
             )
         if weight.found.in_place and is_sharded(weight.parameter) and not weight.passes_gradient:
-            reason = "several layers share it" if weight.found.twins else "its layer is none of torch's"
+            reason = "several layers share it" if weight.found.twins else "its layer is not one of torch's"
             raise ValueError(
                 f"{self.display_name} cannot work on {name}: with these settings it changes gradients of the weight, which "
                 f"it writes in place, because {reason}, and the weight is sharded. Exclude it: exclude=[{name!r}]; or "

@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         lambda: _sparse(["mix.w"], gradient="masked"),
         {},
         "NMSparsity cannot work on mix.w: with these settings it changes gradients of the weight, which it writes in place, "
-        "because its layer is none of torch's, and the weight is sharded. Exclude it: exclude=['mix.w']",
+        "because its layer is not one of torch's, and the weight is sharded. Exclude it: exclude=['mix.w']",
     ),
 }
 
