@@ -22,10 +22,11 @@ from typing_extensions import override
 from lightning_grad.core.compatibility import Compatibility
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.fit import FitScope, during_fit
+from lightning_grad.core.steps.loading import hide_steps_of_loading
 from lightning_grad.core.switch import Switchable, is_named, unless_switched_off
 from lightning_grad.core.undo import UndoList
 from lightning_grad.utilities.arguments import CheckedArguments, changed_settings, follow_settings, plain
-from lightning_grad.utilities.checks import check_name
+from lightning_grad.utilities.checks import check_name, is_sharded
 from lightning_grad.utilities.reporting import log_settings, say_if_no_figures
 
 
@@ -179,6 +180,8 @@ class GradCallback(Switchable, FitScope, CheckedArguments, Callback):
         if self.fitting:
             self._check_fixed_settings()
             self.works_with().refuse(self.display_name, trainer, pl_module)
+            if is_sharded(trainer):
+                self.undo.push(hide_steps_of_loading(trainer))
             log_settings(trainer, self.display_name, self.settings)
             say_if_no_figures(trainer, self)
 

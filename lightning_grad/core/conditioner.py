@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.callback import Chosen, GradCallback
-from lightning_grad.core.compatibility import NO_ENGINE, SCALED, Compatibility, no, stand_in, yes
+from lightning_grad.core.compatibility import NO_ENGINE, SCALED, Compatibility, no, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.gradient_step import GradientStep, Memory, gather
 from lightning_grad.core.roles import ANSWERS, Role, refuse_order, warn_of_other_clippers
@@ -60,10 +60,10 @@ class GradientConditioner(GradCallback):
         ),
         fused_fp16=SCALED,
         local_steps=yes("It acts on the gradient of each rank, not on the mean."),
-        fsdp2=stand_in(
+        fsdp2=yes(
             "`ModelParallelStrategy` with `fully_shard`. Gradients are DTensors there, and norms are computed over "
-            "whole gradients. Tests compare steps under `fully_shard` on two CPU ranks with steps of one process. No "
-            "test runs a Trainer with it, because that needs GPUs."
+            "whole gradients. Tests compare fits under `fully_shard` on two CPU ranks with fits under DDP. None ran on "
+            "GPUs."
         ),
         fsdp1=no(
             "needs gradients in their original shapes, and under {} each rank sees flat shards",

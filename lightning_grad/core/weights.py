@@ -6,7 +6,7 @@ returns a :class:`~lightning_grad.core.views.weight_chain.ViewedWeight` for each
 on. The rest is here and in the folder ``views``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic
@@ -25,6 +25,8 @@ from lightning_grad.core.views.network_ends import Ends
 from lightning_grad.core.views.portable import make_portable, wrap_loading, wrap_saving
 from lightning_grad.core.views.weight_chain import Chain, ModuleChains, Stage, chains_of
 from lightning_grad.core.views.weight_choice import FoundWeight, W, WeightChoice, choose_weights, refuse_pruners
+from lightning_grad.functional.gradients.shards import reshard, sharded_dims
+from lightning_grad.functional.gradients.tensor_lists import is_sharded
 from lightning_grad.utilities.checks import owned_ids
 from lightning_grad.utilities.parameters import as_names, check_patterns, clean_name, matches
 from lightning_grad.utilities.reporting import counted, listed
@@ -122,6 +124,36 @@ class WeightCallback(GradCallback, Generic[W]):
                 self.works_with().refuse_optimizer(self.display_name, trainer, optimizer)
         refuse_pruners(trainer.callbacks, choice.chosen, self.display_name, self.verb)  # type: ignore[attr-defined]
 
+    def refuse_shards(self, weight: W, along: Set[int], why: str, way_out: str) -> None:
+        """Raise if a weight is sharded along some dimensions, or in a way in which its gradient cannot pass through the view.
+
+        A technique that works with FSDP2 calls it in :meth:`refuse` for each chosen weight. FSDP2 gives gradients to the
+        shards itself and calls no hook of theirs, so a view that is written in place cannot change them.
+
+        Args:
+            weight: A chosen weight.
+            along: Dimensions along which the rule needs the weight whole.
+            why: A clause that says so, such as "its groups of 4 lie along dimension 1".
+            way_out: What else to do about that, as an imperative.
+
+        Raises:
+            ValueError: With the name of the weight.
+        """
+        name = clean_name(weight.name)
+        cut = sorted(along & sharded_dims(weight.parameter))
+        if cut:
+            raise ValueError(
+                f"{self.display_name} cannot work on {name}: {why}, and the weight is sharded along dimension {cut[0]}. "
+                f"{way_out}, or exclude it: exclude=[{name!r}]."
+            )
+        if weight.found.in_place and is_sharded(weight.parameter) and not weight.passes_gradient:
+            reason = "several layers share it" if weight.found.twins else "its layer is not one of torch's"
+            raise ValueError(
+                f"{self.display_name} cannot work on {name}: with these settings it changes gradients of the weight, which "
+                f"it writes in place, because {reason}, and the weight is sharded. Exclude it: exclude=[{name!r}]; or "
+                "train with strategy='ddp'."
+            )
+
     @property
     def plan(self) -> str:
         """A clause about what it does in this fit, printed when the fit begins."""
@@ -154,6 +186,7 @@ class WeightCallback(GradCallback, Generic[W]):
         This way exactly one technique of a chain saves its residual. A shared parameter has several
         keys.
         """
+        reshard(pl_module)
         first = {id(w.parameter): w.chain for w in self.weights if next(iter(w.chain.stages)) is self.stage}
         named = pl_module.named_parameters(remove_duplicate=False)
         return {name: (first[id(p)].dense, first[id(p)]) for name, p in named if id(p) in first}

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.utilities.forward_order import has_torch_forward
 from lightning_grad.utilities.parameters import clean_name, named_owners
 
 _ROWS = 3
 _TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-2}  # TF32 keeps 10 bits
 _HALF_TOLERANCE = 5e-2
+_STATE = "__composable_api_state_key"
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 
 
 def output_dimension(owner: nn.Module, attribute: str) -> int | None:
@@ -123,8 +126,8 @@ def _unnoticed(device: torch.device) -> Iterator[None]:
 
 def _with_weight(owner: nn.Module, attribute: str) -> Callable[[Tensor, Tensor], Any]:
     """Return the layer as a function of (input, weight), on a copy that shares its other parameters."""
-    shared: dict[int, Any] = {id(parameter): parameter for parameter in owner.parameters()}
-    twin = copy.deepcopy(owner, shared).eval()
+    shared: dict[int, Any] = {id(parameter): whole(parameter) for parameter in owner.parameters()}
+    twin = _copy_of(owner, shared).eval()
     forward = getattr(twin.forward, "_torchdynamo_orig_callable", twin.forward)
 
     def run(inputs: Tensor, weight: Tensor) -> Any:
@@ -132,6 +135,18 @@ def _with_weight(owner: nn.Module, attribute: str) -> Callable[[Tensor, Tensor],
         return forward(inputs)
 
     return run
+
+
+def _copy_of(owner: nn.Module, shared: dict[int, Any]) -> nn.Module:
+    """Return a copy of a layer; under ``fully_shard``, whose layers refuse to be copied, one of its original class."""
+    if "FSDPModule" not in (cls.__name__ for cls in type(owner).__mro__):
+        return copy.deepcopy(owner, shared)
+    twin: nn.Module = object.__new__(type(owner).__bases__[1])
+    nn.Module.__init__(twin)
+    # The hooks and the state of fully_shard gather the shards of the layer itself.
+    own = {name: value for name, value in vars(owner).items() if not (name.endswith(_HOOKS) or name.startswith(_STATE))}
+    vars(twin).update(copy.deepcopy(own, shared))
+    return twin
 
 
 def _compare_products(run: Callable[[Tensor, Tensor], Any], like: Tensor) -> int | None:

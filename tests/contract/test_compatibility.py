@@ -21,6 +21,7 @@ from lightning_grad.testing import fit, make_classifier, make_trainer, on_ranks
 from lightning_grad.testing.checks import CHECKS
 from tests.contract import settings, strategy_settings
 from tests.contract import test_composition as composition
+from tests.contract import test_fully_sharded as fully_sharded
 from tests.contract import test_guarantees as guarantees
 from tests.contract import test_strategies_composition as strategies_composition
 from tests.contract.entries import Entry, Scheme, Technique
@@ -259,7 +260,7 @@ def test_ranks_that_train_apart():
 _SHARDED = composition.test_sharded_strategies_work_or_are_refused_before_the_first_batch
 _OF_CALLBACKS: Mapping[str, tuple[Callable[..., None], ...]] = {
     "fused_fp16": (test_fused_optimizer_with_a_grad_scaler,),
-    "fsdp2": (_SHARDED,),
+    "fsdp2": (fully_sharded.test_callbacks_train_a_sharded_module_as_ddp_trains_it,),
     "fsdp1": (_SHARDED,),
     "deepspeed": (_SHARDED,),
     "compiled": (test_a_compiled_submodule,),
@@ -288,7 +289,11 @@ def test_a_strategy_trains_an_embedding_with_sparse_gradients(case, together):
     assert not torch.equal(first["norm.1.table.weight"], _sparse(case[0])[0].norm[1].table.weight)
 
 
-_ALL_IN_ONE = {test_gradients_that_come_late: _LATE, test_ranks_that_train_apart: _LOCAL}
+_ALL_IN_ONE = {
+    test_gradients_that_come_late: _LATE,
+    test_ranks_that_train_apart: _LOCAL,
+    fully_sharded.test_callbacks_train_a_sharded_module_as_ddp_trains_it: fully_sharded.FULLY_SHARDED,
+}
 _BESIDE = strategies_composition.test_beside_callbacks
 _OF_STRATEGIES: Mapping[str, tuple[Callable[..., None], ...]] = {
     "accumulation": (strategies_composition.test_trainer_options,),
@@ -331,7 +336,7 @@ def test_what_is_declared_to_work_is_run_by_a_test(entry):
             assert any(works), f"no test runs {entry} with {field}"
 
 
-@pytest.mark.parametrize("field", ["fsdp2", "fsdp1", "deepspeed"])
+@pytest.mark.parametrize("field", ["fsdp1", "deepspeed"])
 def test_what_ran_under_stand_ins_only_says_so(field):
     """None of these tests has a real sharding strategy, which a CPU refuses."""
     kinds = [entry.kind for entry in (*settings.CANONICAL, *strategy_settings.CANONICAL)]

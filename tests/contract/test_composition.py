@@ -76,7 +76,7 @@ _SHARDING = {"FSDPStrategy": "fsdp1", "DeepSpeedStrategy": "deepspeed", "ModelPa
 
 
 @pytest.mark.parametrize("technique", [*CANONICAL, *(t for t in DIFFERENT if t.works_with.fsdp1.is_no)], ids=str)
-@pytest.mark.parametrize("strategy", _SHARDING)
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])  # of the third, real ones are tested
 def test_sharded_strategies_work_or_are_refused_before_the_first_batch(technique, strategy):
     stand_in = type(strategy, (pl.strategies.SingleDeviceStrategy,), {})(device=torch.device("cpu"))
     if technique.works_with.answers[_SHARDING[strategy]].is_no:

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from lightning_grad.utilities.weight_axes import multiplies_by, output_dimension, output_dimensions
 from tests.cases import cases
+from tests.functional.ranks import on_two_ranks
+from tests.sharded import on_cpus
 
 
 class Layer(nn.Module):
@@ -131,3 +133,23 @@ def test_a_compiled_layer_is_asked_without_compiling() -> None:
     layer = Layer(lambda x, w: x @ w, 4, 4)
     compiled = torch.compile(layer, backend=lambda graph, _: pytest.fail("it was compiled"))
     assert output_dimension(compiled._orig_mod, "weight") == 1
+
+
+def _find_under_fully_shard(rank: int, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for product, dimension in ((lambda x, w: x @ w.t(), 0), (lambda x, w: x @ w, 1)):
+        layer = Layer(product, 4, 4)
+        fully_shard(layer, mesh=mesh)
+        sharded = list(layer.parameters())
+        before = [parameter.full_tensor() for parameter in sharded]  # type: ignore[attr-defined]
+        assert output_dimension(layer, "weight") == dimension
+        assert (layer.calls, int(layer.count)) == ([], 0)
+        assert all(one is other for one, other in zip(layer.parameters(), sharded, strict=True))
+        assert all(torch.equal(p.full_tensor(), was) for p, was in zip(sharded, before, strict=True))  # type: ignore[attr-defined]
+
+
+@on_cpus
+def test_a_sharded_layer_is_run_as_one_of_its_own_class() -> None:
+    """``fully_shard`` forbids copies of a layer: its layout would be unknown, and x W taken for x W^T."""
+    on_two_ranks(_find_under_fully_shard)

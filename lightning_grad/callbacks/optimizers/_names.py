@@ -42,6 +42,7 @@ class Named:
         only_matrices: Whether it moves matrices only, so the rest stays on the module's own optimizer.
         takes_sparse: Whether it takes sparse gradients.
         takes_complex: Whether it treats a complex entry as two real ones.
+        copies_lists: Whether it copies lists of tensors unless ``foreach=False``, which torch cannot do with DTensors.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Named:
     only_matrices: bool = False
     takes_sparse: bool = False
     takes_complex: bool = False
+    copies_lists: bool = False
 
     @property
     def class_name(self) -> str:
@@ -82,7 +84,7 @@ NAMES: Mapping[str, Named] = {
     "adabelief": _of_library("AdaBelief", **_EACH_ENTRY),
     "adamp": _of_library("AdamP", takes_complex=True),
     "sgdp": _of_library("SGDP", "SGD", takes_complex=True),
-    "diffgrad": _of_library("DiffGrad", **_EACH_ENTRY),
+    "diffgrad": _of_library("DiffGrad", copies_lists=True, **_EACH_ENTRY),
     "came": _of_library("CAME"),
     "spam": _of_library("SPAM"),
     "soap": _of_library("SOAP"),

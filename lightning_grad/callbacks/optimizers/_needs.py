@@ -39,6 +39,10 @@ _SHARDED = no(
     "uses an optimizer that needs whole parameters, and {} shards them",
     "Use an elementwise optimizer, such as lion, adabelief or diffgrad, or train with strategy='ddp'",
 )
+_LISTS = no(
+    "uses an optimizer that copies lists of tensors, which torch cannot do with the DTensors of {}",
+    "Set foreach=False in its options",
+)
 _COMPLEX = no(
     "uses an optimizer for real parameters, and {} holds complex numbers",
     "Use lion, adabelief, adamp or diffgrad, or skip its optimizer with which=[...]",
@@ -102,12 +106,13 @@ def _has_modes(kind: Any) -> bool:
     return hasattr(kind, "train") and hasattr(kind, "eval")
 
 
-def answers_of(answers: Compatibility, named: Named | None) -> Compatibility:
+def answers_of(answers: Compatibility, named: Named | None, options: Mapping[str, Any] | None = None) -> Compatibility:
     """Return what a swap to an optimizer works with.
 
     Args:
         answers: Those of any optimizer.
         named: What is known about its class; None for a class without a short name.
+        options: The user's options of the optimizer.
     """
     if named is None or named.takes_sparse:
         answers = answers.but(sparse_gradients=yes("If the class supports them."))
@@ -117,4 +122,6 @@ def answers_of(answers: Compatibility, named: Named | None) -> Compatibility:
         answers = answers.but(sparse_gradients=_ON_THE_REST, complex_parameters=_ON_THE_REST)
     if named is not None and not named.elementwise:
         answers = answers.but(fsdp1=_SHARDED, fsdp2=_SHARDED)
+    if named is not None and named.copies_lists and (options or {}).get("foreach") is not False:
+        answers = answers.but(fsdp2=_LISTS)
     return answers

@@ -111,6 +111,11 @@ class OptimizerSwap(OptimizerNeeds):
 
     namespace: ClassVar[str] = "optimizer"
     compatibility: ClassVar[Compatibility] = GradCallback.compatibility.but(
+        fsdp2=yes(
+            "`adamw`, `adam`, `sgd`, `lion` and `adabelief` train as under DDP on two CPU ranks in tests, and `diffgrad` "
+            "with `options={foreach: false}`. Optimizers that need whole parameters raise. A class without a short name "
+            "is not checked."
+        ),
         deepspeed=no(
             "replaces the module's optimizer, and under {} the engine creates it",
             "Train with strategy='ddp', or choose the optimizer in DeepSpeed's own config",
@@ -188,7 +193,7 @@ class OptimizerSwap(OptimizerNeeds):
     @override
     def answers_for(self, kind: Any) -> Compatibility:
         answers, named = super().answers_for(kind), None if self.optimizer is None else entry_of(kind)
-        return answers_of(answers, named)
+        return answers_of(answers, named, self.options)
 
     # The fit begins.
 

@@ -20,6 +20,8 @@ from lightning_grad.functional import (
     read_quantized_weight,
     round_through,
 )
+from lightning_grad.functional.gradients.shards import as_shard, as_used, on_shard
+from lightning_grad.functional.gradients.tensor_lists import is_sharded, shards, whole
 from lightning_grad.functional.quantization.fake_quantization import joined_values
 from lightning_grad.functional.quantization.grids import Quantizer
 from lightning_grad.utilities.parameters import clean_name
@@ -77,31 +79,52 @@ class GridWeight(ViewedWeight):
     def value(self, weight: Tensor) -> Tensor:
         if self._values is None:
             return weight
-        return round_through(weight, self._values, self._mask, self.grid.dim, self.grid.hadamard)
+        mask = None if self._mask is None else as_used(self._mask, weight)
+        return round_through(weight, as_used(self._values, weight), mask, self.grid.dim, self.grid.hadamard)
 
     @override
     def stored(self, weight: Tensor) -> Tensor:
         grid = self.grid
         if not self.is_on or grid.bits is None:
             return weight
-        return quantized_values(weight, grid.bits, grid.quantizer, grid.dim, grid.hadamard)[0]
+        return self._rounded(weight)[0]
+
+    def _rounded(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        grid = self.grid
+        assert grid.bits is not None
+        (own,) = shards([weight])
+        values, mask = quantized_values(own, grid.bits, grid.quantizer, grid.dim, grid.hadamard)
+        if not is_sharded(weight):
+            return values, mask
+        return as_shard(values, weight), None if mask is None else as_shard(mask, weight, rows_along=grid.dim)
+
+    def show_rounded(self) -> None:
+        """Use the rounded values of the current weight from now on."""
+        self.show(*self._rounded(self.incoming))
+
+    @property
+    @override
+    def passes_gradient(self) -> bool:
+        return self.grid.bits is None or self.grid.quantizer != "quest"
 
     @property
     def levels(self) -> Tensor:
-        """Integers of the current weight."""
+        """Integers of the current weight; of a sharded one, of this rank's shard."""
         assert self.grid.bits is not None
-        return quantize_weight(self.incoming, **self.grid.format).integers
+        (own,) = shards([self.incoming])
+        return quantize_weight(own, **self.grid.format).integers
 
     def squared_error(self) -> tuple[Tensor, Tensor]:
         """Return the sum of the squared rounding errors, and that of the squared weights."""
         incoming = self.incoming.float()
         values = incoming if self._values is None else self._values
-        return (values - incoming).square().sum(), incoming.square().sum()
+        return whole((values - incoming).square().sum()), whole(incoming.square().sum())
 
     def near_boundary(self, width: float) -> Tensor:
         """Return where a weight lies near a boundary between two levels."""
         assert self.grid.bits is not None
-        return near_boundary(self.incoming, self.grid.bits, self.grid.quantizer, self.grid.dim, width)
+        bits, quantizer, dim = self.grid.bits, self.grid.quantizer, self.grid.dim
+        return on_shard(lambda own: near_boundary(own, bits, quantizer, dim, width), self.incoming)
 
     @override
     def why_not_after(self, earlier: ViewedWeight) -> str:
@@ -131,10 +154,10 @@ def follow(weights: Sequence[GridWeight], is_on: bool) -> None:
         grid = weight.grid
         if not is_on or grid.bits is None:
             weight.show(None)
-        elif grid.quantizer == "ste":
+        elif grid.quantizer == "ste" and not is_sharded(weight.parameter):
             joined.setdefault(grid.bits, []).append(weight)
         else:
-            weight.show(*quantized_values(weight.incoming, grid.bits, grid.quantizer, grid.dim, grid.hadamard))
+            weight.show_rounded()
     for bits, some in joined.items():
         values = joined_values([weight.incoming for weight in some], bits, [weight.grid.dim for weight in some])
         for weight, its in zip(some, values, strict=True):

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_grad.callbacks.quantization._grid_weight import GridWeight
+from lightning_grad.functional.gradients.shards import sum_over_shards
+from lightning_grad.functional.gradients.tensor_lists import whole
 
 
 class LevelFlips:
@@ -28,7 +30,8 @@ class LevelFlips:
         for weight in weights:
             before = self._before.pop(id(weight), None)
             if before is not None:
-                self._counts.append(((weight.levels != before).sum(), before.numel()))
+                changed = sum_over_shards((weight.levels != before).sum(), weight.parameter)
+                self._counts.append((changed, weight.parameter.numel()))
 
     def share(self) -> Tensor | None:
         """Return the share of the weights that changed their level; ``None`` if no weight was compared."""
@@ -50,7 +53,7 @@ def relative_error(weights: Sequence[GridWeight]) -> Tensor:
 
 def free_share(weights: Sequence[GridWeight], width: float) -> Tensor:
     """Return the share of the weights that lie near a boundary between two levels."""
-    near = torch.stack([weight.near_boundary(width).sum() for weight in weights]).sum()
+    near = torch.stack([whole(weight.near_boundary(width).sum()) for weight in weights]).sum()
     return near / sum(weight.parameter.numel() for weight in weights)
 
 

@@ -99,7 +99,8 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
     Raises:
         ValueError: In the constructor for an impossible number of bits, an unknown quantizer, shares outside of 0 to 1,
             or annealing in a Hadamard basis. At the start of the fit if no weight is selected, a name pattern matches
-            nothing, parameters are sharded (FSDP, DeepSpeed), weights move within a step (LBFGS, SAM), another instance
+            nothing, shards cut output channels (ModelParallelStrategy), weights are sharded in other ways (FSDPStrategy,
+            DeepSpeed), weights move within a step (LBFGS, SAM), another instance
             or ``ModelPruning`` has selected the same weight, or a selected weight is sparse and the grid has no 0.
         RuntimeError: If a selected weight is reparametrized during the fit.
 
@@ -141,6 +142,12 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
 
     namespace: ClassVar[str] = "quant"
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
+        fsdp2=yes(
+            "`ModelParallelStrategy` with `fully_shard`, which cuts weights along dimension 0: each output channel stays "
+            "whole. Shards that cut output channels raise, and so does 'quest' on weights that are written in place. "
+            "The rounded weights of a step are gathered like the weights, and stay whole from the forward to the backward "
+            "pass. Tests compare fits on two CPU ranks with fits under DDP. None ran on GPUs."
+        ),
         compiled=yes("Modules recompile when quantization begins."),
         manual_optimization=yes(
             "Call `step()` on an optimizer from `self.optimizers()`. If you call it on the raw torch optimizer, weights "
@@ -257,6 +264,10 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
         super().refuse(trainer, choice)
         if self.weight_bits is None:
             return
+        for weight in choice.chosen:
+            others = set(range(weight.parameter.ndim)) - {weight.grid.dim}
+            why = f"each output channel (dimension {weight.grid.dim}) has one scale"
+            self.refuse_shards(weight, others, why, f"Shard it along dimension {weight.grid.dim}")
         repeating = techniques_that_evaluate(trainer)
         repeating += [type(o).__name__ for o in trainer.optimizers if _moves_within_a_step(o)]
         if repeating:

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import mask_distance, masked_gradient_variance
+from lightning_grad.functional.gradients.shards import shard_of
+from lightning_grad.functional.gradients.tensor_lists import is_sharded, whole
 
 
 def sparsity_totals(weights: Sequence[SparseWeight]) -> dict[str, float]:
@@ -61,7 +63,8 @@ class SparsityMeter:
         """
         previous, mask = self._previous.pop(weight.name, None), weight.mask
         if measure and previous is not None and mask is not None:
-            self._variances.append((*masked_gradient_variance(gradient, previous, mask), weight))
+            pruned, kept = map(whole, masked_gradient_variance(gradient, previous, mask))
+            self._variances.append((pruned, kept, weight))
         if keep:
             self._previous[weight.name] = gradient.clone()
 
@@ -82,7 +85,7 @@ class SparsityMeter:
             kept = mask != 0
             self._logged_masks[weight.name] = _stored(kept)
             if before is not None:
-                flips.append(mask_distance(kept, _restored(before, kept)) * mask.numel())
+                flips.append(whole(mask_distance(kept, _restored(before, kept))) * mask.numel())
                 entries += mask.numel()
         return {"flips": torch.stack(flips).sum() / entries} if flips else {}
 
@@ -94,7 +97,7 @@ class SparsityMeter:
     def state_dict(self) -> dict[str, Any]:
         """Return the masks of the last log step, packed, and the gradients that the next step is compared with."""
         masks = {name: mask if _is_packed(mask) else pack_bits(mask) for name, mask in self._logged_masks.items()}
-        return {"logged_masks": masks, "previous_gradients": dict(self._previous)}
+        return {"logged_masks": masks, "previous_gradients": {name: whole(g) for name, g in self._previous.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any], weights: Sequence[SparseWeight]) -> None:
         """Continue with the masks and gradients of a saved step."""
@@ -103,12 +106,14 @@ class SparsityMeter:
             if weight.name in masks:
                 self._logged_masks[weight.name] = _stored(unpack_bits(masks[weight.name], weight.parameter))
             if weight.name in gradients:
-                self._previous[weight.name] = gradients[weight.name].to(weight.parameter.device)
+                self._previous[weight.name] = shard_of(
+                    gradients[weight.name].to(weight.parameter.device), weight.parameter
+                )
 
 
 def _stored(mask: Tensor) -> Tensor:
     """Return a bool mask in the form that is kept until the next log step: bits on a CPU; packing would make a GPU wait."""
-    return pack_bits(mask) if mask.is_cpu else mask
+    return pack_bits(mask) if mask.is_cpu and not is_sharded(mask) else mask
 
 
 def _restored(stored: Tensor, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_grad.callbacks.sparsity._nm_weight import SparseWeight
 from lightning_grad.core.record import Row, RunRecord, panels, style_axis
 from lightning_grad.core.views.portable import pack_bits
 from lightning_grad.functional import NMPhase, is_nm
+from lightning_grad.functional.gradients.tensor_lists import shards, whole
 from lightning_grad.utilities.parameters import clean_name
 from lightning_grad.utilities.reporting import log_file, output_file
 
@@ -57,7 +58,8 @@ class SparsityRecord(RunRecord):
         present = [mask for mask in masks.values() if mask is not None]
         sample = {}
         if len(present) == len(masks):
-            entries = torch.cat([mask.flatten()[:: mask.numel() // _MOST_ENTRIES | 1] for mask in present])
+            own = shards(present)  # of sharded masks, the shards of rank 0, which writes the record, are the sample
+            entries = torch.cat([mask.flatten()[:: mask.numel() // _MOST_ENTRIES | 1] for mask in own])
             sample = {"masks": pack_bits(entries)}
         self.add({**row, "phase": phase, "divergence": None, **sample})
         sampled = [row for row in self.kept if "masks" in row]
@@ -157,9 +159,10 @@ def _draw_shares(axis: Axes, record: RunRecord, names: Mapping[str, str], title:
 def write_masks(trainer: pl.Trainer, weights: Sequence[SparseWeight], technique: str) -> None:
     """Save the final masks as bool tensors by name, and log the file as an artifact."""
     path = output_file(trainer, technique, "_masks.pt")
+    masks = {clean_name(w.name): whole(w.parameter.detach() != 0).cpu() for w in weights}  # by all ranks, if sharded
     if trainer.is_global_zero and path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({clean_name(w.name): (w.parameter != 0).cpu() for w in weights}, path)
+        torch.save(masks, path)
         log_file(trainer, path, name=path.stem, kind="masks")
 
 

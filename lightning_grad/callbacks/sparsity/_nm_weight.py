@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import NMPattern, NMPhase, add_sr_ste_, is_nm, nm_mask, prune_weight, scale_weight
+from lightning_grad.functional.gradients.shards import as_used, is_dtensor
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim, nm_masks
 from lightning_grad.utilities.parameters import clean_name
@@ -44,6 +45,11 @@ class SparseWeight(ViewedWeight):
     @override
     def makes_zeros(self) -> bool:
         return self.pattern.n < self.pattern.m
+
+    @property
+    @override
+    def passes_gradient(self) -> bool:
+        return self.straight_through
 
     @property
     def is_pruned(self) -> bool:
@@ -81,7 +87,12 @@ class SparseWeight(ViewedWeight):
     @override
     def value(self, weight: Tensor) -> Tensor:
         factor = self.factor
-        return weight if factor is None else scale_weight(weight, factor, self.straight_through)
+        if factor is None:
+            return weight
+        if self.found.sharded is not None and not is_dtensor(weight):
+            # One byte an entry is gathered. The mask is that of the shards: of a weight in bf16, some groups would differ.
+            factor = as_used(factor == 1.0, weight).to(weight.dtype).clamp_(min=self.phase.decay)
+        return scale_weight(weight, factor, self.straight_through)
 
     @override
     def stored(self, weight: Tensor) -> Tensor:

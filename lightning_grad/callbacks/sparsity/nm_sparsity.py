@@ -36,6 +36,7 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.monitor_restart import MonitorRestart
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
 from lightning_grad.functional import NMPattern, NMPhase
+from lightning_grad.functional.gradients.tensor_lists import whole
 from lightning_grad.functional.sparsity.nm_schedule import Recipe
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, Gradient
 from lightning_grad.utilities.arguments import plain
@@ -123,8 +124,9 @@ class NMSparsity(WeightCallback[SparseWeight]):
     Raises:
         ValueError: In the constructor for an impossible pattern, an unknown recipe or one that contradicts the other
             arguments, or fractions that leave the recipe no phase. At the start of the fit if no weight is selected,
-            a name pattern matches nothing, the run has no known end, parameters are sharded (FSDP, DeepSpeed), or
-            another instance or ``ModelPruning`` has selected the same weight.
+            a name pattern matches nothing, the run has no known end, shards cut the groups of a weight
+            (ModelParallelStrategy), weights are sharded in other ways (FSDPStrategy, DeepSpeed), or another instance or
+            ``ModelPruning`` has selected the same weight.
         RuntimeError: If a selected weight is reparametrized during the fit.
 
     **Hooks.** ``on_fit_start`` selects the weights, when all layers exist and DDP is set up. Each optimizer's
@@ -168,6 +170,12 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     namespace: ClassVar[str] = "sparsity"
     compatibility: ClassVar[Compatibility] = WeightCallback.compatibility.but(
+        fsdp2=yes(
+            "`ModelParallelStrategy` with `fully_shard`, which cuts weights along dimension 0: the groups of 2:4 hardware "
+            "stay whole. Shards that cut groups raise, and so does `gradient='masked'` on weights that are written in "
+            "place. The sparse weights of a step stay whole from the forward to the backward pass. Tests compare fits "
+            "on two CPU ranks with fits under DDP. None ran on GPUs."
+        ),
         fused_fp16=yes("All recipes except `sr-ste` and `step`, which raise."),
         no_second_moment=yes("All recipes except `step`, which raises."),
         compiled=yes("Modules recompile when pruning begins, but not when D or the pattern changes."),
@@ -292,6 +300,10 @@ class NMSparsity(WeightCallback[SparseWeight]):
     @override
     def refuse(self, trainer: pl.Trainer, choice: WeightChoice[SparseWeight]) -> None:
         super().refuse(trainer, choice)
+        for weight in choice.chosen:
+            why = f"its groups of {weight.pattern.m} lie along dimension {weight.dim}"
+            way_out = "Shard it along another dimension, set axis"
+            self.refuse_shards(weight, {weight.dim}, why, way_out)
         chosen = {id(weight.parameter) for weight in choice.chosen}
         for optimizer in trainer.optimizers:
             if self.recipe == "step" and not owned_ids(optimizer).isdisjoint(chosen):
@@ -469,7 +481,7 @@ class NMSparsity(WeightCallback[SparseWeight]):
 
     def _warn_of_nan(self) -> None:
         """Warn once about weights that contain NaN; masks treat NaN as the smallest value."""
-        found = torch.stack([weight.parameter.isnan().any() for weight in self.weights]).tolist()
+        found = torch.stack([whole(weight.parameter.isnan().any()) for weight in self.weights]).tolist()
         names = [clean_name(weight.name) for weight, has_nan in zip(self.weights, found, strict=True) if has_nan]
         if names:
             self.tell_once("nan", rank_zero_warn, f"NaN in {', '.join(names[:5])}. NaN is pruned before any number.")
@@ -550,7 +562,8 @@ class NMSparsity(WeightCallback[SparseWeight]):
         draw = partial(self._record.draw_run, title, self.figure_metric)
         self._record.report(trainer, self, draw, summary=summary)
         shown = {
-            self.log_key(f"weights/{clean_name(w.name)}", layers=True): w.parameter for w in weights[: self.max_layers]
+            self.log_key(f"weights/{clean_name(w.name)}", layers=True): whole(w.parameter.detach())
+            for w in weights[: self.max_layers]
         }
         log_histograms(trainer, shown)
         if self.save_masks:

@@ -212,7 +212,8 @@ def wrap_loading(pl_module: pl.LightningModule, weights_in: Callable[[Mapping[st
     def load(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         inner(checkpoint)
         kept = weights_in(checkpoint) or {}
-        checkpoint["state_dict"].update({name: kept[name] for name in kept.keys() & checkpoint["state_dict"].keys()})
+        weights = checkpoint.get("state_dict", {})  # some strategies have loaded them by now
+        weights.update({name: kept[name] for name in kept.keys() & weights.keys()})
 
     # Outermost, because the views of a WeightCallback first restore the dense form of the averaged weights.
     return wrap_method(pl_module, "on_load_checkpoint", load, WrapOrder.LOOK)

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from lightning_grad.core.dispatch import wrap_method
 from lightning_grad.core.views.weight_view import WeightView
+from lightning_grad.functional.gradients.shards import shard_of
+from lightning_grad.functional.gradients.tensor_lists import is_sharded, whole
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _RESIDUALS = "residuals"
@@ -29,13 +31,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a mask into one bit per entry, in a flat uint8 tensor on the CPU.
+    """Pack a mask into one bit per entry, in a flat uint8 tensor on the CPU. A DTensor is gathered, by all ranks.
 
     Example:
         >>> pack_bits(torch.tensor([1.0, 0.0, 1.0]))
         tensor([160], dtype=torch.uint8)
     """
-    return torch.from_numpy(np.packbits((mask != 0).cpu().numpy()))
+    return torch.from_numpy(np.packbits(whole(mask != 0).cpu().numpy()))
 
 
 def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def unpack_bits(packed: Tensor, like: Tensor) -> Tensor:
         tensor([ True, False,  True])
     """
     bits = np.unpackbits(packed.cpu().numpy(), count=like.numel())
-    return torch.from_numpy(bits.astype(bool)).view(like.shape).to(like.device)
+    return shard_of(torch.from_numpy(bits.astype(bool)).view(like.shape).to(like.device), like)
 
 
 def encode_residual(stored: Tensor, dense: Tensor) -> dict[str, Tensor] | None:
@@ -109,10 +111,9 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
     for container, tensors in checkpoint.items():
         if not isinstance(tensors, MutableMapping):
             continue
-        for key in views:
-            if key not in tensors:
+        for key, (dense, view) in views.items():
+            if key not in tensors or is_sharded(dense):
                 continue
-            dense, view = views[key]
             stored = view.stored(dense.detach())
             if not _same_bits(tensors[key], stored):
                 if container != "state_dict":
@@ -122,6 +123,11 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
             residual = encode_residual(stored, dense.detach())
             if residual is not None:
                 residuals.setdefault(container, {})[key] = residual
+    # Sharded weights last: every rank must gather them, also one whose checkpoint holds no weights.
+    for key, (dense, view) in views.items():
+        residual = _residual_of_shards(dense.detach(), view) if is_sharded(dense) else None
+        if residual is not None:
+            residuals.setdefault("state_dict", {})[key] = residual
     states = checkpoint.get("callbacks")
     if states is None:
         return  # a checkpoint with weights only, from which no run resumes
@@ -136,18 +142,32 @@ def make_portable(checkpoint: dict[str, Any], state_key: str, views: Mapping[str
         )
 
 
-def make_dense(checkpoint: dict[str, Any], state_key: str) -> None:
+def _residual_of_shards(dense: Any, view: WeightView) -> dict[str, Tensor] | None:
+    """Return the residual of a whole sharded weight, on the rank that writes it to the checkpoint."""
+    stored = whole(view.stored(dense))
+    dense_whole = whole(dense)
+    return encode_residual(stored, dense_whole) if dense.device_mesh.get_rank() == 0 else None
+
+
+def make_dense(checkpoint: dict[str, Any], state_key: str, pl_module: pl.LightningModule | None = None) -> None:
     """Undo :func:`make_portable` in a checkpoint before anything is loaded from it.
 
     Args:
         checkpoint: Checkpoint that Lightning has read; changed in place.
         state_key: Key of the technique in ``checkpoint["callbacks"]``.
+        pl_module: The module, if its strategy may load weights itself before any hook is called, as the one for sharded
+            weights does: those are restored in the module.
     """
     state = checkpoint.get("callbacks", {}).get(state_key) or {}
+    named = () if pl_module is None else pl_module.named_parameters()
+    sharded = {name: parameter.detach() for name, parameter in named if is_sharded(parameter)}
     for container, residuals in state.get(_RESIDUALS, {}).items():
         for key, residual in residuals.items():
             if key in checkpoint.get(container, {}):
                 checkpoint[container][key] = decode_residual(checkpoint[container][key], residual)
+            elif key in sharded and container == "state_dict":
+                with torch.no_grad():
+                    sharded[key].copy_(shard_of(decode_residual(whole(sharded[key]), residual), sharded[key]))
 
 
 def wrap_saving(
@@ -175,6 +195,6 @@ def wrap_loading(pl_module: pl.LightningModule, state_key: str) -> Callable[[], 
 
     def load(inner: Callable[..., Any], checkpoint: dict[str, Any]) -> None:
         inner(checkpoint)
-        make_dense(checkpoint, state_key)
+        make_dense(checkpoint, state_key, pl_module)
 
     return wrap_method(pl_module, "on_load_checkpoint", load)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_grad.core.undo import UndoList
 from lightning_grad.core.views.weight_view import InPlaceView, InPlaceWindow, attach_view, has_view
+from lightning_grad.functional.gradients.shards import as_used, is_fully_sharded, reshard
 
 if TYPE_CHECKING:
     from lightning_grad.core.views.weight_choice import FoundWeight
@@ -82,8 +83,10 @@ class Chain:
 
     def value(self, dense: Tensor) -> Tensor:
         """Return the weight for the forward pass."""
+        if dense is self.found.sharded and is_fully_sharded(self.found.module):
+            return dense  # FSDP2 looks for its own parameter; no layer computes with shards
         if self._infers:
-            return dense if self._inference is None else self._inference
+            return dense if self._inference is None else as_used(self._inference, dense)
         for weight in self.stages.values():
             dense = weight.value(dense)
         return dense
@@ -187,6 +190,11 @@ class ViewedWeight:
     @property
     def makes_zeros(self) -> bool:
         """Whether this view sets entries to zero that later stages have to keep."""
+        return False
+
+    @property
+    def passes_gradient(self) -> bool:
+        """Whether the gradient of the weight is that of the view's value, unchanged."""
         return False
 
     def why_not_after(self, earlier: ViewedWeight) -> str:
@@ -365,6 +373,9 @@ class ModuleChains:
             return
         self._is_baked = True
         self.close_window()
+        reshard(
+            self._pl_module
+        )  # after a validation, some layers compute with whole weights that would stay as they are
         lasting = {weight for technique in self._techniques for weight in technique.settle(self.trainer)}
         for chain in self._chains.values():
             chain.bake(lasting)

@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from lightning_grad.core.views.network_ends import Ends, Owner
 from lightning_grad.core.views.weight_chain import ViewedWeight
 from lightning_grad.core.views.weight_view import ADAPTERS, REPLACEMENTS, viewed_class
+from lightning_grad.functional.gradients.tensor_lists import is_sharded
 from lightning_grad.utilities.parameters import all_names, clean_name, is_spelled, matches, named_owners, selects
 from lightning_grad.utilities.reporting import format_table
 from lightning_grad.utilities.weight_axes import is_foreign_matrix, output_dimension
@@ -56,6 +57,7 @@ class FoundWeight:
         twins: Other owners of the same (tied) parameter, each with its attribute.
         is_known: Whether its module is a torch layer that reads the attribute at every use.
         is_spelled: Whether a pattern of the user names it in full.
+        sharded: The parameter, if it is a DTensor. FSDP2 replaces it in its module while that computes.
         display_name: Name of the technique, for errors.
         effect: Adjective that describes the resulting weights.
     """
@@ -67,6 +69,7 @@ class FoundWeight:
     twins: tuple[tuple[nn.Module, str], ...] = ()
     is_known: bool = True
     is_spelled: bool = False
+    sharded: nn.Parameter | None = None
     display_name: str = "A technique"
     effect: str = "different"
 
@@ -84,7 +87,7 @@ class FoundWeight:
                 "its layer during the fit, as pruning, weight_norm, spectral_norm and parametrize do. Do that before "
                 f"the fit, or exclude the layer: exclude=[{clean_name(self.name)!r}]."
             )
-        return parameter
+        return parameter if self.sharded is None else self.sharded
 
     @property
     def in_place(self) -> bool:
@@ -118,7 +121,9 @@ def found_weights(module: nn.Module, owners: Sequence[Owner], technique: Chooser
     for name, owner, attribute in owners:
         key = id(owner._parameters[attribute])
         names, twins = tuple(known[key]), tuple(use for use in uses[key] if use != (owner, attribute))
-        kinds = (_is_known(owner, attribute), is_spelled(names, technique.include or []))
+        parameter = owner._parameters[attribute]
+        sharded = parameter if parameter is not None and is_sharded(parameter) else None
+        kinds = (_is_known(owner, attribute), is_spelled(names, technique.include or []), sharded)
         found = FoundWeight(name, owner, attribute, names, twins, *kinds, technique.display_name, technique.effect)
         if found.is_spelled or (_is_layer(found) and selects(found.names, technique.include)):
             yield found

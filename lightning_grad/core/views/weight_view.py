@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_grad.core.dispatch import wrap_method
+from lightning_grad.functional.gradients.shards import reshard
+from lightning_grad.functional.gradients.tensor_lists import is_sharded
 
 _VIEWS = "_lightning_grad_views"
 _DENSE = "_lightning_grad_dense"
@@ -337,6 +339,8 @@ class InPlaceWindow:
     def open(self) -> None:
         """Write every view's value into its parameter."""
         _OPEN.add(self)
+        if any(is_sharded(view.parameter) for view in self._views):
+            reshard(self.pl_module)  # layers that hold whole weights since a validation would not see what is written
         for view in self._views:
             view.expose()
 

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_grad.functional.gradients.shards import shard_of
 from lightning_grad.functional.gradients.tensor_lists import is_sharded
-from lightning_grad.functional.torch_version import TORCH
 
 _PIECE = 1 << 16
 
@@ -66,7 +65,7 @@ def add_gradient_noise_(gradients: Sequence[Tensor], deviation: float, seed: int
             _add_in_pieces_(gradient.view(-1), deviation, generators[device], dtype)
             continue
         noise = torch.randn(gradient.shape, generator=generators[device], device=device, dtype=dtype)
-        gradient.add_(_shard_like(noise, gradient), alpha=deviation)
+        gradient.add_(shard_of(noise, gradient), alpha=deviation)
 
 
 def _add_in_pieces_(gradient: Tensor, deviation: float, generator: torch.Generator, dtype: torch.dtype) -> None:
@@ -79,15 +78,3 @@ def _add_in_pieces_(gradient: Tensor, deviation: float, generator: torch.Generat
     buffer = torch.empty(2 * _PIECE, dtype=dtype, device="cpu")
     for piece in torch.split(gradient, [*[_PIECE] * (gradient.numel() // _PIECE - 1), last]):
         piece.add_(buffer[: len(piece)].normal_(generator=generator), alpha=deviation)
-
-
-def _shard_like(tensor: Tensor, like: Any) -> Tensor:
-    if not is_sharded(like):
-        return tensor
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-    # Every rank keeps its shard of the tensor that it drew itself. Before torch 2.7 distribute_tensor cannot do that.
-    if TORCH < (2, 7):
-        whole = DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
-        return whole.redistribute(placements=like.placements)
-    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)

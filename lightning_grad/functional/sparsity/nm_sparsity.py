@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_grad.functional.gradients.shards import on_shard, sharded_dims
+from lightning_grad.functional.gradients.tensor_lists import is_sharded, whole
 from lightning_grad.functional.sparsity._chunked_mask import chunked_mask, is_chunkable
 from lightning_grad.functional.sparsity._group_top import top_of_groups
 
@@ -134,7 +136,7 @@ def nm_mask(weight: Tensor, n: int, m: int, axis: Axis = "input") -> Tensor:
     """
     pattern, dim = NMPattern(n, m), group_dim(weight, axis)
     _check_fit(pattern, weight.shape, dim)
-    if hasattr(weight, "to_local"):
+    if is_sharded(weight):
         return _mask_of_shards(weight, pattern, dim)
     with torch.no_grad():
         grouped = weight.detach().reshape(-1, m, weight.shape[dim + 1 :].numel())
@@ -217,26 +219,22 @@ def _at_least(outside: float, mask: Tensor) -> Tensor:
 
 def _mask_of_shards(weight: Tensor, pattern: NMPattern, dim: int) -> Tensor:
     """Mask each shard of a DTensor, which equals the mask of the whole tensor if no group is split."""
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(weight, DTensor)
-    # By attribute: _StridedShard, which FSDP2 uses with tensor parallelism, is not a Shard.
-    if any(getattr(placement, "dim", None) == dim for placement in weight.placements):
+    if dim in sharded_dims(weight):
         raise ValueError(
             f"The weight of shape {tuple(weight.shape)} is sharded along dimension {dim}, which the pattern {pattern} "
             "groups. Shard it along another dimension, or choose another axis."
         )
-    local = nm_mask(weight.to_local(), pattern.n, pattern.m, dim)
-    # Shards may differ in size, so the shape of the whole tensor cannot be inferred from one of them.
-    mesh, placements = weight.device_mesh, weight.placements
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=weight.shape, stride=weight.stride())
+    # With fewer rows than ranks, the shard of some ranks is empty.
+    return on_shard(
+        lambda own: nm_mask(own, pattern.n, pattern.m, dim) if own.numel() else own.detach().clone(), weight
+    )
 
 
 def is_nm(weight: Tensor, n: int, m: int, axis: Axis = "input") -> bool:
     """Return True if every group of ``m`` has at most ``n`` nonzero entries.
 
     Args:
-        weight: Any tensor, with the shape conventions of :func:`nm_mask`.
+        weight: Any tensor, with the shape conventions of :func:`nm_mask`. A DTensor is gathered, by all ranks.
         n: Nonzero entries allowed in a group.
         m: Entries in a group.
         axis: As in :func:`nm_mask`.
@@ -248,7 +246,7 @@ def is_nm(weight: Tensor, n: int, m: int, axis: Axis = "input") -> bool:
         >>> is_nm(torch.tensor([[0.0, -3.0, 2.0, 0.0]]), 2, 4)
         True
     """
-    dim = group_dim(weight, axis)
+    weight, dim = whole(weight), group_dim(weight, axis)
     if not NMPattern(n, m).fits(weight.shape[dim]):
         return False
     grouped = weight.detach().reshape(-1, m, weight.shape[dim + 1 :].numel())

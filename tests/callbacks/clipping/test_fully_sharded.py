@@ -1,6 +1,6 @@
-"""Every rule on a module under ``fully_shard`` (FSDP2, two gloo ranks) moves its weights as on one process.
+"""What rules see of gradients under ``fully_shard`` (FSDP2, two gloo ranks) is what they see on one process.
 
-A CPU Trainer refuses ModelParallelStrategy, so the rules are called as the Trainer would call them.
+``tests/contract/test_fully_sharded.py`` trains with all of them.
 """
 
 from typing import Any
@@ -9,57 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_grad import callbacks
 from lightning_grad.callbacks.diagnostics._monitor_record import MonitorRecord
 from lightning_grad.callbacks.diagnostics._optimizer_watch import OptimizerWatch, Place
-from lightning_grad.core.conditioner import GradientConditioner, GradientStep
 from lightning_grad.functional import clip_norm_
-from lightning_grad.functional.torch_version import TORCH
 from tests.functional.ranks import on_two_ranks
-
-on_cpus = pytest.mark.skipif(TORCH < (2, 7), reason="fully_shard works on CPUs from torch 2.7 on")
-
-EXPORTED = [getattr(callbacks, name) for name in callbacks.__all__]
-RULES = [cls for cls in EXPORTED if issubclass(cls, GradientConditioner) and cls.neutral != {}]  # they change gradients
-
-
-def train(module: nn.Module, rule: GradientConditioner) -> None:
-    """Four steps of Adam on the same data, with the rule between backward and step."""
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.05)
-    state: dict[str, torch.Tensor] = {}
-    for step in range(4):
-        x = torch.arange(12.0).view(2, 6).sin() * (step + 1)
-        optimizer.zero_grad()
-        module(x).square().sum().backward()
-        named = [(name, p, p.grad) for name, p in module.named_parameters()]
-        names, parameters, gradients = (list(column) for column in zip(*named, strict=True))
-        threshold = None if rule.threshold_name is None else getattr(rule, rule.threshold_name)
-        with torch.no_grad():
-            rule.condition(GradientStep(parameters, gradients, names, threshold, state, step, True, optimizer, 0))
-        optimizer.step()
+from tests.sharded import on_cpus
 
 
 def build() -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Tanh(), nn.Linear(8, 4))
-
-
-@on_cpus
-def test_sharded_training_equals_that_of_one_process() -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    def check(rank: int, mesh: Any) -> None:
-        for rule in RULES:
-            alone, sharded = build(), build()
-            train(alone, rule(**rule.trial))
-            for layer in (sharded[0], sharded[3]):
-                fully_shard(layer, mesh=mesh)
-            fully_shard(sharded, mesh=mesh)
-            train(sharded, rule(**rule.trial))
-            for (key, expected), found in zip(alone.named_parameters(), sharded.parameters(), strict=True):
-                assert torch.allclose(found.full_tensor(), expected, atol=1e-5), f"{rule.__name__}: {key}"
-
-    on_two_ranks(check)
 
 
 def watched(module: nn.Module) -> tuple[dict[str, Any], dict[str, float], dict[str, dict[str, float]]]:
