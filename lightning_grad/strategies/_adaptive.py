@@ -15,13 +15,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_grad.core.fit import until_next_fit
-from lightning_grad.functional import choose_levels
+from lightning_grad.functional import choose_levels, feedback_errors
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._rank_files import State
 from lightning_grad.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_grad.utilities.checks import check_count
 
-Adapt = Literal["lgreco"]
+Adapt = Literal["lgreco", "lgreco_feedback"]
 
 LEVEL_FACTORS = tuple(2 ** (quarter / 4) for quarter in range(-12, 13))
 """Levels of a layer, relative to that of the uniform setting: from an eighth to eight times."""
@@ -33,9 +33,10 @@ _PLAN = "plan"
 class AdaptiveDDP(CompressedDDPStrategy):
     """A scheme whose level may differ between layers.
 
-    With ``adapt="lgreco"`` each rank adds up the gradients of each adapted layer. At the first exchange of an epoch, or
-    of each ``adapt_every`` steps, it measures the error of every level on these sums. The errors are averaged over the
-    ranks, rank 0 plans, and all ranks get its choice. Subclasses set ``adapt`` and ``adapt_every``, define what a level
+    With ``adapt`` each rank adds up the gradients of each adapted layer. At the first exchange of an epoch, or of each
+    ``adapt_every`` steps, it measures the error of every level on these sums: that of one message with ``'lgreco'``, or
+    of what error feedback accumulates with ``'lgreco_feedback'``. The errors are averaged over the ranks, rank 0 plans,
+    and all ranks get its choice. Subclasses set ``adapt`` and ``adapt_every``, define what a level
     is, and call ``super().accumulate(gradients)`` first.
 
     Attributes:
@@ -123,7 +124,7 @@ class AdaptiveDDP(CompressedDDPStrategy):
         begin = time.perf_counter()
         possible = [self.possible_levels(name) for name in names]
         seen = [self.memory[name].pop(_SEEN) for name in names]
-        measured = [self.level_errors(*layer) for layer in zip(names, seen, possible, strict=True)]
+        measured = [self._measure_errors(*layer) for layer in zip(names, seen, possible, strict=True)]
         mean = self.ranks.mean_(torch.cat(measured)).cpu()
         if not mean.isfinite().all():  # the sums have overflowed, on any rank: all keep their levels
             return
@@ -137,7 +138,7 @@ class AdaptiveDDP(CompressedDDPStrategy):
         self.levels |= {name: levels[at] for name, levels, at in zip(names, possible, chosen, strict=True)}
         seconds = time.perf_counter() - begin
         sent, of_uniform = _total(sizes, chosen), _total(sizes, uniform)
-        self._plan_figures = {"plan_bytes": sent / of_uniform}
+        self._plan_figures = {"plan_bytes": sent / of_uniform, "plan_ms": 1000 * seconds}
         words = f"{len(names)} layers in {seconds:.2g} s: {sent:,.0f} bytes per step instead of {of_uniform:,.0f}"
         if used != uniform and _total(errors, uniform) > 0.0:
             self._plan_figures["plan_error"] = _total(errors, used) / _total(errors, uniform)
@@ -146,6 +147,12 @@ class AdaptiveDDP(CompressedDDPStrategy):
             )
         least, most = (pick(self.levels[name] for name in names) for pick in (min, max))
         rank_zero_info(f"{self.display_name} planned {self.level_word}s from {least:.3g} to {most:.3g} for {words}.")
+
+    def _measure_errors(self, name: str, seen: Tensor, levels: Sequence[float]) -> Tensor:
+        errors = self.level_errors(name, seen, levels)
+        if self.adapt == "lgreco":
+            return errors
+        return feedback_errors(errors, torch.linalg.vector_norm(seen, dtype=torch.float64).square())
 
     @override
     def figures(self) -> dict[str, float]:

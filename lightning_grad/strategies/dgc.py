@@ -80,9 +80,11 @@ class DGCStrategy(AdaptiveDDP):
         value_dtype: Dtype of the sent values; the rounding error stays in the residual.
         layer_ratios: Shares by parameter name or wildcard, used instead of ratio; 1 sends dense.
             The first match applies.
-        adapt: 'lgreco' chooses the share of each layer, so less is sent at the error of ``ratio`` everywhere.
-            None gives all layers the same share. Shares lie between an eighth and eight times ``ratio``. Layers with
-            their own share in ``layer_ratios`` keep it, and the warm-up raises planned shares like ``ratio``.
+        adapt: Choose the share of each layer from its gradients: 'lgreco' or 'lgreco_feedback'.
+            None gives all layers the same share. Plans send least at the total squared error of ``ratio`` everywhere:
+            'lgreco' counts the error of one message, as published, 'lgreco_feedback' what stays unsent over many
+            steps, which changes the training less. Shares lie between an eighth and eight times ``ratio``.
+            Layers with their own share in ``layer_ratios`` keep it; the warm-up raises planned shares like ``ratio``.
         adapt_every: Optimizer steps between two plans of the shares. Default: one epoch.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
@@ -111,11 +113,11 @@ class DGCStrategy(AdaptiveDDP):
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
     ``comm/compress_ms``, ``comm/density`` (current share), and ``comm/noise_scale`` if enabled. With ``adapt``,
-    ``comm/plan_bytes`` (bytes of the planned shares divided by those of ``ratio`` everywhere) and, from the second plan
-    on, ``comm/plan_error`` (squared error that the plan before had on the gradients since, divided by that of ``ratio``
-    everywhere); ``comm/density`` is then the share of all entries with planned shares. At the end:
-    ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
-    ``comm/total_megabytes`` in the summary.
+    ``comm/plan_bytes`` (bytes of the planned shares divided by those of ``ratio`` everywhere), ``comm/plan_ms``
+    (milliseconds of the last plan) and, from the second plan on, ``comm/plan_error`` (error that the plan before had on
+    the gradients since, divided by that of ``ratio`` everywhere); ``comm/density`` is then the share of all entries
+    with planned shares. At the end: ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and
+    ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
     **State**: each rank saves residual and velocity of each compressed gradient in ``<checkpoint>.ranks``, with
     ``adapt`` also the planned shares and the sum of the gradients since the last plan. The checkpoint itself is DDP's:
@@ -146,6 +148,9 @@ class DGCStrategy(AdaptiveDDP):
                   warmup: paper
 
     References:
+        - Alimohammadi et al. (2022), L-GreCo: Layerwise-Adaptive Gradient Compression for Efficient and Accurate Deep
+          Learning, arXiv 2210.17357, for ``adapt='lgreco'``. Differences: errors are measured on each rank's own sum of
+          gradients and averaged over the ranks.
         - Lin et al. (2018), Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training,
           arXiv 1712.01887; sections 3.1 to 3.3. Defaults: ratio 0.001 and the warm-up of section 3.3;
           ``warmup='released'`` is the warm-up of the released code (github.com/synxlin/deep-gradient-compression).

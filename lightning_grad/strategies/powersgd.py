@@ -52,8 +52,10 @@ class PowerSGDStrategy(AdaptiveDDP):
         start_step: Number of steps at the beginning in which all gradients are sent dense.
         min_gain: Compress a gradient only if its factors are at least this many times smaller.
             The default matches torch's hook.
-        adapt: 'lgreco' chooses the rank of each layer, so less is sent at the error of ``rank`` everywhere.
-            None gives all layers the same rank. Ranks lie between an eighth and eight times ``rank``.
+        adapt: Choose the rank of each layer from its gradients: 'lgreco' or 'lgreco_feedback'.
+            None gives all layers the same rank. Plans send least at the total squared error of ``rank`` everywhere:
+            'lgreco' counts the error of one message, as published, 'lgreco_feedback' what stays unsent over many
+            steps, which changes the training less. Ranks lie between an eighth and eight times ``rank``.
         adapt_every: Optimizer steps between two plans of the ranks. Default: one epoch.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
@@ -81,10 +83,10 @@ class PowerSGDStrategy(AdaptiveDDP):
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
     ``comm/compress_ms``, and ``comm/noise_scale`` if enabled. With ``adapt``, ``comm/plan_bytes`` (bytes of the
-    planned ranks divided by those of ``rank`` everywhere) and, from the second plan on, ``comm/plan_error`` (squared
-    error that the plan before had on the gradients since, divided by that of ``rank`` everywhere). At the end:
-    ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``, ``power_sgd_strategy_layers.csv``, and
-    ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
+    planned ranks divided by those of ``rank`` everywhere), ``comm/plan_ms`` (milliseconds of the last plan) and, from
+    the second plan on, ``comm/plan_error`` (error that the plan before had on the gradients since, divided by that of
+    ``rank`` everywhere). At the end: ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
+    ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
     **State**: each rank saves error and right factor of each compressed gradient in ``<checkpoint>.ranks``, with
     ``adapt`` also the planned ranks and the sum of the gradients since the last plan. The checkpoint itself is DDP's:
@@ -111,6 +113,9 @@ class PowerSGDStrategy(AdaptiveDDP):
                   rank: 4
 
     References:
+        - Alimohammadi et al. (2022), L-GreCo: Layerwise-Adaptive Gradient Compression for Efficient and Accurate Deep
+          Learning, arXiv 2210.17357, for ``adapt='lgreco'``. Differences: errors are measured on each rank's own sum of
+          gradients and averaged over the ranks.
         - Vogels et al. (2019), PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization, arXiv
           1905.13727, algorithms 1 and 2; rank 4 is used for its language model. ``min_gain=2`` is
           ``min_compression_rate`` of torch's ``PowerSGDState``. torch's hook sends the first 1000 steps dense; the

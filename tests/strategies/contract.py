@@ -68,7 +68,7 @@ ENTRIES = [
             "value_dtype": "float16",
             "warmup": "released",
             "min_numel": 100,
-            "adapt": "lgreco",
+            "adapt": "lgreco_feedback",
         },
         neutral={"ratio": 1.0, "local_clip": 1.0},
     ),

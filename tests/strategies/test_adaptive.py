@@ -89,6 +89,7 @@ def kept_by(strategy: Any) -> dict[str, Any]:
 CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
     "dgc": (dgc, {}, BATCHES),
     "dgc, every 4 steps": (dgc, {"adapt_every": 4, "value_dtype": "float16", "correction": "error_feedback"}, 4),
+    "dgc, feedback": (dgc, {"adapt": "lgreco_feedback"}, BATCHES),
     "power": (power, {}, BATCHES),
     "power, every 4 steps": (power, {"adapt_every": 4}, 4),
 }
@@ -97,7 +98,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any], int]] = {
 def run(case: str) -> Result:
     build, options, _ = CASES[case]
     watch = Watch()
-    result = fit(build(adapt="lgreco", **options), Task(momentum=0.9), [watch], epochs=3)
+    result = fit(build(**{"adapt": "lgreco", **options}), Task(momentum=0.9), [watch], epochs=3)
     return {**result, "levels": watch.levels}
 
 
@@ -135,8 +136,15 @@ def levels_of(case: str, name: str) -> set[float]:
 def error_of(case: str, level: float, gradient: Tensor) -> float:
     if CASES[case][0] is power:
         return float(torch.linalg.svdvals(gradient.double())[int(level) :].square().sum())
-    count = kept_count(gradient.numel(), level)
-    return float(gradient.double().square().flatten().sort(descending=True).values[count:].sum())
+    squares, count = (
+        gradient.double().square().flatten().sort(descending=True).values,
+        kept_count(gradient.numel(), level),
+    )
+    error = float(squares[count:].sum())
+    if CASES[case][1].get("adapt") != "lgreco_feedback":
+        return error
+    carried = float(squares[:count].sum() / squares.sum())
+    return float(squares.sum()) * (1 - carried) / carried
 
 
 def table_of_errors(case: str, gradients: Sequence[dict[str, Tensor]]) -> dict[str, dict[float, float]]:
@@ -431,6 +439,7 @@ def test_lines_tables_and_values_show_the_plan(tmp_path: Path) -> None:
     values = found["metrics"][-1]
     assert values["comm/plan_bytes"] == pytest.approx((found["sent"][-1] - DENSE) / (8 * (96 + 68)))
     assert f"{values['comm/plan_error']:.3g} times the error" in second
+    assert values["comm/plan_ms"] > 0
     assert "comm/plan_bytes" not in found["metrics"][BATCHES - 1]
     assert "comm/plan_error" not in found["metrics"][BATCHES]
     with (tmp_path / "power_sgd_strategy_layers.csv").open() as file:

@@ -2,7 +2,12 @@
 
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
 from lightning_grad.functional.communication.int8_messages import int8_bytes, pack_int8, unpack_int8
-from lightning_grad.functional.communication.lgreco import choose_levels, low_rank_errors, sparse_errors
+from lightning_grad.functional.communication.lgreco import (
+    choose_levels,
+    feedback_errors,
+    low_rank_errors,
+    sparse_errors,
+)
 from lightning_grad.functional.communication.outer_step import outer_step_
 from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
@@ -16,6 +21,7 @@ __all__ = [
     "all_gather_bytes",
     "all_reduce_bytes",
     "choose_levels",
+    "feedback_errors",
     "initial_factor",
     "int8_bytes",
     "low_rank_errors",

@@ -173,3 +173,34 @@ def low_rank_errors(matrix: Tensor, ranks: Sequence[int], start: Tensor) -> Tens
     rest = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
     errors: Tensor = rest - kept[[rank - 1 for rank in ranks]]
     return errors.clamp_(min=0.0)
+
+
+def feedback_errors(errors: Tensor, total: Tensor) -> Tensor:
+    r"""Return the squared norm that unsent values reach under error feedback, from the squared errors of one message.
+
+    .. math::
+        r = (1 - \delta) (r + E) \quad\Rightarrow\quad r = E \, \frac{1 - \delta}{\delta} = \frac{E e}{E - e},
+        \qquad \delta = 1 - \frac{e}{E}
+
+    where :math:`e` is the squared error of one message, :math:`E` the squared norm of the gradient, and :math:`\delta`
+    the share of the squared norm that a message carries. The gradients of two steps are taken as uncorrelated. Two
+    levels that send little have nearly equal errors of one message, about :math:`E`, but the lower one makes values
+    wait much longer.
+
+    Args:
+        errors: e, (k,), each 0 to E.
+        total: E, 0-dimensional.
+
+    Returns:
+        Tensor: (k,); 0 if E is 0.
+
+    Example:
+        >>> feedback_errors(torch.tensor([0.0, 2.0, 3.0, 3.6]), torch.tensor(4.0)).round(decimals=4)
+        tensor([ 0.,  4., 12., 36.])
+
+    References:
+        - Stich, Cordonnier, Jaggi (2018), Sparsified SGD with Memory, arXiv 1809.07599, study such a memory by the
+          contraction :math:`\delta` of its compressor. The formula is this package's own.
+    """
+    kept = (total - errors).clamp(min=torch.finfo(total.dtype).eps * total)
+    return torch.where(total > 0, total * errors / kept, 0.0)

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lightning_grad.functional import choose_levels, low_rank_errors, sparse_errors
+from lightning_grad.functional import choose_levels, feedback_errors, low_rank_errors, sparse_errors
 
 Numbers = list[list[float]]
 
@@ -142,7 +142,9 @@ def test_errors_of_low_ranks_are_those_of_the_singular_values_if_all_columns_are
 def test_few_columns_are_near_the_best_error_and_never_below(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.linspace(1, 0.01, 200).pow(2)  # a slow decay is the hard case
-    matrix = torch.randn(300, 200, generator=generator) @ torch.diag(scales) @ torch.randn(200, 200, generator=generator)
+    matrix = (
+        torch.randn(300, 200, generator=generator) @ torch.diag(scales) @ torch.randn(200, 200, generator=generator)
+    )
     squares = torch.linalg.svdvals(matrix.double()).square()
     best = torch.stack([squares[k:].sum() for k in (1, 4, 16)])
     start = torch.randn(200, 24, generator=generator)
@@ -151,3 +153,26 @@ def test_few_columns_are_near_the_best_error_and_never_below(monkeypatch: pytest
     assert ratios.max() < 1.03
     monkeypatch.setattr("lightning_grad.functional.communication.lgreco._REFINEMENTS", 0)
     assert (low_rank_errors(matrix, [1, 4, 16], start) / best).max() > 1.1, "a single pass is not enough"
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
+def test_unsent_values_grow_to_the_norm_that_is_foretold(share: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    residual, norms = torch.zeros(5000), []
+    for step in range(int(8 / share)):
+        residual += torch.randn(5000, generator=generator)
+        residual[torch.rand(5000, generator=generator) < share] = (
+            0.0  # a message carries this share of the squared norm
+        )
+        if step * share > 4:
+            norms.append(residual.square().sum().item())
+    total = torch.tensor(5000.0)
+    foretold = feedback_errors(total * (1 - share), total).item()
+    assert sum(norms) / len(norms) == pytest.approx(foretold, rel=0.1)
+    assert foretold > 5000 * (1 - share) * 1.9, "the error of one message is another number"
+
+
+def test_without_a_gradient_or_without_a_message_the_norm_is_a_number() -> None:
+    zero, one = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    assert feedback_errors(zero.view(1), zero).item() == 0.0
+    assert 1e15 < feedback_errors(one.view(1), one).item() < torch.inf
