@@ -135,12 +135,13 @@ class AdaptiveDDP(CompressedDDPStrategy):
         # Other ranks may round the numbers of the program in another way on other hardware, so only one plans.
         plan = choose_levels(errors, sizes, uniform) if self.is_global_zero else uniform
         chosen = self.ranks.begin_copy_(torch.tensor(plan, dtype=torch.int32, device=self.root_device))().tolist()
+        is_first = not self.levels
         self.levels |= {name: levels[at] for name, levels, at in zip(names, possible, chosen, strict=True)}
         seconds = time.perf_counter() - begin
         sent, of_uniform = _total(sizes, chosen), _total(sizes, uniform)
         self._plan_figures = {"plan_bytes": sent / of_uniform, "plan_ms": 1000 * seconds}
         words = f"{len(names)} layers in {seconds:.2g} s: {sent:,.0f} bytes per step instead of {of_uniform:,.0f}"
-        if used != uniform and _total(errors, uniform) > 0.0:
+        if not is_first and _total(errors, uniform) > 0.0:
             self._plan_figures["plan_error"] = _total(errors, used) / _total(errors, uniform)
             words += (
                 f"; the plan before had {self._plan_figures['plan_error']:.3g} times the error of the uniform setting"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_grad.functional.communication.powersgd import orthonormalize, thin_product
+from lightning_grad.functional.communication.topk_selection import select_largest
 
 _REFINEMENTS = 2  # passes of the subspace iteration after the first
 
@@ -133,7 +134,8 @@ def sparse_errors(values: Tensor, counts: Sequence[int]) -> Tensor:
         >>> sparse_errors(torch.tensor([3.0, -1.0, 2.0]), [1, 2, 3])
         tensor([5., 1., 0.], dtype=torch.float64)
     """
-    kept = torch.topk(values.abs(), max(counts)).values.double().square_().cumsum(0)
+    largest = values[select_largest(values, max(counts))].abs()
+    kept = largest.sort(descending=True).values.double().square_().cumsum(0)
     rest = torch.linalg.vector_norm(values, dtype=torch.float64).square()
     errors: Tensor = rest - kept[[count - 1 for count in counts]]
     return errors.clamp_(min=0.0)
