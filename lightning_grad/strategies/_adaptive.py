@@ -36,8 +36,8 @@ class AdaptiveDDP(CompressedDDPStrategy):
     With ``adapt`` each rank adds up the gradients of each adapted layer. At the first exchange of an epoch, or of each
     ``adapt_every`` steps, it measures the error of every level on these sums: that of one message with ``'lgreco'``, or
     of what error feedback accumulates with ``'lgreco_feedback'``. The errors are averaged over the ranks, rank 0 plans,
-    and all ranks get its choice. Subclasses set ``adapt`` and ``adapt_every``, define what a level
-    is, and call ``super().accumulate(gradients)`` first.
+    and all ranks get its choice. Subclasses call :meth:`check_adapt` in their constructor, define what a level is, and
+    call ``super().accumulate(gradients)`` first.
 
     Attributes:
         levels: Planned level of each layer, by name; empty before the first plan.

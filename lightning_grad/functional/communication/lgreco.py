@@ -158,7 +158,7 @@ def low_rank_errors(matrix: Tensor, ranks: Sequence[int], start: Tensor) -> Tens
             errors more accurate.
 
     Returns:
-        Tensor: float64, (len(ranks),).
+        Tensor: float64, (len(ranks),); infinite if M or a product overflows.
 
     Example:
         >>> low_rank_errors(torch.diag(torch.tensor([3.0, 2.0, 1.0])), [1, 2, 3], torch.eye(3)).round(decimals=4)
@@ -171,10 +171,11 @@ def low_rank_errors(matrix: Tensor, ranks: Sequence[int], start: Tensor) -> Tens
     for _ in range(1 + _REFINEMENTS):
         left = orthonormalize(thin_product(matrix, right))
         right = thin_product(matrix.mT, left)
-    kept = torch.linalg.svdvals(right).double().square_().cumsum(0)
+    finite = right.isfinite().all()
+    kept = torch.linalg.svdvals(right.nan_to_num(0.0, 0.0, 0.0)).double().square_().cumsum(0)  # raises for others
     rest = torch.linalg.vector_norm(matrix, dtype=torch.float64).square()
     errors: Tensor = rest - kept[[rank - 1 for rank in ranks]]
-    return errors.clamp_(min=0.0)
+    return torch.where(finite, errors.clamp_(min=0.0), torch.inf)
 
 
 def feedback_errors(errors: Tensor, total: Tensor) -> Tensor:

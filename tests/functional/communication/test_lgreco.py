@@ -139,6 +139,12 @@ def test_errors_of_low_ranks_are_those_of_the_singular_values_if_all_columns_are
         torch.testing.assert_close(found, torch.stack([squares[k:].sum() for k in (1, 7, 20)]))
 
 
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, 1e38])
+def test_errors_of_what_overflows_are_infinite(value: float) -> None:
+    matrix = torch.full((8, 6), value)
+    assert low_rank_errors(matrix, [1, 2], torch.ones(6, 3)).isinf().all()
+
+
 def test_few_columns_are_near_the_best_error_and_never_below(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     scales = torch.linspace(1, 0.01, 200).pow(2)  # a slow decay is the hard case
