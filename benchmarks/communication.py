@@ -3,6 +3,8 @@
 Every part compares with a baseline of the same run:
 
 - ``payload``: bytes that a step passes to collectives, and bytes of the gradients. They are exact.
+- ``planned``: bytes, unsent rest and validation loss of two ranks with planned levels (``adapt``), against uniform levels; and
+  the time of a plan.
 - ``step``: steps of two ranks on this machine, where nothing is gained: the cost of compression. The variants take turns in
   one pair of processes.
 - ``link``: the same steps of two ranks in network namespaces, over a link of 100 Mbit/s and of 1 Gbit/s; see ``slow_link.py``.
@@ -37,13 +39,16 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
+
+from plain_project import Digits, ImageClassifier, VisionTransformer
+from torch import nn
 
 from benchmarks import network, slow_link
 from benchmarks.common import (
@@ -58,7 +63,7 @@ from benchmarks.common import (
 )
 from benchmarks.rows import AGAIN, Results, Row
 from benchmarks.slow_link import RANKS, STRATEGIES, WIDTHS, Perceptron, WallClock, build_strategy, noise
-from lightning_grad.strategies import CompressedDDPStrategy
+from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, PowerSGDStrategy
 
 if TYPE_CHECKING:
     pass
@@ -92,6 +97,14 @@ SMALLER = {
 }
 DDP, DDP_AGAIN, TORCH, OURS = "ddp", f"ddp{AGAIN}", "powersgd_torch", "powersgd"
 STEP_BUDGET = 1.05
+
+# Part planned: a name, the module of a seed, the strategy, its level, and a lower level that is uniform too.
+LEVELS: list[tuple[str, Callable[[], LightningModule], type[CompressedDDPStrategy], str, float, float]] = [
+    ("DGC", lambda: _three_layers(), DGCStrategy, "ratio", 0.01, 0.0025),
+    ("PowerSGD", VisionTransformer, PowerSGDStrategy, "rank", 4, 3),
+]
+ADAPT = ("lgreco", "lgreco_feedback")
+EVERY: dict[str, Any] = {"adapt": "lgreco", "adapt_every": 2}
 COMPRESSED = ("dgc", "powersgd")
 FASTER = {SLOW: 10.0, 1000.0: 2.0}  # least speedup of a DGC step over DDP, by Mbit/s
 
@@ -104,15 +117,17 @@ class Sizes:
         rounds: Rounds of steps without a slow link.
         steps: Counted steps of such a round.
         links: Rounds and counted steps, by Mbit/s of the link.
+        epochs: Epochs of the training with planned levels.
     """
 
     rounds: int
     steps: int
     links: Mapping[float, tuple[int, int]]
+    epochs: int = 6
 
 
 FULL = Sizes(5, 8, {SLOW: (1, 3), 1000.0: (1, 8)})
-QUICK = Sizes(2, 6, {1000.0: (1, 3)})
+QUICK = Sizes(2, 6, {1000.0: (1, 3)}, epochs=3)
 
 
 Tables = dict[str, list[Row]]
@@ -172,6 +187,108 @@ def _count(widths: Sequence[int], bias: bool, scheme: Mapping[str, Any], steps: 
     trainer.fit(Perceptron(widths, bias), DataLoader(batches, batch_size=None))
     ledger = strategy.ledger
     return {"sent": ledger.sent_bytes // ledger.steps, "dense": ledger.dense_bytes // ledger.steps}
+
+
+# Planned levels.
+
+
+class Plans(Callback):
+    """Collect what the strategy says of each exchange, from the second epoch on: the first plan is made there."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        self.unsent: list[float] = []
+        self.errors: dict[int, float] = {}
+        self.plan_milliseconds: list[float] = []
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        logged = trainer.callback_metrics
+        if trainer.current_epoch:
+            self.sent.append(int(logged["comm/bytes_sent"]))
+            self.unsent.append(float(logged["comm/residual_norm"]))
+        if "comm/plan_ms" in logged:
+            self.plan_milliseconds.append(float(logged["comm/plan_ms"]))
+        if "comm/plan_error" in logged:
+            self.errors[trainer.current_epoch] = float(logged["comm/plan_error"])
+
+
+def planned(sizes: Sizes) -> Tables:
+    """Train with planned and with uniform levels; the ratio says how many times fewer bytes than the first of its kind."""
+    rows = []
+    for found in on_ranks(partial(_train_all, sizes.epochs), RANKS):
+        first = found[0]
+        rows += [_planned_row(each, first) for each in found]
+    plans = [Row(name, ms, None) for name, ms in on_ranks(_time_plans, 1).items()]
+    return {"Planned levels": rows, "A plan of a net of 10.2 M": plans}
+
+
+def _planned_row(each: dict[str, Any], first: dict[str, Any]) -> Row:
+    columns = {
+        "bytes": round(each["bytes"]),
+        "error": each["error"],
+        "unsent": each["unsent"] / first["unsent"],
+        "validation loss": each["loss"],
+    }
+    budget = 1.0 if each["is_planned"] else None
+    return Row(each["name"], None, first["bytes"] / each["bytes"], budget, True, first["name"], columns)
+
+
+def _train_all(epochs: int) -> list[list[dict[str, Any]]]:
+    found = []
+    for name, module, kind, setting, level, lower in LEVELS:
+        variants: list[tuple[str, dict[str, Any]]] = [
+            *((f"{name}, {setting} {value:g}", {setting: value}) for value in (level, lower)),
+            *((f"{name}, {setting} {level:g}, {adapt}", {setting: level, "adapt": adapt}) for adapt in ADAPT),
+        ]
+        found.append([_train(title, module, kind, options, epochs) for title, options in variants])
+    return found
+
+
+def _train(
+    name: str,
+    module: Callable[[], LightningModule],
+    kind: type[CompressedDDPStrategy],
+    options: dict[str, Any],
+    epochs: int,
+) -> dict[str, Any]:
+    seed_everything(0, verbose=False)
+    without: dict[str, Any] = {"warmup": None} if kind is DGCStrategy else {}
+    plans = Plans()
+    trainer = quiet_trainer(
+        "cpu",
+        devices=RANKS,
+        strategy=kind(**options, **without),
+        max_epochs=epochs,
+        callbacks=[plans],
+        log_every_n_steps=1,
+    )
+    trainer.fit(module(), Digits(batch_size=32))
+    errors = [error for epoch, error in plans.errors.items() if epoch > 1]
+    return {
+        "name": name,
+        "bytes": sum(plans.sent) / len(plans.sent),
+        "error": sum(errors) / len(errors) if errors else "",
+        "unsent": sum(plans.unsent) / len(plans.unsent),
+        "loss": float(trainer.callback_metrics["val_loss"]),
+        "is_planned": "adapt" in options,
+    }
+
+
+def _three_layers() -> LightningModule:
+    layers = (nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+    return ImageClassifier(nn.Sequential(nn.Flatten(), *layers), optimizer="sgd", lr=0.05)
+
+
+def _time_plans() -> dict[str, float]:
+    kinds = {"DGC 0.1 %": DGCStrategy(warmup=None, **EVERY), "PowerSGD rank 4": PowerSGDStrategy(**EVERY)}
+    found = {}
+    for name, strategy in kinds.items():
+        plans = Plans()
+        trainer = quiet_trainer("cpu", strategy=strategy, max_epochs=2, callbacks=[plans], log_every_n_steps=1)
+        trainer.fit(Perceptron(), DataLoader(cast(Any, [noise(WIDTHS, 0)] * 6), batch_size=None))
+        found[name] = median(plans.plan_milliseconds)
+    return found
 
 
 # Steps without a slow link.
@@ -272,7 +389,7 @@ def link_is_unavailable() -> bool:
 
 # Command line.
 
-PARTS: dict[str, Callable[[Sizes], Tables]] = {"payload": payload, "step": step, "link": link}
+PARTS: dict[str, Callable[[Sizes], Tables]] = {"payload": payload, "planned": planned, "step": step, "link": link}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

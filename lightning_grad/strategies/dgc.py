@@ -24,6 +24,7 @@ from lightning_grad.functional import communication as rules
 from lightning_grad.functional.communication.error_feedback import as_sent
 from lightning_grad.functional.communication.wire import PAPER_WARMUP, RELEASED_WARMUP, kept_count, warmup_density
 from lightning_grad.functional.shuffling import hashed_seed
+from lightning_grad.strategies._adaptive import LEVEL_FACTORS, Adapt, AdaptiveDDP
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
 from lightning_grad.strategies._rank_saving import DEFAULT_TIMEOUT, ResidualPolicy, StartMethod
@@ -41,7 +42,7 @@ _PAIRS = "pairs"
 _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
-class DGCStrategy(CompressedDDPStrategy):
+class DGCStrategy(AdaptiveDDP):
     r"""Send only the largest entries of the accumulated gradient, and keep the others until they are large enough (DGC).
 
     .. math::
@@ -79,6 +80,12 @@ class DGCStrategy(CompressedDDPStrategy):
         value_dtype: Dtype of the sent values; the rounding error stays in the residual.
         layer_ratios: Shares by parameter name or wildcard, used instead of ratio; 1 sends dense.
             The first match applies.
+        adapt: Choose the share of each layer from its gradients: 'lgreco' or 'lgreco_feedback'.
+            None gives all layers the same share. Plans send least at the total squared error of ``ratio`` everywhere:
+            'lgreco' counts the error of one message, as published, 'lgreco_feedback' what stays unsent over many
+            steps, which changes the training less. Shares lie between an eighth and eight times ``ratio``.
+            Layers with their own share in ``layer_ratios`` keep it; the warm-up raises planned shares like ``ratio``.
+        adapt_every: Optimizer steps between two plans of the shares. Default: one epoch.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
         residual_policy: What to do if rank files do not fit on resume: 'strict', 'mean' or 'reset'.
@@ -96,25 +103,32 @@ class DGCStrategy(CompressedDDPStrategy):
     Raises:
         TypeError: For an argument of the wrong type.
         ValueError: For shares outside (0, 1], an empty warm-up, a ``local_clip`` that is not positive and finite,
-            unknown choices; in ``setup`` for ``Trainer(gradient_clip_val)``, an optimizer other than SGD or one with
-            dampening (with ``correction='momentum'``), several optimizers, manual optimization, an fp16 GradScaler,
-            sparse or complex gradients; on resume for rank files that do not fit.
+            unknown choices, an ``adapt_every`` below 1 or without ``adapt``; in ``setup`` for
+            ``Trainer(gradient_clip_val)``, an optimizer other than SGD or one with dampening (with
+            ``correction='momentum'``), several optimizers, manual optimization, an fp16 GradScaler, sparse or complex
+            gradients; on resume for rank files that do not fit.
 
     **Hooks**: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass; a
     pre-hook and a post-hook of the optimizer's step, between which it updates without momentum.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
-    ``comm/compress_ms``, ``comm/density`` (current share), and ``comm/noise_scale`` if enabled. At the end:
-    ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and ``comm/final_ratio`` and
-    ``comm/total_megabytes`` in the summary.
+    ``comm/compress_ms``, ``comm/density`` (current share), and ``comm/noise_scale`` if enabled. With ``adapt``,
+    ``comm/plan_bytes`` (bytes of the planned shares divided by those of ``ratio`` everywhere), ``comm/plan_ms``
+    (milliseconds of the last plan) and, from the second plan on, ``comm/plan_error`` (error that the plan before had on
+    the gradients since, divided by that of ``ratio`` everywhere); ``comm/density`` is then the share of all entries
+    with planned shares. At the end: ``dgc_strategy.png``, ``dgc_strategy.csv``, ``dgc_strategy_layers.csv``, and
+    ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
-    **State**: each rank saves residual and velocity of each compressed gradient in ``<checkpoint>.ranks``. The
-    checkpoint itself is DDP's: it loads under DDP and on one device.
+    **State**: each rank saves residual and velocity of each compressed gradient in ``<checkpoint>.ranks``, with
+    ``adapt`` also the planned shares and the sum of the gradients since the last plan. The checkpoint itself is DDP's:
+    it loads under DDP and on one device.
 
     **Cost**: two numbers in memory per compressed entry. A pair takes 8 bytes (6 with float16), and an all-gather
     transmits it N - 1 times, so dense gradients need :math:`8 / (N \rho b)` times the traffic, with b bytes per pair.
     'sampled' waits for the device once or twice per large tensor, and so does 'auto' where it samples; 'exact' and
-    'chunk' do not.
+    'chunk' do not. With ``adapt``, one more number in memory per compressed entry, which each step adds to; a plan
+    sorts the largest 8 ``ratio`` of the entries of each layer, sends 8 bytes per layer and possible share, and waits for
+    the device.
 
     A single rank also trains on compressed gradients.
 
@@ -134,6 +148,9 @@ class DGCStrategy(CompressedDDPStrategy):
                   warmup: paper
 
     References:
+        - Alimohammadi et al. (2022), L-GreCo: Layerwise-Adaptive Gradient Compression for Efficient and Accurate Deep
+          Learning, arXiv 2210.17357, for ``adapt='lgreco'``. Differences: errors are measured on each rank's own sum of
+          gradients and averaged over the ranks.
         - Lin et al. (2018), Deep Gradient Compression: Reducing the Communication Bandwidth for Distributed Training,
           arXiv 1712.01887; sections 3.1 to 3.3. Defaults: ratio 0.001 and the warm-up of section 3.3;
           ``warmup='released'`` is the warm-up of the released code (github.com/synxlin/deep-gradient-compression).
@@ -152,6 +169,8 @@ class DGCStrategy(CompressedDDPStrategy):
     )
     trial: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "warmup": [0.5, 0.2], "warmup_steps": 3, "min_numel": 100}
     neutral: ClassVar[Mapping[str, Any] | str] = {"ratio": 1.0}
+    level_word: ClassVar[str] = "share"
+    plan_settings: ClassVar[frozenset[str]] = frozenset({"adapt", "ratio", "layer_ratios", "value_dtype"})
 
     _momentum = during_fit[LocalMomentum | None](lambda _: None)
     _sent = during_fit.of(list[tuple[Tensor, Tensor]])
@@ -170,6 +189,8 @@ class DGCStrategy(CompressedDDPStrategy):
         selector: Selector = "auto",
         value_dtype: ValueType = "float32",
         layer_ratios: Mapping[str, float] | None = None,
+        adapt: Adapt | None = None,
+        adapt_every: int | None = None,
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
@@ -196,15 +217,17 @@ class DGCStrategy(CompressedDDPStrategy):
         self.local_clip = check_finite_above(local_clip, 0.0, "local_clip")
         self.selector = selector
         self.value_dtype = value_dtype
+        self.check_adapt(adapt, adapt_every)
         self._value_type: torch.dtype = getattr(torch, value_dtype)
 
     # The fit begins.
 
     @property
+    @override
     def syncs_per_step(self) -> str:
-        """Why each step waits for the device; empty if it does not."""
-        waits = self.selector == "sampled"
-        return "entries above the sampled threshold must be counted before they can be selected" if waits else ""
+        if self.selector == "sampled":
+            return "entries above the sampled threshold must be counted before they can be selected"
+        return super().syncs_per_step
 
     @override
     def works_with(self) -> Compatibility:
@@ -295,14 +318,47 @@ class DGCStrategy(CompressedDDPStrategy):
     @property
     def density(self) -> float:
         """Current share of entries to send, for parameters without their own share."""
-        return self._now(self.ratio)
+        if not self.levels:
+            return self._now(self.ratio)
+        sizes = {name: self._shapes[name][0].numel() for name in self.levels}
+        return sum(self._count(name, size) for name, size in sizes.items()) / sum(sizes.values())
 
     def _now(self, ratio: float) -> float:
         position = self._trainer.current_epoch if self.warmup_steps is None else self.step // self.warmup_steps
         return warmup_density(position, self._warmup_densities, ratio)
 
     def _count(self, name: str, numel: int) -> int:
-        return kept_count(numel, self._now(self._ratio_of(name)))
+        return kept_count(numel, self._now(self.level_of(name)))
+
+    @override
+    def is_adapted(self, name: str) -> bool:
+        if not self.layer_ratios:  # asked in every step
+            return super().is_adapted(name)
+        return super().is_adapted(name) and first_match(self.names_of(name), self.layer_ratios) is None
+
+    @override
+    def uniform_level(self, name: str) -> float:
+        return self._ratio_of(name)
+
+    @override
+    def possible_levels(self, name: str) -> list[float]:
+        shape, itemsize = self._shapes[name]
+        most = itemsize / self._pair_bytes  # a larger share takes more bytes than the dense gradient
+        shares = [share for factor in LEVEL_FACTORS if (share := self.ratio * factor) < most]
+        numbers = {kept_count(shape.numel(), share): share for share in [*shares, self.ratio]}
+        return [numbers[count] for count in sorted(numbers)]
+
+    @override
+    def level_bytes(self, name: str, level: float) -> int:
+        return kept_count(self._shapes[name][0].numel(), level) * self._pair_bytes
+
+    @override
+    def level_errors(self, name: str, seen: Tensor, levels: Sequence[float]) -> Tensor:
+        return rules.sparse_errors(seen, [kept_count(len(seen), level) for level in levels])
+
+    @property
+    def _pair_bytes(self) -> int:
+        return 4 + self._value_type.itemsize
 
     @override
     def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
@@ -313,6 +369,7 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
+        super().accumulate(gradients)
         kept, local = self.memory, self._momentum
         for gradient in gradients:
             memory, values = kept.setdefault(gradient.name, {}), gradient.values
@@ -368,11 +425,11 @@ class DGCStrategy(CompressedDDPStrategy):
 
     @override
     def figures(self) -> dict[str, float]:
-        return {"density": self.density}
+        return {**super().figures(), "density": self.density}
 
     @override
     def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
-        return self._count(name, shape.numel()) * (4 + self._value_type.itemsize)
+        return self._count(name, shape.numel()) * self._pair_bytes
 
     # The fit ends.
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.functional import initial_factor, orthonormalize
+from lightning_grad.functional import initial_factor, low_rank_errors, orthonormalize
 from lightning_grad.functional.communication.powersgd import (
     batched,
     low_rank_numel,
@@ -21,16 +21,17 @@ from lightning_grad.functional.communication.powersgd import (
     thin_product,
     write_product_,
 )
+from lightning_grad.strategies._adaptive import LEVEL_FACTORS, Adapt, AdaptiveDDP
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._rank_saving import DEFAULT_TIMEOUT, ResidualPolicy, StartMethod
 from lightning_grad.strategies._scheme import Message
-from lightning_grad.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_grad.utilities.checks import check_count, check_finite_above
 
 _ERROR, _RIGHT = "error", "right"
+_MORE_COLUMNS = 8  # with which the errors of all ranks are measured
 
 
-class PowerSGDStrategy(CompressedDDPStrategy):
+class PowerSGDStrategy(AdaptiveDDP):
     r"""Send a low-rank approximation of each gradient matrix, and add its error to the next gradient.
 
     .. math::
@@ -51,6 +52,11 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         start_step: Number of steps at the beginning in which all gradients are sent dense.
         min_gain: Compress a gradient only if its factors are at least this many times smaller.
             The default matches torch's hook.
+        adapt: Choose the rank of each layer from its gradients: 'lgreco' or 'lgreco_feedback'.
+            None gives all layers the same rank. Plans send least at the total squared error of ``rank`` everywhere:
+            'lgreco' counts the error of one message, as published, 'lgreco_feedback' what stays unsent over many
+            steps, which changes the training less. Ranks lie between an eighth and eight times ``rank``.
+        adapt_every: Optimizer steps between two plans of the ranks. Default: one epoch.
         exclude: Names or wildcards of parameters or modules whose gradients are sent dense.
         min_numel: Gradients with fewer entries are sent dense.
         residual_policy: What to do if rank files do not fit on resume: 'strict', 'mean' or 'reset'.
@@ -68,23 +74,28 @@ class PowerSGDStrategy(CompressedDDPStrategy):
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: For a rank below 1, a ``min_gain`` that is not positive and finite, a negative ``start_step``; in
-            ``setup`` for several optimizers, manual optimization, an fp16 GradScaler, sparse or complex gradients; on
-            resume for rank files that do not fit.
+        ValueError: For a rank below 1, a ``min_gain`` that is not positive and finite, a negative ``start_step``, an
+            ``adapt_every`` below 1 or without ``adapt``; in ``setup`` for several optimizers, manual optimization, an
+            fp16 GradScaler, sparse or complex gradients; on resume for rank files that do not fit.
 
     **Hooks**: DDP's communication hook, which exchanges all gradients after the last bucket of a backward pass: one
     all-reduce for all left factors, one for all right factors, and one for the dense gradients.
 
     **Logs** at log steps, from rank 0: ``comm/bytes_sent``, ``comm/ratio``, ``comm/residual_norm``,
-    ``comm/compress_ms``, and ``comm/noise_scale`` if enabled. At the end: ``power_sgd_strategy.png``,
-    ``power_sgd_strategy.csv``, ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and
-    ``comm/total_megabytes`` in the summary.
+    ``comm/compress_ms``, and ``comm/noise_scale`` if enabled. With ``adapt``, ``comm/plan_bytes`` (bytes of the
+    planned ranks divided by those of ``rank`` everywhere), ``comm/plan_ms`` (milliseconds of the last plan) and, from
+    the second plan on, ``comm/plan_error`` (error that the plan before had on the gradients since, divided by that of
+    ``rank`` everywhere). At the end: ``power_sgd_strategy.png``, ``power_sgd_strategy.csv``,
+    ``power_sgd_strategy_layers.csv``, and ``comm/final_ratio`` and ``comm/total_megabytes`` in the summary.
 
-    **State**: each rank saves error and right factor of each compressed gradient in ``<checkpoint>.ranks``. The
-    checkpoint itself is DDP's: it loads under DDP and on one device.
+    **State**: each rank saves error and right factor of each compressed gradient in ``<checkpoint>.ranks``, with
+    ``adapt`` also the planned ranks and the sum of the gradients since the last plan. The checkpoint itself is DDP's:
+    it loads under DDP and on one device.
 
     **Cost**: one number in memory per compressed entry; two thin matrix products in addition to the decompression,
-    and a QR decomposition of the left factors. Nothing waits for the device.
+    and a QR decomposition of the left factors. Nothing waits for the device. With ``adapt``, one more number in memory
+    per compressed entry, which each step adds to; a plan multiplies each layer six times by a factor of at most
+    ``8 rank + 8`` columns, sends 8 bytes per layer and possible rank, and waits for the device.
 
     A single rank also trains on compressed gradients. Gradient clipping acts on the approximation.
 
@@ -102,6 +113,9 @@ class PowerSGDStrategy(CompressedDDPStrategy):
                   rank: 4
 
     References:
+        - Alimohammadi et al. (2022), L-GreCo: Layerwise-Adaptive Gradient Compression for Efficient and Accurate Deep
+          Learning, arXiv 2210.17357, for ``adapt='lgreco'``. Differences: errors are measured on each rank's own sum of
+          gradients and averaged over the ranks.
         - Vogels et al. (2019), PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization, arXiv
           1905.13727, algorithms 1 and 2; rank 4 is used for its language model. ``min_gain=2`` is
           ``min_compression_rate`` of torch's ``PowerSGDState``. torch's hook sends the first 1000 steps dense; the
@@ -110,12 +124,16 @@ class PowerSGDStrategy(CompressedDDPStrategy):
 
     trial: ClassVar[Mapping[str, Any]] = {"rank": 2, "min_numel": 100}
     neutral: ClassVar[Mapping[str, Any] | str] = {"exclude": ["*"]}
+    level_word: ClassVar[str] = "rank"
+    plan_settings: ClassVar[frozenset[str]] = frozenset({"adapt", "rank", "min_gain"})
 
     def __init__(
         self,
         rank: int = 4,
         start_step: int = 0,
         min_gain: float = 2.0,
+        adapt: Adapt | None = None,
+        adapt_every: int | None = None,
         exclude: Sequence[str] | None = None,
         min_numel: int = 1024,
         residual_policy: ResidualPolicy = "strict",
@@ -133,6 +151,7 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         self.rank = check_count(rank, 1, "rank")
         self.start_step = check_count(start_step, 0, "start_step")
         self.min_gain = check_finite_above(min_gain, 0.0, "min_gain")
+        self.check_adapt(adapt, adapt_every)
         self.seed = seed
 
     @override
@@ -160,23 +179,44 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         return self.step >= self.start_step
 
     @override
+    def uniform_level(self, name: str) -> float:
+        return min(self.rank, *matrix_shape(self._shapes[name][0]))
+
+    @override
+    def possible_levels(self, name: str) -> list[float]:
+        shape, uniform = self._shapes[name][0], self.uniform_level(name)
+        most = min(matrix_shape(shape))
+        ranks = {min(most, max(1, round(self.rank * factor))) for factor in LEVEL_FACTORS}
+        gains = {rank for rank in ranks if low_rank_numel(shape, rank) * self.min_gain < shape.numel()}
+        return sorted(gains | {uniform})
+
+    @override
+    def level_bytes(self, name: str, level: float) -> int:
+        shape, itemsize = self._shapes[name]
+        return low_rank_numel(shape, int(level)) * max(itemsize, 4)
+
+    @override
+    def level_errors(self, name: str, seen: Tensor, levels: Sequence[float]) -> Tensor:
+        matrix, ranks = _as_matrix(seen, self._parameters[name]), [int(level) for level in levels]
+        columns = min(max(ranks) + _MORE_COLUMNS, *matrix.shape)
+        start = initial_factor(matrix.shape[1], columns, self.seed, f"errors of {name}")
+        return low_rank_errors(matrix, ranks, start.to(matrix.device, matrix.dtype))
+
+    @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
+        super().accumulate(gradients)
         for gradient in gradients:
             memory = self.memory.setdefault(gradient.name, {})
-            # Half precision would drop small gradients.
-            kind = torch.promote_types(gradient.values.dtype, torch.float32)
-            rank, columns = self._rank_of(gradient), matrix_shape(gradient.parameter.shape)[1]
             if _ERROR not in memory:
+                # Half precision would drop small gradients.
+                kind = torch.promote_types(gradient.values.dtype, torch.float32)
                 memory[_ERROR] = torch.zeros_like(gradient.values, dtype=kind)
-            if _RIGHT not in memory or memory[_RIGHT].shape[1] != rank:  # resumed with another ``rank=``
-                right = initial_factor(columns, rank, self.seed, gradient.name)
-                memory[_RIGHT] = right.to(gradient.values.device, kind)
             memory[_ERROR].add_(gradient.values)
 
     @override
     def send(self, gradients: Sequence[Gradient]) -> Message:
         matrices = [_as_matrix(self.memory[g.name][_ERROR], g.parameter) for g in gradients]
-        rights = [self.memory[gradient.name][_RIGHT] for gradient in gradients]
+        rights = [self._right(gradient) for gradient in gradients]
         left = _joined(batched(thin_product, matrices, rights))
         means = self._parts(gradients, self.ranks.mean_(left), 0)
         lefts = batched(orthonormalize, [mean.to(one.dtype) for mean, one in zip(means, matrices, strict=True)])
@@ -184,7 +224,16 @@ class PowerSGDStrategy(CompressedDDPStrategy):
         return {"left": _joined(lefts), "right": self.ranks.mean_(right)}
 
     def _rank_of(self, gradient: Gradient) -> int:
-        return min(self.rank, *matrix_shape(gradient.parameter.shape))
+        return int(self.level_of(gradient.name))
+
+    def _right(self, gradient: Gradient) -> Tensor:
+        """Return the right factor of a gradient. A new rank keeps its first columns, the strongest directions."""
+        memory, rank = self.memory[gradient.name], self._rank_of(gradient)
+        kept = memory.get(_RIGHT, memory[_ERROR].new_empty(matrix_shape(gradient.parameter.shape)[1], 0))
+        if kept.shape[1] != rank:
+            first = initial_factor(len(kept), rank, self.seed, gradient.name).to(kept)
+            memory[_RIGHT] = torch.cat([kept[:, :rank], first[:, kept.shape[1] :]], 1)
+        return memory[_RIGHT]
 
     def _parts(self, gradients: Sequence[Gradient], flat: Tensor, side: int) -> list[Tensor]:
         """Split a flat tensor into the left factors (side 0) or the right factors (side 1) of the gradients."""
@@ -216,10 +265,6 @@ class PowerSGDStrategy(CompressedDDPStrategy):
     def unsent(self) -> Iterator[Tensor]:
         for kept in self.memory.values():
             yield kept[_ERROR]
-
-    @override
-    def sent_bytes(self, name: str, shape: torch.Size, itemsize: int) -> int:
-        return low_rank_numel(shape, self.rank) * max(itemsize, 4)
 
 
 def _as_matrix(flat: Tensor, parameter: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The benchmark of compressed gradients runs and counts right. Nothing about speed."""
 
+import dataclasses
 import logging
 import signal
 from collections.abc import Iterator
@@ -7,11 +8,14 @@ from functools import partial
 
 import pytest
 import torch
+from plain_project import Digits, ImageClassifier
+from torch import nn
 
 from benchmarks import communication, network, slow_link
 from benchmarks.communication import DGC, HALF
 from benchmarks.rows import Results
 from benchmarks.slow_link import Measured
+from lightning_grad.strategies import PowerSGDStrategy
 
 TINY = communication.Sizes(rounds=1, steps=2, links={100.0: (1, 1), 1000.0: (1, 1)})
 NET = (40, 50, 30)
@@ -62,6 +66,29 @@ def test_bytes_are_those_of_the_formulas_and_budgets_tell_right_from_wrong(tmp_p
     printed = capsys.readouterr().out
     assert ">= 499.00 | missed |" in printed
     assert ">= 300.00 | ok |" in printed
+
+
+@pytest.mark.usefixtures("small")
+def test_planned_levels_are_told_from_uniform_ones(monkeypatch):
+    def module():
+        return ImageClassifier(
+            nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.Linear(40, 10)), optimizer="sgd", lr=0.05
+        )
+
+    monkeypatch.setattr(communication, "LEVELS", [("PowerSGD", module, PowerSGDStrategy, "rank", 2, 1)])
+    monkeypatch.setattr(communication, "Digits", lambda batch_size: Digits(350))  # two steps an epoch
+    found, plans = communication.planned(dataclasses.replace(TINY, epochs=3)).values()
+    uniform, lower, *planned = found
+    matrix, rest = 4 * (64 + 40), 4 * (40 + 400 + 10 + 1)  # the second matrix is sent dense
+    assert (uniform.columns["bytes"], lower.columns["bytes"]) == (2 * matrix + rest, matrix + rest)
+    assert (uniform.ratio, lower.ratio) == (1.0, (2 * matrix + rest) / (matrix + rest))
+    assert (uniform.columns["unsent"], uniform.columns["error"]) == (1.0, "")
+    of_plan = (8 * 10 + 4) // 2  # the only matrix keeps its rank; 10 ranks are possible
+    for row in planned:
+        assert row.columns["bytes"] == 2 * matrix + rest + of_plan
+        assert row.columns["error"] == 1.0
+        assert row.is_over, "it sends no less"
+    assert all(row.milliseconds > 0 for row in plans)
 
 
 @pytest.mark.usefixtures("small")

@@ -14,6 +14,11 @@ _SHARED_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"residual_policy": "stric"}, "Did you mean 'strict'"),
     ({"timeout": timedelta(0)}, "timeout must be longer than zero"),
 )
+_ADAPT_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"adapt": "lgrecco"}, "Did you mean 'lgreco'"),
+    ({"adapt": "lgreco", "adapt_every": 0}, "adapt_every must be at least 1; got 0"),
+    ({"adapt_every": 5}, "adapt_every=5 has no effect without adapt. Set adapt='lgreco', or drop it"),
+)
 _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"ratio": 0.0}, "ratio must be a share of entries"),
     ({"ratio": 1.5}, "ratio must be a share of entries"),
@@ -28,6 +33,7 @@ _DGC_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"local_clip": 0.0}, "local_clip must be above 0; got 0.0"),
     ({"local_clip": float("inf")}, "local_clip must be finite; got inf"),
     ({"layer_ratios": {"head": 2.0}}, r"layer_ratios\['head'\] must be a share"),
+    *_ADAPT_WRONG,
     *_SHARED_WRONG,
 )
 _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
@@ -35,6 +41,7 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"start_step": -1}, "start_step must be at least 0"),
     ({"min_gain": 0.0}, "min_gain must be above 0"),
     ({"min_gain": float("inf")}, "min_gain must be finite; got inf"),
+    *_ADAPT_WRONG,
     *_SHARED_WRONG,
 )
 _LOCAL_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
@@ -54,13 +61,14 @@ ENTRIES = [
     ),
     Scheme(
         "DGCStrategy",
-        "sampled-fp16",
+        "sampled-fp16-adapted",
         arguments={
             "ratio": 0.1,
             "selector": "sampled",
             "value_dtype": "float16",
             "warmup": "released",
             "min_numel": 100,
+            "adapt": "lgreco_feedback",
         },
         neutral={"ratio": 1.0, "local_clip": 1.0},
     ),
@@ -92,8 +100,17 @@ ENTRIES = [
     ),
     Scheme(
         "PowerSGDStrategy",
-        "dense-start",
-        arguments={"rank": 1, "start_step": 2, "exclude": ["mix.w"], "min_numel": 100, "log_noise_scale": True},
+        "dense-start-adapted",
+        arguments={
+            "rank": 2,
+            "start_step": 2,
+            "exclude": ["mix.w"],
+            "min_numel": 100,
+            "min_gain": 1.1,
+            "log_noise_scale": True,
+            "adapt": "lgreco",
+            "adapt_every": 3,
+        },
         optimizer="adamw",
         neutral={"rank": 1000, "min_numel": 1, "log_noise_scale": False},
     ),

@@ -1,7 +1,13 @@
-"""Messages between ranks: sparse, low-rank, in bytes, with error feedback, and what they cost on the wire."""
+"""Messages between ranks: sparse, low-rank, in bytes, with error feedback, what each layer sends, and the cost."""
 
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
 from lightning_grad.functional.communication.int8_messages import int8_bytes, pack_int8, unpack_int8
+from lightning_grad.functional.communication.lgreco import (
+    choose_levels,
+    feedback_errors,
+    low_rank_errors,
+    sparse_errors,
+)
 from lightning_grad.functional.communication.outer_step import outer_step_
 from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
@@ -14,14 +20,18 @@ __all__ = [
     "add_pairs_",
     "all_gather_bytes",
     "all_reduce_bytes",
+    "choose_levels",
+    "feedback_errors",
     "initial_factor",
     "int8_bytes",
+    "low_rank_errors",
     "orthonormalize",
     "outer_step_",
     "pack_int8",
     "pack_pairs",
     "remove_sent_",
     "select_largest",
+    "sparse_errors",
     "sparse_wire_gain",
     "unpack_int8",
     "unpack_pairs",
