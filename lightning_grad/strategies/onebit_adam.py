@@ -263,13 +263,17 @@ class OneBitAdamStrategy(LocallyClippedDDP):
         averages = []
         for gradient, rows in zip(gradients, arrived, strict=True):
             error = self.memory[gradient.name][self._served]
-            averages.append(rows.to(error.dtype).mean(0).add_(error))
+            average = rows.to(error.dtype).mean(0).add_(error)
+            average[self._own_count(gradient) :] = 0.0  # padding, whose signs are positive
+            averages.append(average)
         mine = slice(self.global_rank, self.global_rank + 1)
         served = pack_signs([average[None] for average in averages], [count[mine] for count in counts])
         to_all, from_here = unpack_signs(signs, parts), unpack_signs(served, parts)
         for place, gradient in enumerate(gradients):
             unsent = wanted[place].sub_(to_all[place].view(-1)[: len(wanted[place])])
-            self._sent[gradient.name] = unsent, averages[place].sub_(from_here[place][0])
+            lost = averages[place].sub_(from_here[place][0])
+            lost[self._own_count(gradient) :] = 0.0
+            self._sent[gradient.name] = unsent, lost
         return {_SIGNS: self.ranks.gather(served[0])}
 
     def _with_momentum(self, gradient: Gradient) -> Tensor:
@@ -283,10 +287,14 @@ class OneBitAdamStrategy(LocallyClippedDDP):
         return [part_numel(gradient.values.numel(), ranks) for gradient in gradients]
 
     def _counts(self, gradient: Gradient) -> Tensor:
-        """Return the entries of each rank's part without padding."""
+        """Return the entries of each rank's part without padding, (ranks), on the device of the gradient."""
         numel = gradient.values.numel()
         part = part_numel(numel, self.world_size)
         return (numel - part * torch.arange(self.world_size, device=gradient.values.device)).clamp(0, part)
+
+    def _own_count(self, gradient: Gradient) -> int:
+        numel = gradient.values.numel()
+        return max(0, numel - self.global_rank * part_numel(numel, self.world_size))
 
     @override
     def settle(self, gradients: Sequence[Gradient], message: Message, arrived: Tensor) -> None:
