@@ -130,7 +130,7 @@ class OneBitAdamStrategy(LocallyClippedDDP):
             "Train with torch.optim.Adam or AdamW, or use strategy='ddp_powersgd'",
         ),
     )
-    trial: ClassVar[Mapping[str, Any]] = {"freeze_step": 3, "min_numel": 100}
+    trial: ClassVar[Mapping[str, Any]] = {"freeze_step": 1, "min_numel": 100}
     neutral: ClassVar[Mapping[str, Any] | str] = {"freeze_step": None}
 
     _adam = during_fit[FrozenAdam]()

@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -115,7 +115,7 @@ class Communication(Claim[Result]):
     epochs: int = 30
     ranks: int = 2
     start_method: Any = None
-    optimizer: ClassVar[str] = "sgd"
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "sgd"
 
     @property
     def start(self) -> StartMethod:
@@ -161,7 +161,7 @@ class OneBit(Communication):
     chosen_by: str = "validation_loss"
     budget: float = 4
     freeze_step: int = 132
-    optimizer: ClassVar[str] = "adamw"
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "adamw"
 
     @override
     def strategy(self, arm: str) -> DDPStrategy:
@@ -178,7 +178,7 @@ def measure(run: Run, folder: Path, test_accuracy: float) -> Result:
     return Result(run.arm, run.seed, run.rate, accuracy, test_accuracy, *end)
 
 
-def build_module(rate: float | None, optimizer: str = "sgd") -> LightningModule:
+def build_module(rate: float | None, optimizer: Literal["sgd", "adamw"] = "sgd") -> LightningModule:
     """Return a new module of the plain project."""
     default = 0.05 if optimizer == "sgd" else 1e-3
     return ImageClassifier(linear_network(WIDTH), optimizer=optimizer, lr=rate or default, weight_decay=5e-4)
