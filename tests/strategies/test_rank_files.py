@@ -22,7 +22,8 @@ from tests.strategies.fits import outcome
 from tests.strategies.fits import train_on_ranks as train_and_validate
 from tests.strategies.ranks import said
 
-AVERAGED = DGC, POWER = COMPRESSING[:2]  # 1-bit Adam spreads its errors in another way; see its own tests
+DGC, _, POWER = COMPRESSING
+AVERAGED = DGC, POWER  # 1-bit Adam spreads its errors in another way; see its own tests
 pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:DGCStrategy starts without unsent gradients. the unsent gradients of the saved run are lost"

@@ -18,7 +18,7 @@ from tests.contract.strategy_settings import CANONICAL, COMPRESSING, SCHEMES, Sc
 from tests.strategies.fits import outcome, train_on_ranks
 from tests.strategies.ranks import said
 
-DGC, POWER = COMPRESSING[:2]
+DGC, _, POWER = COMPRESSING
 
 
 @pytest.mark.parametrize(
