@@ -2,7 +2,7 @@
 
 Every part compares with a baseline of the same run:
 
-- ``payload``: bytes that a step passes to collectives, and bytes of the gradients. They are exact.
+- ``payload``: bytes that the last of three steps passes to collectives, and bytes of the gradients. They are exact.
 - ``planned``: bytes, unsent rest and validation loss of two ranks with planned levels (``adapt``), against uniform levels; and
   the time of a plan.
 - ``step``: steps of two ranks on this machine, where nothing is gained: the cost of compression. The variants take turns in
@@ -79,6 +79,7 @@ NETS: dict[str, tuple[tuple[int, ...], bool]] = {
     "a net of 10.2 M": (WIDTHS, True),
 }
 DGC, HALF = f"DGC {100 * RATIO:g} %", f"DGC {100 * RATIO:g} %, float16 values"
+ONE_BIT = "1-bit Adam after the freeze"
 SCHEMES: dict[str, dict[str, Any]] = {
     DGC: {"class_path": "lightning_grad.strategies.DGCStrategy", "init_args": {"ratio": RATIO, "warmup": None}},
     HALF: {
@@ -87,6 +88,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
     },
     "PowerSGD rank 1": {"class_path": "lightning_grad.strategies.PowerSGDStrategy", "init_args": {"rank": 1}},
     "PowerSGD rank 4": {"class_path": "lightning_grad.strategies.PowerSGDStrategy", "init_args": {"rank": 4}},
+    ONE_BIT: STRATEGIES["onebit_adam"],
 }
 SMALLER = {
     ("a layer of 1e6", DGC): 499.0,
@@ -94,8 +96,10 @@ SMALLER = {
     ("a layer of 4e6", DGC): 499.0,
     ("a layer of 4e6", HALF): 660.0,
     ("a net of 10.2 M", DGC): 380.0,
+    ("a net of 10.2 M", ONE_BIT): 20.0,
 }
 DDP, DDP_AGAIN, TORCH, OURS = "ddp", f"ddp{AGAIN}", "powersgd_torch", "powersgd"
+DDP_ADAM = "ddp_adam"
 STEP_BUDGET = 1.05
 
 # Part planned: a name, the module of a seed, the strategy, its level, and a lower level that is uniform too.
@@ -184,9 +188,9 @@ def _count(widths: Sequence[int], bias: bool, scheme: Mapping[str, Any], steps: 
     strategy = cast(CompressedDDPStrategy, build_strategy(scheme))
     trainer = quiet_trainer("cpu", strategy=strategy, max_steps=steps, max_epochs=1, use_distributed_sampler=False)
     batches = cast(Any, [noise(widths, 0)] * steps)
-    trainer.fit(Perceptron(widths, bias), DataLoader(batches, batch_size=None))
-    ledger = strategy.ledger
-    return {"sent": ledger.sent_bytes // ledger.steps, "dense": ledger.dense_bytes // ledger.steps}
+    optimizer = scheme.get("optimizer", "sgd")
+    trainer.fit(Perceptron(widths, bias, optimizer), DataLoader(batches, batch_size=None))
+    return {"sent": strategy.ledger.step_sent, "dense": strategy.ledger.step_dense}
 
 
 # Planned levels.
@@ -314,15 +318,20 @@ def step(sizes: Sizes) -> Tables:
         Row(
             name,
             milliseconds,
-            milliseconds / typical[DDP],
+            milliseconds / typical[baseline_of(name)],
             STEP_BUDGET if name in COMPRESSED else None,
-            baseline="" if name == DDP else DDP,
+            baseline="" if name == DDP else baseline_of(name),
             columns=_compress_ms(found[name]["compress_ms"]),
         )
         for name, milliseconds in typical.items()
     ]
     against_torch = Row(OURS, typical[OURS], typical[OURS] / typical[TORCH], STEP_BUDGET, baseline=TORCH)
     return {"A step of two ranks on one machine": [*rows, against_torch]}
+
+
+def baseline_of(name: str) -> str:
+    """Return the row that a row is compared with: DDP with the same optimizer."""
+    return DDP_ADAM if STRATEGIES.get(name, {}).get("optimizer") == "adam" and name != DDP_ADAM else DDP
 
 
 def _compress_ms(logged: Sequence[float]) -> dict[str, float]:
@@ -337,7 +346,7 @@ def _time_in_turns(rounds: int, steps: int) -> dict[str, dict[str, list[float]]]
             seed_everything(0, verbose=False)
             compression = Compression()
             seconds = timed_fit(
-                Perceptron(),
+                Perceptron(optimizer=variants[name].get("optimizer", "sgd")),
                 noise(WIDTHS, dist.get_rank()),
                 steps + SETTLE,
                 [compression],
@@ -372,8 +381,9 @@ def _link_rows(megabits: float, rounds: int, steps: int) -> list[Row]:
         Row(
             name,
             each.milliseconds,
-            each.milliseconds / found[DDP].milliseconds,
+            each.milliseconds / found[baseline_of(name)].milliseconds,
             budgets.get(name),
+            baseline="" if baseline_of(name) == DDP else baseline_of(name),
             columns={"MB a step": each.megabytes},
         )
         for name, each in found.items()

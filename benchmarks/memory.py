@@ -244,6 +244,7 @@ def strategy_rows(only: Sequence[str]) -> list[Row]:
         "DGCStrategy": (partial(dgc, **DGC), "sgd"),
         "DGCStrategy, error feedback": (partial(dgc, **DGC, correction="error_feedback"), "adamw"),
         "PowerSGDStrategy": (partial(power, **POWER), "adamw"),
+        "OneBitAdamStrategy": (partial(strategies.OneBitAdamStrategy, freeze_step=1, **BUCKETS), "adamw"),
     }
     for name in ("LocalSGDStrategy", "DiLoCoStrategy"):
         compressing[name] = (partial(getattr(strategies, name), sync_every_n_steps=2, **BUCKETS), "adamw")

@@ -54,7 +54,7 @@ WIDTHS = (640, 2048, 2048, 2048, 256)
 BATCH = 4
 SETTLE = 3  # uncounted steps after WARM_STEPS: PowerSGD starts, TCP finds its speed
 
-# Strategies by short name: its class and its arguments.
+# Strategies by short name: its class and its arguments, and the optimizer of the module if it is not SGD.
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {}},
     "fp16": {"class_path": "benchmarks.slow_link.HookedDDP", "init_args": {"hook": "fp16"}},
@@ -63,6 +63,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "init_args": {"hook": "powersgd", "rank": 4, "bucket_cap_mb": 1000},
     },
     "powersgd": {"class_path": "lightning_grad.strategies.PowerSGDStrategy", "init_args": {"rank": 4}},
+    "ddp_adam": {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {},
+        "optimizer": "adam",
+    },
+    "onebit_adam": {
+        "class_path": "lightning_grad.strategies.OneBitAdamStrategy",
+        "init_args": {"freeze_step": 1},
+        "optimizer": "adam",
+    },
     "dgc": {"class_path": "lightning_grad.strategies.DGCStrategy", "init_args": {"ratio": 1e-3, "warmup": None}},
 }
 
@@ -99,10 +109,14 @@ class Perceptron(LightningModule):
     Args:
         widths: Widths of the layers, inputs first; the default has 10.2 M parameters.
         bias: Whether they have biases.
+        optimizer: SGD with momentum, or Adam.
     """
 
-    def __init__(self, widths: Sequence[int] = WIDTHS, bias: bool = True) -> None:
+    def __init__(
+        self, widths: Sequence[int] = WIDTHS, bias: bool = True, optimizer: Literal["sgd", "adam"] = "sgd"
+    ) -> None:
         super().__init__()
+        self.optimizer = optimizer
         layers = [module for a, b in pairwise(widths) for module in (nn.Linear(a, b, bias), nn.ReLU())]
         self.layers = nn.Sequential(*layers[:-1])
 
@@ -112,6 +126,8 @@ class Perceptron(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimizer."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(self.parameters(), lr=1e-4)
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
 
 
@@ -154,7 +170,7 @@ def _train(strategy: Mapping[str, Any], widths: Sequence[int], steps: int, settl
     silence()
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    module = Perceptron(widths)
+    module = Perceptron(widths, optimizer=strategy.get("optimizer", "sgd"))
     seconds = timed_fit(
         module,
         noise(widths, int(os.environ["RANK"])),

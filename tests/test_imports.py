@@ -334,7 +334,7 @@ print(sorted({OPTIONAL!r} & (set(sys.modules) - before)))
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=True)
     names, is_off, packages = done.stdout.splitlines()
-    short = ("ddp_dgc", "ddp_diloco", "ddp_local_sgd", "ddp_powersgd")
+    short = ("ddp_dgc", "ddp_diloco", "ddp_local_sgd", "ddp_onebit_adam", "ddp_powersgd")
     assert names.split() == sorted(name + start for name in short for start in ("", "_fork", "_spawn"))
     assert is_off == "False"  # the name of a callback that the program does not import is no error
     assert packages == "[]"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -45,6 +46,15 @@ class Collectives:
         """Start to gather the tensors of all ranks, and return a function that waits and returns them: (ranks, ...)."""
         everyone = tensor.new_empty(self.ranks, *tensor.shape)
         return self._begin(tensor, everyone, lambda: dist.all_gather(list(everyone), tensor, async_op=True), counted)
+
+    def swap(self, rows: Tensor) -> Tensor:
+        """Send row i to rank i, and return the rows that all ranks sent here, in rank order: (ranks, ...).
+
+        The own row stays here and is not counted.
+        """
+        arrived = torch.empty_like(rows)
+        sent = rows[1:]  # as many as go to the others
+        return self._begin(sent, arrived, lambda: dist.all_to_all_single(arrived, rows, async_op=True), True)()
 
     def maximum_(self, tensor: Tensor, counted: bool = True) -> Tensor:
         """Replace a tensor with its maximum over ranks and return it; ``counted=False`` does not count its bytes."""

@@ -9,23 +9,21 @@ monitors, hooks and checkpoints see the user's momentum and weight decay.
 from collections.abc import Collection
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
+from typing_extensions import override
 
-from lightning_grad.core.undo import UndoList
+from lightning_grad.strategies._split_groups import Group, SplitGroups
 
 _BUFFER = "momentum_buffer"
 
 
-class LocalMomentum:
+class LocalMomentum(SplitGroups):
     """Makes an SGD skip the momentum of some parameters during its updates.
 
-    A pre-hook of the step wraps the user's closure, because the closure ends after everything that Lightning does
-    before an update. A post-hook, which runs before all others, restores the groups. In between,
-    ``optimizer.param_groups`` is a list of modified copies. The ``momentum_buffer`` of a compressed parameter holds
-    the momentum of its weight decay, and what an earlier run without compression left there; both decay and are
-    applied as usual.
+    During an update, ``optimizer.param_groups`` is a list of modified copies. The ``momentum_buffer`` of a compressed
+    parameter holds the momentum of its weight decay, and what an earlier run without compression left there; both
+    decay and are applied as usual.
 
     Args:
         optimizer: The SGD.
@@ -33,43 +31,18 @@ class LocalMomentum:
     """
 
     def __init__(self, optimizer: SGD, compressed: Collection[int]) -> None:
-        self._optimizer = optimizer
+        super().__init__(optimizer)
         self._compressed = compressed
-        self._own_groups: list[dict[str, Any]] | None = None
-        self._groups: dict[int, dict[str, Any]] = {}
-
-    def attach(self, undo: UndoList) -> None:
-        """Register the hooks and push their removal to ``undo``."""
-        undo.push(self._optimizer.register_step_pre_hook(self._before_step).remove)
-        after = self._optimizer.register_step_post_hook(lambda *_: self.give_back())
-        self._optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)  # type: ignore[attr-defined]
-        undo.push(after.remove)
-        undo.push(self.give_back)
 
     def of(self, parameter: Tensor) -> tuple[float, bool]:
         """Return the current momentum of a parameter's group, and whether it uses Nesterov momentum."""
-        if id(parameter) not in self._groups:
-            groups = self._optimizer.param_groups
-            self._groups = {id(member): group for group in groups for member in group["params"]}
-        group = self._groups.get(id(parameter))  # None if no optimizer holds it (yet)
+        group = self.group_of(parameter)
         return (0.0, False) if group is None else (float(group["momentum"]), bool(group["nesterov"]))
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        self._groups = {}  # a checkpoint or a callback may have replaced the groups
-
-        def closure_then_take() -> Any:
-            loss = None if closure is None else closure()
-            self._take()
-            return loss
-
-        return (args[0],), {**kwargs, "closure": closure_then_take}
-
-    @torch.no_grad()
-    def _take(self) -> None:
+    @override
+    def split(self, groups: list[Group]) -> list[Group]:
         """Split each group in two; the group of compressed parameters has no momentum and no weight decay."""
-        groups = self._optimizer.param_groups
-        changed: list[dict[str, Any]] = []
+        changed: list[Group] = []
         for group in groups:
             mine = [parameter for parameter in group["params"] if id(parameter) in self._compressed]
             if not mine or group["momentum"] == 0:
@@ -79,12 +52,7 @@ class LocalMomentum:
             others = [parameter for parameter in group["params"] if id(parameter) not in self._compressed]
             off = {"momentum": 0.0, "weight_decay": 0.0, "nesterov": False}
             changed += [{**group, "params": others}, {**group, **off, "params": mine}]
-        self._own_groups, self._optimizer.param_groups = groups, changed
-
-    def give_back(self) -> None:
-        """Restore the optimizer's own groups if they are replaced."""
-        if self._own_groups is not None:
-            self._optimizer.param_groups, self._own_groups = self._own_groups, None
+        return changed
 
     def _apply_decay_(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Update parameters like SGD with a gradient that consists of weight decay alone."""

@@ -16,16 +16,15 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
-from lightning_grad.core.compatibility import YES, Compatibility, no, yes
-from lightning_grad.core.dispatch import overrides
+from lightning_grad.core.compatibility import Compatibility, yes
 from lightning_grad.core.fit import during_fit, until_next_fit
-from lightning_grad.functional import clip_norm_
 from lightning_grad.functional import communication as rules
 from lightning_grad.functional.communication.error_feedback import as_sent
 from lightning_grad.functional.communication.wire import PAPER_WARMUP, RELEASED_WARMUP, kept_count, warmup_density
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.strategies._adaptive import LEVEL_FACTORS, Adapt, AdaptiveDDP
 from lightning_grad.strategies._buckets import Gradient
+from lightning_grad.strategies._local_clip import LocallyClippedDDP, clip_before
 from lightning_grad.strategies._local_momentum import LocalMomentum, why_not_moved
 from lightning_grad.strategies._rank_saving import DEFAULT_TIMEOUT, ResidualPolicy, StartMethod
 from lightning_grad.strategies._scheme import Message
@@ -42,7 +41,7 @@ _PAIRS = "pairs"
 _RESIDUAL, _VELOCITY = "residual", "velocity"
 
 
-class DGCStrategy(AdaptiveDDP):
+class DGCStrategy(AdaptiveDDP, LocallyClippedDDP):
     r"""Send only the largest entries of the accumulated gradient, and keep the others until they are large enough (DGC).
 
     .. math::
@@ -159,11 +158,8 @@ class DGCStrategy(AdaptiveDDP):
     """
 
     compatibility: ClassVar[Compatibility] = CompressedDDPStrategy.compatibility.but(
-        gradient_clip_val=no(
-            "accumulates gradients over many steps, and {} would clip what it has accumulated",
-            "Set gradient_clip_val=None and DGCStrategy(local_clip={value}) (local_clip clips by norm), which clips the "
-            "gradient of each rank before it is accumulated. If a library builds the Trainer, set trainer.gradient_clip_val "
-            "= None before fit(), or in the setup() of a callback",
+        gradient_clip_val=clip_before(
+            "DGCStrategy", "accumulates gradients over many steps, and {} would clip what it has accumulated"
         ),
         no_second_moment=yes("Optimizers other than SGD get error feedback, and a printed line says so."),
     )
@@ -229,19 +225,10 @@ class DGCStrategy(AdaptiveDDP):
             return "entries above the sampled threshold must be counted before they can be selected"
         return super().syncs_per_step
 
-    @override
-    def works_with(self) -> Compatibility:
-        return self.compatibility if self.wants_to_compress else self.compatibility.but(gradient_clip_val=YES)
-
     @property
     @override
     def wants_to_compress(self) -> bool:
         return min([self.ratio, *self.layer_ratios.values()]) < 1.0
-
-    @property
-    @override
-    def gradient_is_compressed(self) -> bool:
-        return self.wants_to_compress
 
     @property
     @override
@@ -262,13 +249,7 @@ class DGCStrategy(AdaptiveDDP):
     @override
     def refuse(self, trainer: pl.Trainer) -> None:
         super().refuse(trainer)
-        module = trainer.lightning_module
-        check_patterns(module, self.display_name, layer_ratios=self.layer_ratios)
-        if self.wants_to_compress and overrides(module, "configure_gradient_clipping"):
-            rank_zero_warn(
-                f"{type(module).__name__} overrides configure_gradient_clipping, which gets gradients that "
-                f"{self.display_name} has accumulated over many steps. If it clips, use local_clip instead."
-            )
+        check_patterns(trainer.lightning_module, self.display_name, layer_ratios=self.layer_ratios)
 
     @override
     def connect_optimizer(self, optimizer: Optimizer) -> None:
@@ -359,13 +340,6 @@ class DGCStrategy(AdaptiveDDP):
     @property
     def _pair_bytes(self) -> int:
         return 4 + self._value_type.itemsize
-
-    @override
-    def prepare_(self, gradients: Sequence[Gradient]) -> Tensor:
-        finite = super().prepare_(gradients)
-        if self.local_clip is not None and gradients:
-            clip_norm_([gradient.values for gradient in gradients], self.local_clip * self.world_size**0.5)
-        return finite
 
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:

@@ -11,10 +11,11 @@ no time; ``benchmarks/slow_link.py`` measures time, on links of a given speed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -24,7 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, PowerSGDStrategy
+from lightning_grad.strategies import CompressedDDPStrategy, DGCStrategy, OneBitAdamStrategy, PowerSGDStrategy
 from studies import claim as base
 from studies.claim import Claim, Paper, Run
 from studies.common import Follow, finish_loggers, hush, linear_network, read_table, write_table
@@ -76,6 +77,7 @@ class Result(base.Result):
         megabytes: Megabytes that a rank sent in the whole training.
         ratio: Bytes of all its gradients, divided by the sent bytes.
         residual: Norm of the unsent rest of rank 0 at the end.
+        validation_loss: Loss after the last epoch.
     """
 
     validation_accuracy: float
@@ -84,6 +86,7 @@ class Result(base.Result):
     megabytes: float
     ratio: float
     residual: float
+    validation_loss: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,38 +115,73 @@ class Communication(Claim[Result]):
     epochs: int = 30
     ranks: int = 2
     start_method: Any = None
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "sgd"
 
     @property
     def start(self) -> StartMethod:
         """The start method of ranks."""
         return start_of_ranks(self.start_method)
 
+    def strategy(self, arm: str) -> DDPStrategy:
+        """Return the strategy of an arm."""
+        return STRATEGIES[arm](self.start)
+
     @override
     def train(self, run: Run) -> Result:
         """Run one training on all ranks, and test on one. Ranks return measurements in files, and the weights."""
         hush()
         torch.set_num_threads(1)
-        module, data, folder = build_module(run.rate), Digits(BATCH // self.ranks, seed=run.seed), self.folder(run)
+        module = build_module(run.rate, self.optimizer)
+        data, folder = Digits(BATCH // self.ranks, seed=run.seed), self.folder(run)
         callbacks = [Recorder(folder), Follow(run.show)]
-        strategy = STRATEGIES[run.arm](self.start)
+        strategy = self.strategy(run.arm)
         trainer = self.trainer(run, callbacks, strategy=strategy, devices=self.ranks, max_epochs=self.epochs)
         trainer.fit(module, data)
         tester = self.trainer(run, [], logger=False)
         return measure(run, folder, tester.test(module, data, verbose=False)[0]["test_acc"])
 
 
+@dataclass(frozen=True, kw_only=True)
+class OneBit(Communication):
+    """Signs of Adam's momentum against dense gradients with Adam.
+
+    Args:
+        freeze_step: Steps of plain Adam; the default is a fifth of 30 epochs.
+    """
+
+    name: str = "onebit-adam"
+    text: str = "1-bit Adam ends with a loss at most 0.02 above that of Adam."
+    arms: Sequence[str] = (REFERENCE, "one-bit")
+    metric: str = "validation_loss"
+    higher: bool = False
+    margin: float = -0.02
+    scale: float = 1.0
+    unit: str = ""
+    rates: Sequence[float] = (5e-4, 1e-3, 2e-3, 4e-3)
+    chosen_by: str = "validation_loss"
+    budget: float = 4
+    freeze_step: int = 132
+    optimizer: ClassVar[Literal["sgd", "adamw"]] = "adamw"
+
+    @override
+    def strategy(self, arm: str) -> DDPStrategy:
+        if arm == REFERENCE:
+            return super().strategy(arm)
+        return OneBitAdamStrategy(freeze_step=self.freeze_step, start_method=self.start)
+
+
 def measure(run: Run, folder: Path, test_accuracy: float) -> Result:
     """Return the result of a training from the files of rank 0."""
     columns = read_table(folder / "epochs.csv")
-    accuracy, sent, megabytes, dense, residual = (float(columns[key][-1]) for key in Recorder.columns[1:])
-    return Result(
-        run.arm, run.seed, run.rate, accuracy, test_accuracy, sent / 1e3, megabytes, dense / megabytes, residual
-    )
+    accuracy, sent, megabytes, dense, residual, loss = (float(columns[key][-1]) for key in Recorder.columns[1:])
+    end = (sent / 1e3, megabytes, dense / megabytes, residual, loss)
+    return Result(run.arm, run.seed, run.rate, accuracy, test_accuracy, *end)
 
 
-def build_module(rate: float | None) -> LightningModule:
+def build_module(rate: float | None, optimizer: Literal["sgd", "adamw"] = "sgd") -> LightningModule:
     """Return a new module of the plain project."""
-    return ImageClassifier(linear_network(WIDTH), optimizer="sgd", lr=rate or 0.05, weight_decay=5e-4)
+    default = 0.05 if optimizer == "sgd" else 1e-3
+    return ImageClassifier(linear_network(WIDTH), optimizer=optimizer, lr=rate or default, weight_decay=5e-4)
 
 
 class Recorder(Callback):
@@ -153,7 +191,7 @@ class Recorder(Callback):
         folder: Folder for ``epochs.csv``.
     """
 
-    columns = ("epoch", "val_acc", "step_bytes", "megabytes", "dense_megabytes", "residual_norm")
+    columns = ("epoch", "val_acc", "step_bytes", "megabytes", "dense_megabytes", "residual_norm", "val_loss")
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -168,8 +206,9 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         step_bytes, all_bytes, residual = communicated(trainer, pl_module)
         dense = trainer.global_step * gradient_bytes(pl_module)
-        accuracy = trainer.callback_metrics["val_acc"].item()
-        self._rows.append((trainer.current_epoch + 1, accuracy, step_bytes, all_bytes / 1e6, dense / 1e6, residual))
+        accuracy, loss = (trainer.callback_metrics[key].item() for key in ("val_acc", "val_loss"))
+        sent = (step_bytes, all_bytes / 1e6, dense / 1e6)
+        self._rows.append((trainer.current_epoch + 1, accuracy, *sent, residual, loss))
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -194,6 +233,14 @@ CLAIMS = (
             "communication",
             "Gradients that are compressed a hundred times and more train to the accuracy of dense ones",
             "DGC (1712.01887); PowerSGD (1905.13727)",
+        )
+    ),
+    OneBit(
+        paper=Paper(
+            "OneBitAdamStrategy",
+            "communication",
+            "Adam trains as well with a frozen variance and a momentum of one bit an entry",
+            "1-bit Adam (2102.02888)",
         )
     ),
 )

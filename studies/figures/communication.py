@@ -20,6 +20,7 @@ MEANINGS = {
     "powersgd": "two thin matrices with this number of columns (PowerSGD)",
     "dgc-99": "the largest 1 % of the entries; the others wait until they grow (DGC)",
     "dgc-99.9": "the same with the largest 0.1 % of the entries",
+    "one-bit": "signs of Adam's momentum, once its variance is frozen (1-bit Adam)",
     "unmasked": "without momentum masking",
 }
 
@@ -32,6 +33,11 @@ def print_table(claim: Communication, results: Sequence[Result]) -> None:
     print()
     header = ("gradients", "test accuracy", "kB a step", "MB in all", "smaller by", "unsent")
     print_rows(header, [summarise(gradients, results) for gradients in claim.arms])
+    for gradients in claim.arms if claim.metric == "validation_loss" else ():
+        losses = [result.validation_loss for result in of(gradients, results)]
+        print(
+            f"validation loss of {gradients}: {statistics.mean(losses):.4f} (from {min(losses):.4f} to {max(losses):.4f})"
+        )
     print(f"\nkB a step: sent by each of the {claim.ranks} ranks in the last step")
     print("MB in all: over the whole training; the first four epochs of DGC are denser")
     print("smaller by: ratio of all gradients to the sent bytes, over the whole training")
@@ -71,7 +77,7 @@ def of(gradients: str, results: Sequence[Result]) -> list[Result]:
 # Figure.
 
 PALETTE = ("0.45", "black", "#00493A", "#009E73", "#7FCDB5", "#0072B2", "#56B4E9", "#D55E00", "#E69F00")
-COLOURS = dict(zip(STRATEGIES, PALETTE, strict=True))
+COLOURS = {**dict(zip(STRATEGIES, PALETTE, strict=True)), "one-bit": "#CC79A7"}
 
 
 def draw(claim: Communication, results: Sequence[Result]) -> dict[str, Figure]:

@@ -99,7 +99,8 @@ def _ask_strategy(name: str) -> tuple[list[Chosen], list[str | int]]:
     with pytest.raises(RuntimeError, match=rf"{name} chooses what .* when a fit begins"):
         strategy.chosen()
     asks = Asks(strategy)
-    train_on_ranks(strategy, [asks], max_epochs=1)
+    module = make_classifier(optimizer="adamw" if name == "OneBitAdamStrategy" else "sgd")
+    train_on_ranks(strategy, [asks], module, max_epochs=1)
     return asks.answers, asks.known
 
 

@@ -40,7 +40,8 @@ def _fit_and_end(strategy: Any, scheme: Scheme, how: str) -> tuple[Any, Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if how == "in the update":
             stop = []
-            monkeypatch.setattr(sys.modules[torch.optim.SGD.__module__], "sgd", _raise)
+            kind = torch.optim.SGD if scheme.optimizer == "sgd" else torch.optim.Adam
+            monkeypatch.setattr(sys.modules[kind.__module__], kind.__name__.lower(), _raise)
         with pytest.raises(SystemExit if how == "interrupt" else RuntimeError):
             train_on_ranks(strategy, stop, module)
     return module._trainer, module

@@ -12,7 +12,7 @@ from plain_project import Digits, ImageClassifier
 from torch import nn
 
 from benchmarks import communication, network, slow_link
-from benchmarks.communication import DGC, HALF
+from benchmarks.communication import DGC, HALF, ONE_BIT
 from benchmarks.rows import Results
 from benchmarks.slow_link import Measured
 from lightning_grad.strategies import PowerSGDStrategy
@@ -34,6 +34,10 @@ def _settings_of_the_process() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def _perceptron(default, widths=None, *more, **rest):
+    return slow_link.Perceptron(widths or default, *more, **rest)
+
+
 @pytest.fixture
 def small(monkeypatch) -> None:
     """Make everything tiny."""
@@ -41,7 +45,9 @@ def small(monkeypatch) -> None:
     monkeypatch.setattr(communication, "NETS", {"a layer": ((100, 100), False), "a net": (NET, True)})
     monkeypatch.setattr(communication, "SMALLER", {("a layer", DGC): 499.0, ("a layer", HALF): 300.0})
     monkeypatch.setattr(communication, "WIDTHS", NET)
-    monkeypatch.setattr(communication, "Perceptron", lambda widths=NET, bias=True: slow_link.Perceptron(widths, bias))
+    monkeypatch.setattr(
+        communication, "Perceptron", lambda widths=NET, *more, **rest: slow_link.Perceptron(widths, *more, **rest)
+    )
 
 
 @pytest.mark.usefixtures("small")
@@ -56,10 +62,12 @@ def test_bytes_are_those_of_the_formulas_and_budgets_tell_right_from_wrong(tmp_p
         ("a layer", HALF): (10 * 6 + flag, 40_000),
         ("a layer", "PowerSGD rank 1"): (4 * 200 + flag, 40_000),
         ("a layer", "PowerSGD rank 4"): (4 * 4 * 200 + flag, 40_000),
+        ("a layer", ONE_BIT): (10_000 // 8 + 4 + flag, 40_000),
         ("a net", DGC): ((2 + 2) * 8 + biases, 4 * 3580),
         ("a net", HALF): ((2 + 2) * 6 + biases, 4 * 3580),
         ("a net", "PowerSGD rank 1"): (4 * (90 + 80) + biases, 4 * 3580),
         ("a net", "PowerSGD rank 4"): (4 * 4 * (90 + 80) + biases, 4 * 3580),
+        ("a net", ONE_BIT): (250 + 188 + 2 * 4 + biases, 4 * 3580),
     }
     assert [row.ratio for row in found[:2]] == pytest.approx([40_000 / 84, 40_000 / 64])
     assert [row.is_over for row in found if row.budget is not None] == [True, False]
@@ -108,6 +116,8 @@ def test_steps_come_back_from_the_ranks_with_what_the_strategies_say_of_themselv
         "fp16": (3, 0),
         "powersgd_torch": (3, 0),
         "powersgd": (3, 1),
+        "ddp_adam": (3, 0),
+        "onebit_adam": (3, 1),
         "dgc": (3, 1),
     }
 

@@ -44,6 +44,13 @@ _POWER_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     *_ADAPT_WRONG,
     *_SHARED_WRONG,
 )
+_ONE_BIT_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
+    ({"freeze_step": 0}, "must be estimated before it is frozen; got 0"),
+    ({"variance_floor": 0.0}, "variance_floor must be above 0; got 0.0"),
+    ({"variance_floor": float("inf")}, "variance_floor must be finite; got inf"),
+    ({"local_clip": -1.0}, "local_clip must be above 0; got -1.0"),
+    *_SHARED_WRONG,
+)
 _LOCAL_WRONG: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"sync_every_n_steps": 0}, "sync_every_n_steps must be at least 1"),
     ({"dense_fraction": 1.5}, "dense_fraction must be from 0 to 1"),
@@ -113,6 +120,11 @@ ENTRIES = [
         },
         optimizer="adamw",
         neutral={"rank": 1000, "min_numel": 1, "log_noise_scale": False},
+    ),
+    Scheme(
+        "OneBitAdamStrategy",
+        optimizer="adamw",
+        wrong=_ONE_BIT_WRONG,
     ),
     Scheme(
         "LocalSGDStrategy",

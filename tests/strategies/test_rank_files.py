@@ -22,7 +22,8 @@ from tests.strategies.fits import outcome
 from tests.strategies.fits import train_on_ranks as train_and_validate
 from tests.strategies.ranks import said
 
-DGC, POWER = COMPRESSING
+DGC, _, POWER = COMPRESSING
+AVERAGED = DGC, POWER  # 1-bit Adam spreads its errors in another way; see its own tests
 pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:DGCStrategy starts without unsent gradients. the unsent gradients of the saved run are lost"
@@ -298,27 +299,27 @@ def on_others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int,
     folder = tmp_path_factory.mktemp("ranks")
 
     def save(ranks: int) -> list[Any]:
-        return [_save_of(scheme, folder / f"{ranks}-{scheme}.ckpt") for scheme in COMPRESSING]
+        return [_save_of(scheme, folder / f"{ranks}-{scheme}.ckpt") for scheme in AVERAGED]
 
     def start(before: int) -> tuple[str, list[Any]]:
-        paths = [folder / f"{before}-{scheme}.ckpt" for scheme in COMPRESSING]
+        paths = [folder / f"{before}-{scheme}.ckpt" for scheme in AVERAGED]
         refused = _raises(paths[0], {}, ValueError)
-        return refused, [_start(path, scheme, "mean")[0] for path, scheme in zip(paths, COMPRESSING, strict=True)]
+        return refused, [_start(path, scheme, "mean")[0] for path, scheme in zip(paths, AVERAGED, strict=True)]
 
     saved = {ranks: on_ranks(ranks, save, ranks) for ranks in (2, 4)}
     return folder, saved, {(before, after): on_ranks(after, start, before) for before, after in MOVED}
 
 
-@pytest.mark.parametrize("place", [0, 1], ids=[str(scheme) for scheme in COMPRESSING])
+@pytest.mark.parametrize("place", [0, 1], ids=[str(scheme) for scheme in AVERAGED])
 @pytest.mark.parametrize("ranks", MOVED)
 def test_another_number_of_ranks(place, ranks, on_others):
     (before, after), (folder, saved, started) = ranks, on_others
-    assert_complete(folder / f"{before}-{COMPRESSING[place]}.ckpt", before)
+    assert_complete(folder / f"{before}-{AVERAGED[place]}.ckpt", before)
     for message, _ in started[ranks]:
         assert f"it was saved on {before} rank(s), and this run has {after}" in message
         assert "residual_policy='mean'" in message
     old, new = ([of[place] for of in each] for each in (saved[before], [memories for _, memories in started[ranks]]))
-    kinds = {"residual", "velocity"} if COMPRESSING[place] is DGC else {"error", "right"}
+    kinds = {"residual", "velocity"} if AVERAGED[place] is DGC else {"error", "right"}
     assert old[0]
     for name in old[0]:
         assert set(old[0][name]) == kinds

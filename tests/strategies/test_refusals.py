@@ -18,7 +18,7 @@ from tests.contract.strategy_settings import CANONICAL, COMPRESSING, SCHEMES, Sc
 from tests.strategies.fits import outcome, train_on_ranks
 from tests.strategies.ranks import said
 
-DGC, POWER = COMPRESSING
+DGC, _, POWER = COMPRESSING
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_validation_refuses_nothing(case, together):
 
 
 def _tied_choice(scheme: Scheme, name: str) -> set[str]:
-    module = sgd()
+    module = scheme.module()
     module.twin = nn.Linear(module.hidden.in_features, module.hidden.out_features)
     module.twin.weight = module.hidden.weight
     module.twin.bias.requires_grad_(False)  # DDP wants every parameter that trains to be used

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_grad.strategies import DGCStrategy
-from studies.claims.communication import STRATEGIES, Communication, Recorder, Result
+from studies.claims.communication import STRATEGIES, Communication, OneBit, Recorder, Result
 from studies.common import Follow, Ticker, read_curve
 from studies.figures import communication
 from studies.figures.communication import print_table
@@ -117,6 +117,19 @@ def test_figure_shows_what_was_written(study: tuple[Communication, list[Result]]
 def test_the_same_seed_gives_the_same_numbers(study: tuple[Communication, list[Result]], tmp_path: Path) -> None:
     asked, results = study
     assert train_all(replace(asked, arms=["dgc-99.9"], output=tmp_path), 1) == results[-1:]
+
+
+def test_one_bit_adam_sends_less_after_its_freeze_and_ends_with_a_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = OneBit(epochs=2, seeds=1, rates=(1e-3,), freeze_step=5, output=tmp_path, start_method="fork")
+    dense, signs = train_all(asked, 1)
+    print_table(asked, [dense, signs])
+    assert dense.step_kilobytes == 4 * ENTRIES / 1e3
+    assert signs.step_kilobytes == (sum(LAYERS) / 8 + 2 * 4 * len(LAYERS) + 4 * (BIASES + 1)) / 1e3
+    assert signs.residual > 0
+    assert asked.difference({"dense": dense, "one-bit": signs}, "one-bit", "dense") > -0.1
+    assert f"validation loss of one-bit: {signs.validation_loss:.4f}" in capsys.readouterr().out
 
 
 # Ways to send gradients, and ranks.

@@ -1,4 +1,4 @@
-"""Messages between ranks: sparse, low-rank, in bytes, with error feedback, what each layer sends, and the cost."""
+"""Messages between ranks: sparse, low-rank, in signs, in bytes, what each layer sends, and the cost on the wire."""
 
 from lightning_grad.functional.communication.error_feedback import accumulate_residual_, remove_sent_
 from lightning_grad.functional.communication.int8_messages import int8_bytes, pack_int8, unpack_int8
@@ -8,8 +8,10 @@ from lightning_grad.functional.communication.lgreco import (
     low_rank_errors,
     sparse_errors,
 )
+from lightning_grad.functional.communication.onebit_adam import frozen_adam_, gradient_of_momentum
 from lightning_grad.functional.communication.outer_step import outer_step_
 from lightning_grad.functional.communication.powersgd import initial_factor, orthonormalize
+from lightning_grad.functional.communication.sign_messages import pack_signs, sign_bytes, split_parts, unpack_signs
 from lightning_grad.functional.communication.sparse_messages import add_pairs_, pack_pairs, unpack_pairs
 from lightning_grad.functional.communication.topk_selection import SELECTORS, select_largest
 from lightning_grad.functional.communication.wire import all_gather_bytes, all_reduce_bytes, sparse_wire_gain
@@ -22,6 +24,8 @@ __all__ = [
     "all_reduce_bytes",
     "choose_levels",
     "feedback_errors",
+    "frozen_adam_",
+    "gradient_of_momentum",
     "initial_factor",
     "int8_bytes",
     "low_rank_errors",
@@ -29,10 +33,14 @@ __all__ = [
     "outer_step_",
     "pack_int8",
     "pack_pairs",
+    "pack_signs",
     "remove_sent_",
     "select_largest",
+    "sign_bytes",
     "sparse_errors",
     "sparse_wire_gain",
+    "split_parts",
     "unpack_int8",
     "unpack_pairs",
+    "unpack_signs",
 ]
