@@ -50,7 +50,6 @@ def test_growth_counts_what_a_callback_adds():
 def calls_of_a_fit(with_callbacks: Callable[[], list[Callback]], layers: int) -> int:
     """Count the calls of functions in this package and in torch, and what these call that is not written in Python."""
     profile = Profile()
-    gc.collect()
     gc.disable()  # what it finds depends on the tests before
     profile.enable()
     try:
