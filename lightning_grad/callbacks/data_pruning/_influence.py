@@ -47,6 +47,8 @@ class InfluenceScores(SeveralPasses):
 
     @override
     def prepare(self, passes: Passes) -> None:
+        callback = passes.callback
+        _compared(passes.trainer, passes.pl_module, callback.include, callback.display_name)
         for target in passes.targets:
             target.check()
 
@@ -75,7 +77,9 @@ class InfluenceScores(SeveralPasses):
         for target in passes.targets:
             few = range(min(target.batch_size, len(target))) if rehearses else None
             aims.append(target.mean_gradient(parameters, few))
-            size = float(torch.nn.utils.get_total_norm(list(aims[-1].values())))
+            if few is not None and _size(aims[-1]) == 0.0:  # the others may have a gradient
+                aims[-1] = target.mean_gradient(parameters)
+            size = _size(aims[-1])
             if size == 0.0 or not math.isfinite(size):
                 raise ValueError(
                     f"{callback.display_name} compares directions with the gradient of the target, but it is "
@@ -103,9 +107,9 @@ class InfluenceScores(SeveralPasses):
         kinds = ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in trainer.optimizers))
         how = f"the directions of Adam's steps in {total}"
         if rest == len(parameters):
-            how = f"the gradients of {total}, because {kinds} keeps no moments like Adam's"
+            how = f"the gradients of {total}, because {kinds} has no moments like Adam's so far"
         elif rest:
-            how = f"{how}; of {rest} of them the gradients, because {kinds} keeps no moments like Adam's for these"
+            how = f"{how}; of {rest} of them the gradients, because {kinds} has no moments like Adam's for these so far"
         what = "the target"
         if callback.target is None:
             what = "the validation set. Test on other samples: metrics of this set are now too good"
@@ -113,11 +117,11 @@ class InfluenceScores(SeveralPasses):
 
     @override
     def take(self, passes: Passes) -> ScoredSet:
-        if not self._record:  # the round was due before this fit began
+        if not self._found:  # the round was due before this fit began, or is now, by a changed epoch
             self._add_pass(passes)
         values = (self._record["cosines"] / self._record["rates"]).amax(1)  # nan where no pass had a cosine
-        self._record = {}
-        return self._scored(passes, values, self._found)
+        found, self._record, self._found = self._found, {}, {}
+        return self._scored(passes, values, found)
 
     @property
     def is_recording(self) -> bool:  # type: ignore[override]
@@ -188,7 +192,7 @@ def _compared(
     """Return the parameters whose gradients are compared: those of adapters if there are any, else all trained ones.
 
     Raises:
-        ValueError: If no parameter is left.
+        ValueError: If no parameter is left, or one is complex.
     """
     found = trained_parameters(pl_module, include, display_name)
     owned = {key for optimizer in trainer.optimizers for key in owned_ids(optimizer)}
@@ -200,7 +204,16 @@ def _compared(
             f"{display_name} compares steps, but no optimizer holds the parameters that include={include} selects. "
             "Include others, or pass these to an optimizer."
         )
+    for name in (name for name, parameter in moving.items() if parameter.is_complex()):
+        raise ValueError(
+            f"{display_name} compares real gradients, but {name} is complex. Store it as real and imaginary part, or set "
+            "include to other parameters."
+        )
     return moving
+
+
+def _size(gradients: Mapping[str, Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(list(gradients.values())))
 
 
 def _groups(optimizers: Sequence[Optimizer]) -> Iterator[tuple[Optimizer, Mapping[str, Any]]]:

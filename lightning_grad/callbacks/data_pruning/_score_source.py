@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 from torch import Tensor
 
-from lightning_grad.callbacks.data_pruning._scored import ScoredSet
+from lightning_grad.callbacks.data_pruning._scored import LESS, ScoredSet
 from lightning_grad.core.losses.look import Measure
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ class ScoreSource:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    @property
+    def is_influence(self) -> bool:
+        """Whether high scores mark influential samples, not hard ones."""
+        return self.name == LESS
 
     @property
     def kind(self) -> str:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_grad.callbacks.data_pruning._measures import HISTORIES, OF_CLASSES, OF_LOSSES, ONE_BY_ONE
 from lightning_grad.callbacks.data_pruning._scored import LESS
-from lightning_grad.callbacks.data_pruning._sources import BINS, Chance, FileScores
+from lightning_grad.callbacks.data_pruning._sources import BINS, Chance, FileScores, refuse_offset
 from lightning_grad.data.score_files import score_path
 from lightning_grad.functional import RademacherProjection
 from lightning_grad.utilities.arguments import plain
@@ -86,6 +86,9 @@ def _check_bins(settings: DataPruning) -> None:
         "class_floor": settings.class_floor != 0.0,
         "loss_fn": settings.loss_fn is not None,
         "scores_by": settings.scores_by != "batch",
+        "target": settings.target is not None,
+        "include": settings.include is not None,
+        "projection": settings.projection is not None,
     }
     for name in (name for name, is_given in given.items() if is_given):
         raise ValueError(
@@ -128,11 +131,7 @@ def _check_target(settings: DataPruning) -> None:
         )
     if settings.projection is not None:
         RademacherProjection(1, check_count(settings.projection, 1, "projection"))  # raises for a wrong number
-    if is_used and settings.offset:
-        raise ValueError(
-            "offset drops the samples with the highest scores, which are the most influential ones with score='less'. "
-            "Leave offset at 0."
-        )
+    refuse_offset(is_used, settings.offset)
 
 
 def _check_functions(settings: DataPruning) -> None:
@@ -196,7 +195,7 @@ def warn_of_risks(callback: DataPruning, trainer: pl.Trainer) -> None:
             "2303.14753). Set epoch to a few epochs of training."
         )
     most = max(share for _, share in callback.rounds)
-    if most > _TOO_MUCH and callback.source.name != LESS and callback.keep == "hard" and callback.select == "top":
+    if most > _TOO_MUCH and not callback.source.is_influence and callback.keep == "hard" and callback.select == "top":
         rank_zero_warn(
             f"{callback.display_name} keeps only the hardest {100 * (1 - most):.0f} % of the samples. At such rates, "
             "the hardest samples alone do worse than a random choice (arXiv 2210.15809). Use select='ccs', or "

@@ -37,6 +37,15 @@ BINS = "dq"
 _PROTOTYPES = 10  # number of prototypes if the samples have no classes
 
 
+def refuse_offset(is_influence: bool, offset: float) -> None:
+    """Raise if an offset would drop influential samples."""
+    if is_influence and offset:
+        raise ValueError(
+            "offset drops the samples with the highest scores, which are the most influential ones with score='less'. "
+            "Leave offset at 0."
+        )
+
+
 def source_of(settings: DataPruning) -> ScoreSource:
     """Return the source for settings that have been checked."""
     source: ScoreSource
@@ -75,16 +84,22 @@ class FileScores(ScoreSource):
 
     pairs_rows = False
     _found: ScoredSet | None = None  # its epoch is -1 if the files have none
+    _says = ""  # name of the scores in the files
+
+    @property
+    def is_influence(self) -> bool:
+        return self._says == LESS
 
     def check(self, settings: DataPruning) -> None:
-        """Raise if a file is missing or not a score file, or if the files do not match each other."""
+        """Raise if a file is missing or not a score file, if the files do not match, or if offset drops what helps."""
         for path in settings.score_files or []:
             if not os.path.exists(path):
                 raise FileNotFoundError(
                     f"{settings.display_name} finds no score file {path!r}. Correct the path in score_files, or "
                     "write the file first with save_scores."
                 )
-        average_scores(settings.score_files or [])
+        self._says = average_scores(settings.score_files or []).name
+        refuse_offset(self.is_influence, settings.offset)
 
     def look(self, passes: Passes) -> ScoredSet:
         """Return the scores of the samples.

@@ -243,7 +243,7 @@ class TargetSet:
     def _refuse_without_indices(self, given: Any) -> None:
         source = given.dataset if isinstance(given, DataLoader) else given
         is_indexed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
-        if not is_indexed or isinstance(source, IterableDataset):
+        if not is_indexed or isinstance(source, (IterableDataset, dict)):
             self._source = None
             raise TypeError(
                 f"{self.asked.display_name} reads the samples of its target by index, but the target is "

@@ -141,7 +141,7 @@ class GradientCosines:
 
     @property
     def values(self) -> Tensor:
-        """The cosines (B, J) of all blocks so far; 0 for samples without a direction."""
+        """The cosines (B, J) of all blocks so far; 0 for samples without a direction, nan for one that is not finite."""
         self._add_silent()
         if self._projection is not None and self._projected is not None:
             rows = F.normalize(self._projection.values, dim=1)
@@ -149,7 +149,7 @@ class GradientCosines:
         parts = [torch.linalg.vector_norm(target.float(), dim=1) for target in self._targets.values()]
         norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0).to(self._dots)
         products = self._squares.sqrt()[:, None] * norms
-        return (self._dots / products).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        return torch.where(products == 0.0, 0.0, self._dots / products)
 
     def _add_silent(self) -> None:
         """Add the directions of parameters that had no gradient: Adam's mean moves them all the same."""

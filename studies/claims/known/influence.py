@@ -86,7 +86,7 @@ class Planted(LoaderModule):
 
 
 def chosen(prune: float, **options: Any) -> Arm:
-    """Return a training that goes on with few samples, with as many steps as on all of them."""
+    """Return a training that continues with few samples, for as many steps as with all of them."""
     given = {"epoch": OfEpochs(SCORED), "budget": "steps", "figure": False, "num_shown": 0, **options}
     return Arm(Use(DataPruning, prune, **given), module={"optimizer": "adamw", "weight_decay": 0.01})
 

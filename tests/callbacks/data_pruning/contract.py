@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.contract.entries import Technique
 
+_DOMAINS = {"domains": {"first": [0], "second": [1]}}
 _SHARES = (({"prune": 1.0}, "at least 0 and below 1"), ({"prune": -0.1}, "at least 0 and below 1"))
 ENTRIES = [
     Technique(
@@ -93,11 +94,11 @@ ENTRIES = [
             ({"domains": ["web"]}, "at least two different domains"),
             ({"domains": {"web": [0], "code": [0]}}, "has the index 0, that is in 'web' too"),
             ({"domains": {"web": [0], "code": []}}, "at least one index"),
-            ({"eta": -1.0}, "eta must be at least 0"),
-            ({"every_n_steps": 0}, "every_n_steps must be at least 1"),
-            ({"smoothing": 1.0}, "at least 0 and below 1"),
-            ({"floor": 1.5}, "floor must be from 0 to 1"),
-            ({"initial": {"first": 0.5, "second": 0.4}}, "with the sum 1"),
+            ({**_DOMAINS, "eta": -1.0}, "eta must be at least 0"),
+            ({**_DOMAINS, "every_n_steps": 0}, "every_n_steps must be at least 1"),
+            ({**_DOMAINS, "smoothing": 1.0}, "at least 0 and below 1"),
+            ({**_DOMAINS, "floor": 1.5}, "floor must be from 0 to 1"),
+            ({**_DOMAINS, "initial": {"first": 0.5, "second": 0.4}}, "with the sum 1"),
         ),
     ),
     Technique(

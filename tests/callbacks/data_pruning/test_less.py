@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,8 +106,8 @@ def test_sgd_has_the_directions_of_its_gradients(monkeypatch: pytest.MonkeyPatch
     values = scored(less(checkpoints=1), Classifier(), more=[hand])
     torch.testing.assert_close(values, hand.plain[3].double(), atol=1e-6, rtol=1e-4)
     assert said == [
-        "DataPruning compares the gradients of 6 parameters, because SGD keeps no moments like Adam's, with the gradient of "
-        "the target."
+        "DataPruning compares the gradients of 6 parameters, because SGD has no moments like Adam's so far, with the "
+        "gradient of the target."
     ]
 
 
@@ -231,6 +232,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"score": "less", "offset": 0.1}, "the most influential ones"),
     ({"score": "vog", "epoch": 3, "checkpoints": 1}, "checkpoints must be at least 2 with score='vog'"),
     ({"score": "less", "checkpoints": 0}, "checkpoints must be at least 1"),
+    ({"select": "dq", "target": target}, "so target has no effect"),
+    ({"select": "dq", "score": "less"}, "so score has no effect"),
 ]
 
 
@@ -270,6 +273,69 @@ def test_a_target_without_a_gradient_is_refused_after_the_first_batch() -> None:
     assert spy.count <= 1
 
 
+def test_a_mapping_is_no_target() -> None:
+    with pytest.raises(TypeError, match="reads the samples of its target by index, but the target is dict"):
+        scored(less(target=lambda _: {"train": [1, 2]}))
+
+
+class Hinge(Adaptive):
+    """Has no loss on samples that are far on their side, as those with 9 in the first feature."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, _ = batch
+        return (F.cross_entropy(self(x), y, reduction="none") * (x[:, 0] < 9)).mean()
+
+
+def test_a_target_whose_first_batch_has_no_gradient() -> None:
+    x, y, index = next(iter(DataLoader(TARGET, len(TARGET))))
+    x = x.clone()
+    x[:3, 0] = 9.0
+    part = TensorDataset(x[3:], y[3:], index[3:])
+    whole = TensorDataset(x, y, index)
+    mixed, rest = (scored(less(target=lambda _, aim=aim: DataLoader(aim, 3)), Hinge()) for aim in (whole, part))
+    torch.testing.assert_close(mixed, rest, atol=1e-6, rtol=1e-5)
+
+
+def test_samples_without_a_finite_step_have_no_score() -> None:
+    class Odd(Adaptive):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss if self.training else loss + self.root(batch[0]).mean()
+
+        def root(self, x: Tensor) -> Tensor:  # its value is 0, but has no slope where the first feature is the largest
+            top = x[:, 0] == make_data().tensors[0][:, 0].max()
+            return (self.head.bias[0] * 0.0 * torch.ones(len(x)) + (~top).float()).sqrt() - (~top).float()
+
+    odd = int(make_data().tensors[0][:, 0].argmax())
+    for scores_by in ("batch", "sample"):
+        values = scored(less(checkpoints=1, scores_by=scores_by), Odd())
+        assert values.isnan().nonzero().flatten().tolist() == [odd], scores_by
+
+
+def test_complex_parameters_are_refused_unless_others_are_included() -> None:
+    class Complex(Adaptive):
+        def __init__(self) -> None:
+            super().__init__()
+            self.phase = torch.nn.Parameter(torch.ones(8, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.body(x) * self.phase).real)
+
+    spy = Batches()
+    with pytest.raises(ValueError, match="compares real gradients, but phase is complex"):
+        scored(less(), Complex(), more=[spy])
+    assert spy.count == 0
+    assert scored(less(include=["head"]), Complex()).isfinite().all()
+
+
+def test_an_optimizer_that_has_not_stepped(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(_influence, "rank_zero_info", said.append)
+    with pytest.warns(UserWarning, match="scores at initialization"):
+        scored(less(checkpoints=1, epoch=0))
+    assert "because Adam has no moments like Adam's so far" in said[0]
+
+
 def test_parameters_that_no_optimizer_holds() -> None:
     class Half(Classifier):
         def configure_optimizers(self) -> Any:
@@ -293,6 +359,26 @@ def test_figures_speak_of_influence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     train(callback, Classifier(), logger=CSVLogger(tmp_path))
     assert "The most influential samples (4), most influential first" in drawn
     assert "more influential" in _pictures.draw_scores(callback.scored, "", None).axes[0].get_xlabel()
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_round_between_two_passes_knows_the_classes(tmp_path: Path) -> None:
+    given = {"epoch": 6, "checkpoints": 2, "prune": 0.3, "balance": "class"}
+    saving = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    train(less(**given), Adaptive(), epochs=7, more=[saving], enable_checkpointing=True)
+    earlier = less(**{**given, "epoch": 4})
+    train(earlier, Adaptive(), epochs=6, ckpt=tmp_path / "epoch=4.ckpt")  # with one pass, of epoch 3
+    assert earlier.scored.epoch == 5
+    assert earlier.scored.labels is not None
+
+
+def test_score_files_of_influence(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = str(tmp_path / "less.npz")
+    train(less(checkpoints=1, epoch=1, save_scores=path), Adaptive())
+    train(pruning(score_files=[path], prune=0.7, epoch=0))
+    assert not [each for each in recwarn if "hardest" in str(each.message)]
+    with pytest.raises(ValueError, match="the most influential ones"):
+        train(pruning(score_files=[path], prune=0.7, offset=0.1, epoch=0))
 
 
 def test_a_changed_target_scores_again(tmp_path: Path) -> None:
