@@ -25,7 +25,7 @@ class FrozenAdam(SplitGroups):
         floor: Least variance of an entry, as a share of the mean of its tensor.
 
     Attributes:
-        frozen: ``id`` of each parameter that the next update treats this way.
+        frozen: ``id`` of each parameter that updates treat this way until the next exchange.
     """
 
     def __init__(self, optimizer: Optimizer, floor: float) -> None:
@@ -45,6 +45,11 @@ class FrozenAdam(SplitGroups):
             state = self._optimizer.state.get(parameter, {})
             known = self._updates[id(parameter)] = int(_on_host(state["step"])) if _MOMENTUM in state else 0
         return known
+
+    def has_variance(self, parameter: Tensor) -> bool:
+        """Return whether the variance of a parameter is above zero anywhere; reads the device."""
+        found = self._optimizer.state[parameter][_VARIANCES[0]].any()
+        return bool(found.numpy() if found.is_cpu else found)  # numpy() of a CPU tensor is no sync
 
     def momentum(self, parameter: Tensor) -> tuple[Tensor, float]:
         """Return Adam's momentum of a parameter, as one of gradients that are to be minimized, and its decay."""
@@ -66,7 +71,6 @@ class FrozenAdam(SplitGroups):
                 if parameter.grad is not None:
                     self._updates[id(parameter)] = self.updates(parameter) + 1
             changed.append({**group, "params": others} if mine else group)
-        self.frozen = set()
         return changed
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: Group) -> None:

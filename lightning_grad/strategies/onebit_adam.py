@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_grad.core.compatibility import Compatibility, no
-from lightning_grad.core.fit import during_fit
+from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.functional import gradient_of_momentum, pack_signs, sign_bytes, split_parts, unpack_signs
 from lightning_grad.functional.communication.sign_messages import part_numel
 from lightning_grad.strategies._buckets import Gradient
@@ -28,7 +28,7 @@ from lightning_grad.strategies._scheme import Message
 from lightning_grad.strategies.compressed_ddp import CompressedDDPStrategy
 from lightning_grad.utilities.checks import check_finite_above
 
-_SIGNS, _RANKS = "signs", "ranks"
+_SIGNS, _RANKS, _COUNTED_FROM = "signs", "ranks", "counted_from"
 _WORKER, _SERVER = "worker", "server"  # rank r serves "server/r", so means over ranks keep the parts apart
 
 
@@ -93,7 +93,8 @@ class OneBitAdamStrategy(LocallyClippedDDP):
     **State**: each rank saves its error of each frozen tensor, and the error of the part that it averages, in
     ``<checkpoint>.ranks``. The checkpoint itself is DDP's: it loads under DDP and on one device, where Adam goes on.
 
-    **Cost**: 1 + 1/N numbers in memory per frozen entry, and during an exchange three more. Nothing waits for the device.
+    **Cost**: 1 + 1/N numbers in memory per frozen entry, and during an exchange three more. The host waits for the device once
+    per tensor, when it is frozen.
 
     A single rank also trains on signs.
 
@@ -135,6 +136,9 @@ class OneBitAdamStrategy(LocallyClippedDDP):
 
     _adam = during_fit[FrozenAdam]()
     _sent = during_fit.of(dict[str, tuple[Tensor, Tensor]])  # the errors of this exchange, by name
+
+    # Needed by checkpoints that are written after the fit or after an exception.
+    _counted_from = until_next_fit.of(dict[str, int])  # updates of tensors that had no gradient until then, by name
 
     def __init__(
         self,
@@ -229,6 +233,7 @@ class OneBitAdamStrategy(LocallyClippedDDP):
     def _split(
         self, gradients: Sequence[Gradient], owned: Collection[int], message: Message
     ) -> tuple[list[Gradient], list[Gradient]]:
+        self._adam.frozen = set()
         selected, dense = super()._split(gradients, owned, message)
         frozen = [gradient for gradient in selected if self._is_frozen(gradient.name, gradient.parameter)]
         names = {gradient.name for gradient in frozen}
@@ -236,7 +241,14 @@ class OneBitAdamStrategy(LocallyClippedDDP):
 
     def _is_frozen(self, name: str, parameter: Tensor) -> bool:
         updates = self._adam.updates(parameter)
-        return updates > 0 and (name in self.memory or updates >= (self.freeze_step or 0))
+        if updates == 0 or name in self.memory:
+            return updates > 0
+        if updates - self._counted_from.get(name, 0) < (self.freeze_step or 0):
+            return False
+        if self._adam.has_variance(parameter):
+            return True
+        self._counted_from[name] = updates  # a variance of zero has no floor: estimate it for as long again
+        return False
 
     @override
     def accumulate(self, gradients: Sequence[Gradient]) -> None:
@@ -246,9 +258,12 @@ class OneBitAdamStrategy(LocallyClippedDDP):
             if _WORKER not in memory:
                 memory[_WORKER] = torch.zeros_like(values, dtype=kind)
             if self._served not in memory:
-                memory[self._served] = values.new_zeros(part_numel(values.numel(), self.world_size), dtype=kind)
+                memory[self._served] = self._empty_part(memory[_WORKER])
             _, beta1 = self._adam.momentum(gradient.parameter)
             memory[_WORKER].add_(values, alpha=1 - beta1)
+
+    def _empty_part(self, worker: Tensor) -> Tensor:
+        return worker.new_zeros(part_numel(worker.numel(), self.world_size))
 
     @property
     def _served(self) -> str:
@@ -331,12 +346,17 @@ class OneBitAdamStrategy(LocallyClippedDDP):
     @override
     def rank_state(self) -> State:
         own, shared = super().rank_state()
-        return own, {**shared, _RANKS: self.world_size}
+        return own, {**shared, _RANKS: self.world_size, _COUNTED_FROM: dict(self._counted_from)}
+
+    @override
+    def forget_rank_state(self) -> None:
+        super().forget_rank_state()
+        self._counted_from = {}
 
     @override
     def load_rank_state(self, own: Mapping[str, Any], shared: Mapping[str, Any], changed: set[str]) -> None:
         super().load_rank_state(own, shared, changed)
-        before = shared[_RANKS]
+        before, self._counted_from = shared[_RANKS], dict(shared[_COUNTED_FROM])
         if before == self.world_size:
             return
         # Parts have other bounds now: what a rank has not sent of its part becomes an error of its own gradients.
@@ -344,6 +364,7 @@ class OneBitAdamStrategy(LocallyClippedDDP):
             parts = [kept.pop(f"{_SERVER}/{rank}") for rank in range(before)]
             error = torch.cat(parts)[: kept[_WORKER].numel()]
             kept[_WORKER].add_(error, alpha=before)  # a mean over the old ranks, of which each had one part
+            kept[self._served] = self._empty_part(kept[_WORKER])
 
     # The fit ends.
 

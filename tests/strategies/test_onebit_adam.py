@@ -291,6 +291,49 @@ def test_a_parameter_is_frozen_after_its_own_updates() -> None:
         assert names == {"net.first.weight", "net.last.weight", "net.late.weight"}
 
 
+def test_a_tensor_without_any_gradient_is_not_frozen() -> None:
+    """Its variance is zero, and so is its floor: signs would move it by rate / eps."""
+
+    class Gated(nn.Module):
+        def __init__(self, opens: int) -> None:
+            super().__init__()
+            self.net, self.branch, self.calls, self.opens = small_net(), small_net(), 0, opens
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.net(x) + float(self.calls > self.opens) * self.branch(x)
+
+    def work() -> tuple[list[float], float]:
+        result = fit(one_bit(), AdamTask(net=Gated(opens=FREEZE + 1), lr=1e-3))
+        moved = result["weights"]["net.branch.0.weight"] - small_net()[0].weight.detach()
+        return [metrics["comm/frozen"] for metrics in result["metrics"]], float(moved.abs().max())
+
+    for frozen, moved in on_ranks(2, work):
+        assert frozen == [0] * FREEZE + [1 / 2] * FREEZE + [1] * (2 * BATCHES - 2 * FREEZE)
+        assert moved < 12 * 1e-3 / math.sqrt(FLOOR)
+
+
+def test_a_second_update_with_one_gradient_keeps_the_variance_too() -> None:
+    class Twice(AdamTask):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            optimizer.optimizer.step()
+
+    def work() -> tuple[Tensor, Tensor]:
+        kept = []
+
+        class Keeps(pl.Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                state = trainer.optimizers[0].state[trainer.model.module.net[0].weight]
+                kept.append(state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"])))
+
+        fit(one_bit(freeze_step=4), Twice(lr=1e-4), [Keeps()], epochs=1)
+        return kept[1], kept[-1]
+
+    ((at_freeze, at_end),) = on_ranks(1, work)
+    assert_close(at_end, at_freeze)
+
+
 # The floor.
 
 
@@ -354,8 +397,35 @@ def test_another_number_of_ranks_keeps_the_sum_of_all_errors(before: int, after:
         expected = expected + parts[: len(expected)]
         for result in loaded:
             assert result["step"] == BATCHES
-            assert set(result["memory"][name]) == {"worker"}
             assert_close(result["memory"][name]["worker"], expected)
+        for rank, result in enumerate(loaded):
+            assert set(result["memory"][name]) == {"worker", f"server/{rank}"}
+            assert not result["memory"][name][f"server/{rank}"].any()
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+def test_another_number_of_ranks_goes_on_from_an_exchange_that_failed_on_all_ranks(tmp_path: Path) -> None:
+    """Its gradients are in the errors already, and nothing is added to them before they are sent."""
+    path = tmp_path / "run.ckpt"
+
+    class Fails(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == FREEZE + 1:
+                trainer.strategy.ranks.swap = self.fail
+
+        def fail(self, rows: Tensor) -> Tensor:
+            raise RuntimeError("the network is down")
+
+        def on_exception(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(path)
+
+    def work() -> None:
+        with pytest.raises(RuntimeError, match="the network is down"):
+            fit(one_bit(), AdamTask(), [Fails()], epochs=1)
+
+    on_ranks(2, work)
+    for result in on_ranks(3, lambda: _resumed(path, residual_policy="mean")):
+        assert result["step"] == BATCHES
 
 
 def test_adam_goes_on_from_a_checkpoint_under_ddp_with_the_variance_of_the_freeze(tmp_path: Path) -> None:
