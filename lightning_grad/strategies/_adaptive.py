@@ -114,16 +114,18 @@ class AdaptiveDDP(CompressedDDPStrategy):
 
     def _plan_if_due(self) -> None:
         period = self._trainer.current_epoch if self.adapt_every is None else self.step // self.adapt_every
-        before, self._period = self._period, period
         # A layer that no rank used keeps its level. All ranks have accumulated the same layers.
         names = [name for name in self._order if _SEEN in self.memory.get(name, {})]
-        if before not in (None, period) and names:
+        if self._period not in (None, period) and names:
             self._plan(names)
+            for name in names:  # not before: if another rank is lost while they plan, the run that resumes plans
+                del self.memory[name][_SEEN]
+        self._period = period
 
     def _plan(self, names: Sequence[str]) -> None:
         begin = time.perf_counter()
         possible = [self.possible_levels(name) for name in names]
-        seen = [self.memory[name].pop(_SEEN) for name in names]
+        seen = [self.memory[name][_SEEN] for name in names]
         measured = [self._measure_errors(*layer) for layer in zip(names, seen, possible, strict=True)]
         mean = self.ranks.mean_(torch.cat(measured)).cpu()
         if not mean.isfinite().all():  # the sums have overflowed, on any rank: all keep their levels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from lightning_grad.callbacks import NMSparsity, QuantizationAwareTraining
+from lightning_grad.callbacks import NMSparsity, NormClipping, QuantizationAwareTraining
 from lightning_grad.core.views import weight_chain
 from lightning_grad.functional import is_nm
-from lightning_grad.testing import make_classifier
+from lightning_grad.testing import fit, make_classifier
 from tests.sharded import differences, fit_replicated, fit_sharded, on_cpus, sharded, weights_of
 
 pytestmark = on_cpus
@@ -178,4 +180,46 @@ def test_the_comparison_sees_a_view_that_fsdp2_takes_for_its_parameter(together)
         assert far != {}
 
 
-TOGETHER = ({_train: WORKS, _resume: RESUMED, _refuse: NAMES, _train_shown_weights: NAIVE},)
+def _split_hidden(module: Any, is_sharded: bool) -> Any:
+    """Cut the rows of a layer by tensor parallelism, then shard all of it by FSDP2, which gathers over its own ranks only."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def configure_model() -> None:
+        if is_sharded:
+            style = ColwiseParallel(output_layouts=Replicate())
+            parallelize_module(module, module.device_mesh["tensor_parallel"], {"hidden": style})
+            for part in (module.hidden, module):
+                fully_shard(part, mesh=module.device_mesh["data_parallel"])
+
+    module.configure_model = configure_model
+    return module
+
+
+def _train_split(which: str, folder: Path) -> Any:
+    build: Callable[[], Any] = {"sparse": lambda: _sparse(["hidden"]), "rounded": lambda: _rounded(["hidden"])}[which]
+
+    def run(callbacks: list[Any], is_sharded: bool = True) -> Any:
+        module = _split_hidden(make_classifier(optimizer="sgd"), is_sharded)
+        # The data-parallel size is 1, so both ranks hold the same samples.
+        return fit(callbacks, module, strategy=ModelParallelStrategy(1, 2), devices=2, max_epochs=1)[1]
+
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # returns a view, because of tensor parallelism
+    whole, parts = (run([build(), NormClipping(0.1)], is_sharded) for is_sharded in (False, True))
+    with pytest.raises(ValueError, match="Hadamard") as error:
+        run([_rounded(["hidden"], quantizer="quest")])
+    return differences(whole, parts), str(error.value)
+
+
+SPLIT = [("sparse",), ("rounded",)]
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_tensor_parallelism_as_well(case, together):
+    for far, message in together(_train_split, SPLIT, case)[0]:
+        assert max([0.0, *far.values()]) < 1e-5
+        assert message.startswith("QuantizationAwareTraining cannot work on hidden.weight: a Hadamard transform needs")
+
+
+TOGETHER = ({_train: WORKS, _resume: RESUMED, _refuse: NAMES, _train_shown_weights: NAIVE, _train_split: SPLIT},)

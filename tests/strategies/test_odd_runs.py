@@ -204,7 +204,13 @@ def _fail_to_exchange(build: Build, collective: str, at: int, folder: Path) -> t
     return uninterrupted(build), finish(build(), ckpt=folder / "on_exception.ckpt")
 
 
+def adapted() -> Any:
+    return power(adapt="lgreco", adapt_every=3)
+
+
+# The last two fail in a plan: while errors are averaged, and while rank 0 sends its choice.
 EXCHANGES = [(dgc, "gather", 1), (dgc, "gather", 4), (power, "mean_", 7), (power, "mean_", 8)]
+EXCHANGES += [(adapted, "mean_", 7), (adapted, "begin_copy_", 1)]
 
 
 @pytest.mark.parametrize("case", EXCHANGES)

@@ -34,6 +34,7 @@ from lightning_grad.core.fit import during_fit, until_next_fit
 from lightning_grad.core.monitor_restart import MonitorRestart
 from lightning_grad.core.optimizers import techniques_that_evaluate
 from lightning_grad.core.progress import IN_FIRST_EPOCH, check_total_steps, run_progress, total_steps
+from lightning_grad.functional.gradients.shards import is_tensor_parallel
 from lightning_grad.functional.quantization.fake_quantization import ActivationQuantizer
 from lightning_grad.functional.quantization.grids import Quantizer, check_grid
 from lightning_grad.utilities.activation_quantization import apply_activation_quantization
@@ -268,6 +269,13 @@ class QuantizationAwareTraining(WeightCallback[GridWeight]):
             others = set(range(weight.parameter.ndim)) - {weight.grid.dim}
             why = f"each output channel (dimension {weight.grid.dim}) has one scale"
             self.refuse_shards(weight, others, why, f"Shard it along dimension {weight.grid.dim}")
+            if weight.grid.hadamard and is_tensor_parallel(weight.parameter):
+                name = clean_name(weight.name)
+                raise ValueError(
+                    f"{self.display_name} cannot work on {name}: a Hadamard transform needs plain weights in the forward "
+                    "pass, and tensor parallelism splits it over ranks. Set hadamard=False or another quantizer, or exclude "
+                    f"it: exclude=[{name!r}]."
+                )
         repeating = techniques_that_evaluate(trainer)
         repeating += [type(o).__name__ for o in trainer.optimizers if _moves_within_a_step(o)]
         if repeating:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_grad.core import FoundWeight, ViewedWeight
 from lightning_grad.core.views.portable import pack_bits, unpack_bits
 from lightning_grad.functional import NMPattern, NMPhase, add_sr_ste_, is_nm, nm_mask, prune_weight, scale_weight
-from lightning_grad.functional.gradients.shards import as_used, is_dtensor
+from lightning_grad.functional.gradients.shards import as_used
 from lightning_grad.functional.sparsity.nm_schedule import DENSE
 from lightning_grad.functional.sparsity.nm_sparsity import Axis, group_dim, nm_masks
 from lightning_grad.utilities.parameters import clean_name
@@ -89,7 +89,7 @@ class SparseWeight(ViewedWeight):
         factor = self.factor
         if factor is None:
             return weight
-        if self.found.sharded is not None and not is_dtensor(weight):
+        if self.found.sharded is not None and weight is not self.found.sharded:
             # One byte an entry is gathered. The mask is that of the shards: of a weight in bf16, some groups would differ.
             factor = as_used(factor == 1.0, weight).to(weight.dtype).clamp_(min=self.phase.decay)
         return scale_weight(weight, factor, self.straight_through)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
+from torch.optim import Optimizer
 
 from lightning_grad.core.dispatch import wrap_method
 
@@ -22,7 +23,8 @@ def hide_steps_of_loading(trainer: pl.Trainer) -> Callable[[], None]:
     """
 
     def load(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        optimizers: list[Any] = list(trainer.strategy.optimizers)
+        # That of DeepSpeed's engine is no torch optimizer, and loading does not step it.
+        optimizers: list[Any] = [o for o in trainer.strategy.optimizers if isinstance(o, Optimizer)]
         hooks = [(o._optimizer_step_pre_hooks, o._optimizer_step_post_hooks) for o in optimizers]
         for optimizer in optimizers:
             optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()

@@ -21,6 +21,11 @@ def sharded_dims(tensor: Tensor) -> set[int]:
     return {dim for dim in found if dim is not None}
 
 
+def is_tensor_parallel(tensor: Any) -> bool:
+    """Return True if a DTensor stays one in the forward pass; Lightning gives tensor parallelism a dimension of the mesh."""
+    return is_sharded(tensor) and "tensor_parallel" in (tensor.device_mesh.mesh_dim_names or ())
+
+
 def on_shard(rule: Callable[[Tensor], Tensor], weight: Tensor) -> Tensor:
     """Apply a rule to this rank's shard, and return the result as a DTensor like the weight.
 
@@ -86,12 +91,15 @@ def as_used(values: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         values: Values of the weight's shape, sharded like it or not.
-        weight: The weight in use; still a DTensor under tensor parallelism.
+        weight: The weight in use; still a DTensor, of a smaller mesh, under tensor parallelism.
     """
-    if not is_dtensor(values) or is_dtensor(weight):
+    given: Any = values
+    used: Any = weight
+    if not is_dtensor(values) or (is_dtensor(weight) and used.device_mesh == given.device_mesh):
         return values
-    used: Any = values.to(weight.dtype) if values.is_floating_point() else values  # cast first: fewer bytes to gather
-    return used.full_tensor()  # type: ignore[no-any-return]
+    given = given.to(weight.dtype) if values.is_floating_point() else given  # cast first: fewer bytes to gather
+    # Under tensor parallelism as well, FSDP2 has gathered the weight over its own ranks only.
+    return shard_of(given.full_tensor(), weight)
 
 
 def is_fully_sharded(layer: nn.Module) -> bool:

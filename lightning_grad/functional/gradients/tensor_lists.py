@@ -121,9 +121,9 @@ def stack_norms(tensors: Sequence[Tensor | None], norm_type: float = 2.0) -> Ten
 
 
 def stack(values: Sequence[Tensor]) -> Tensor:
-    """Stack scalars into one vector on the device of the first; a DTensor if all of them are DTensors."""
-    sharded = [is_sharded(value) for value in values]
-    if any(sharded) and not all(sharded):
+    """Stack scalars into one vector on the device of the first; a DTensor if all of them are DTensors of one mesh."""
+    # With tensor parallelism and FSDP2, only some parameters belong to the mesh of both.
+    if len({getattr(value, "device_mesh", None) for value in values}) > 1:
         values = [whole(value) for value in values]
     if len({value.device for value in values}) > 1:
         values = [value.to(values[0].device) for value in values]

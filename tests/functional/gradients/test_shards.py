@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_grad.functional.gradients import shards
-from lightning_grad.functional.gradients.tensor_lists import whole
+from lightning_grad.functional.gradients.tensor_lists import joined_norm, stack_norms, whole
 from tests.functional.ranks import on_two_ranks
 from tests.sharded import on_cpus
 
@@ -73,6 +73,28 @@ def _check_used(rank: int, mesh: Any) -> None:
 
 def test_values_for_a_gathered_weight_are_whole_and_of_its_type() -> None:
     on_two_ranks(_check_used)
+
+
+def _check_two_meshes(rank: int, mesh: Any) -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    both = dist.init_device_mesh("cpu", (1, 2), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    tensor = torch.arange(20.0).view(5, 4).sin()
+    held = distribute_tensor(tensor, both, [Shard(0), Shard(0)])
+    used = distribute_tensor(tensor, both["tensor_parallel"], [Shard(0)])
+    assert (shards.is_tensor_parallel(held), shards.is_tensor_parallel(tensor)) == (True, False)
+    found = shards.as_used(held > 0, used)
+    assert isinstance(found, DTensor)
+    assert found.device_mesh == used.device_mesh
+    assert torch.equal(whole(found), tensor > 0)
+    other = distribute_tensor(tensor, mesh, [Replicate()])
+    assert torch.allclose(joined_norm([held, other]), joined_norm([tensor, tensor]))
+    assert stack_norms([held, other], torch.inf).tolist() == stack_norms([tensor, tensor], torch.inf).tolist()
+
+
+def test_parameters_of_two_meshes() -> None:
+    """Under tensor parallelism FSDP2 holds those of some layers on a mesh of both, and gathers them over one dimension."""
+    on_two_ranks(_check_two_meshes)
 
 
 def _check_reshard(rank: int, mesh: Any) -> None:
