@@ -259,7 +259,7 @@ def test_what_it_refuses() -> None:
         train(whole(), Manual())
     with pytest.raises(ValueError, match="one share for each of the domains a, b; got a, c"):
         train(whole(initial={"a": 0.5, "c": 0.5}))
-    with pytest.raises(ValueError, match="the index -1, below 0"):
+    with pytest.raises(ValueError, match="the index -1, which is below 0"):
         DomainReweighting({"a": [-1], "b": [1]})
 
 
