@@ -66,8 +66,8 @@ def check_domains(domains: Named) -> None:
                 raise ValueError(f"domains[{name!r}] must have at least one index; got none. Drop the domain.")
             for index in indices:
                 if index < 0 or index in seen:
-                    other = f"that is in {seen[index]!r} too" if index in seen else "below 0"
-                    raise ValueError(f"domains[{name!r}] has the index {index}, {other}. Each sample has one domain.")
+                    problem = f"which is also in {seen[index]!r}" if index in seen else "which is below 0"
+                    raise ValueError(f"domains[{name!r}] has the index {index}, {problem}. Each sample has one domain.")
                 seen[index] = name
 
 

@@ -25,7 +25,9 @@ class LossWeighting(GradCallback):
     ``acts`` and calls :meth:`choose_loss`.
     """
 
-    of_batch: ClassVar[tuple[str, ...]] = ("_weighted",)
+    of_batch: ClassVar[tuple[str, ...]] = ("_weighted", "_mean_weight")
+    # Whether weights are ratios of shares of samples, so their mean is about 1; then it is logged.
+    changes_shares: ClassVar[bool] = False
     way_out: ClassVar[str]  # advice if the loss cannot be read: a clause that begins with an imperative verb
     loss_index: int | None
     loss_fn: GivenFunction | None
@@ -35,6 +37,7 @@ class LossWeighting(GradCallback):
     _sample_loss = until_next_fit[SampleLoss](lambda _: None).saved()
     _module = during_fit[pl.LightningModule]()
     _weighted = during_fit[tuple[SampleLosses, Tensor] | None](lambda _: None)
+    _mean_weight = during_fit[Tensor | None](lambda _: None)
 
     def weigh(self, losses: SampleLosses) -> Tensor | None:
         """Return a weight for each sample of the batch, or ``None`` to leave the step as it is."""
@@ -73,6 +76,8 @@ class LossWeighting(GradCallback):
         if is_repeated(self._module):  # the objective must not change, and no loss is recorded
             return None if self._weighted is None else self._weighted[1]
         weights = self.weigh(losses)
+        if weights is not None and self.changes_shares:
+            self._mean_weight, weights = weights.mean(), losses.for_other_shares(weights)
         self._weighted = None if weights is None else (losses, weights)
         return weights
 
@@ -96,5 +101,6 @@ class LossWeighting(GradCallback):
         if self._weighted is not None and is_log_step(trainer):
             losses, weights = self._weighted
             plain, weighted = losses.weighted(weights)
-            self.log_scalars(pl_module, {"loss": plain, "weighted_loss": weighted})
-        self._weighted = None
+            mean = {} if self._mean_weight is None else {"mean_weight": self._mean_weight}
+            self.log_scalars(pl_module, {"loss": plain, "weighted_loss": weighted, **mean})
+        self._weighted, self._mean_weight = None, None

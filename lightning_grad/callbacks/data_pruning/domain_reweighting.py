@@ -133,6 +133,7 @@ class DomainReweighting(LossWeighting):
         "the host must know the gradients' products: one update every every_n_steps optimizer steps"
     )
     of_batch: ClassVar[tuple[str, ...]] = (*LossWeighting.of_batch, "_drawn")
+    changes_shares: ClassVar[bool] = True
     way_out: ClassVar[str] = f"{_BY_HAND}, or {LOSS_FN}"
 
     record = until_next_fit.of(RunRecord).saved()
@@ -316,8 +317,6 @@ class DomainReweighting(LossWeighting):
         if self.acts and is_log_step(trainer):
             logged = dict(zip(self._names[:_MOST_LOGGED], self._mixture, strict=False))
             self.log_scalars(pl_module, {f"weight/{name}": value for name, value in logged.items()})
-            if self._weighted is not None:
-                self.log_scalars(pl_module, {"mean_weight": self._weighted[1].mean()})
         super().on_train_batch_end(trainer, pl_module, *args)
 
     # The fit ends.

@@ -22,7 +22,6 @@ from lightning_grad.core.subset import SubsetCallback
 from lightning_grad.functional.data_pruning import gradient_norm_sampling as rules
 from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.utilities.checks import check_between, check_count
-from lightning_grad.utilities.reporting import is_log_step
 
 
 class GradientNormSampling(LossWeighting, SubsetCallback):
@@ -101,6 +100,7 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
     )
     trial: ClassVar[Mapping[str, Any]] = {"smooth": 0.9}
     neutral: ClassVar[Mapping[str, Any] | str] = {"smooth": 0.0}
+    changes_shares: ClassVar[bool] = True
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
     # What was measured for each sample: norms, or losses if the loss is not one call. nan if never measured.
@@ -249,9 +249,3 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
         else:
             found = losses.losses if losses.terms is None else losses.terms.shares
         self._record.put(self.indices, found.detach(), self.training_set.sampler.total)
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if self._weighted is not None and is_log_step(trainer):
-            self.log_scalars(pl_module, {"mean_weight": self._weighted[1].mean()})
-        super().on_train_batch_end(trainer, pl_module, *args)

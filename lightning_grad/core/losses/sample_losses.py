@@ -126,6 +126,7 @@ class SampleLosses:
         call: Call of ``torch.nn.functional`` that they come from, if it is the whole loss.
         terms: Otherwise, terms of the step's loss.
         sums: Numerators and denominators of the call's mean.
+        kind: How a loss by terms is read; "own" if the step divides by the positions of the batch.
         rest: Without call and terms, the losses come from a function; then the step's loss minus
             their mean.
     """
@@ -134,6 +135,7 @@ class SampleLosses:
     call: LossCall | None = None
     terms: Terms | None = None
     sums: SampleSums | None = None
+    kind: SampleLoss | None = None
     rest: Tensor | float = 0.0
 
     @classmethod
@@ -141,7 +143,33 @@ class SampleLosses:
         """Return the losses by terms: for "own", the mean over a sample's own positions; else its share of the sum."""
         own = terms.own
         shares = terms.shares.masked_fill(own.detach().isnan(), float("nan"))  # nan for samples without positions
-        return cls(own if kind == "own" else shares, terms=terms)
+        return cls(own if kind == "own" else shares, terms=terms, kind=kind)
+
+    @property
+    def denominators(self) -> Tensor | None:
+        """What each sample adds to the number that the batch divides by, (B,); ``None`` if that does not depend on it."""
+        if self.call is not None and self.sums is not None:
+            return self.sums.denominators.detach() if self.call.options["reduction"] == "mean" else None
+        return self.terms.counts if self.terms is not None and self.kind == "own" else None
+
+    def for_other_shares(self, weights: Tensor) -> Tensor:
+        r"""Return weights under which the batch stands for data in which samples have other shares.
+
+        .. math::
+            w_b \leftarrow w_b \, \frac{\frac 1 B \sum_c D_c}{\sum_c w_c D_c / \sum_c w_c}
+
+        A loss that ignores positions, or has class weights, divides by the sum of :math:`D_c` over the batch, where that
+        of the other data belongs. Weights do not change if all D are equal.
+
+        Args:
+            weights: Share of each sample in the other data, relative to its share in the batches, (B,).
+        """
+        found = self.denominators
+        if found is None:
+            return weights
+        found = found.to(weights)
+        factor = found.mean() * weights.sum() / (weights * found).sum()
+        return weights * torch.where(factor.isfinite(), factor, 1.0)  # a batch of ignored positions divides by 0
 
     def weighted(self, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss without and with weights, for logs."""

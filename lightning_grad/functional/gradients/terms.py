@@ -29,11 +29,13 @@ class Term:
         place: The call that reduces it, with its line in the step.
         shares: B times the contribution of each sample, (B,).
         own: The mean over each sample's own positions, (B,); see :class:`Terms`.
+        counts: Sum of the coefficients of each sample's positions, (B,); ``None`` if these are not weights.
     """
 
     place: Place
     shares: Tensor
     own: Tensor
+    counts: Tensor | None = None
 
     def __str__(self) -> str:
         return str(self.place)
@@ -112,6 +114,12 @@ class Terms:
         return self._with_values(None if self._shares is None else _sum_of_means([t.own for t in self.terms]))
 
     @property
+    def counts(self) -> Tensor | None:
+        """The sum of the coefficients of each sample's positions over all terms, (B,); ``None`` if one is unknown."""
+        found = [term.counts for term in self.terms if term.counts is not None]
+        return sum(found[1:], found[0]).detach() if found and len(found) == len(self.terms) else None
+
+    @property
     def constant(self) -> Tensor:
         """The part of the loss that belongs to no sample, a scalar tensor."""
         shares = self.shares.detach()
@@ -136,14 +144,12 @@ class Terms:
         place, sums = parts[0].place, sum((part.sums for part in parts[1:]), parts[0].sums)
         shares = sums * self.samples
         counts = [part.counts for part in parts if part.counts is not None]
+        total = sum(counts[1:], counts[0]) if len(counts) == len(parts) else None
         if len(parts) == 1 and parts[0].own is not None:
             own = parts[0].own
-        elif len(counts) < len(parts):
-            own = shares
         else:
-            total = sum(counts[1:], counts[0])
-            own = sums / total * total.sum()
-        return Term(place, shares, own)
+            own = shares if total is None else sums / total * total.sum()
+        return Term(place, shares, own, total)
 
     def _check(self, found: Values) -> None:
         """Raise if the terms do not add up to the loss that the step returned."""

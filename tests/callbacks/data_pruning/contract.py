@@ -92,7 +92,7 @@ ENTRIES = [
         "DomainReweighting",
         wrong=(
             ({"domains": ["web"]}, "at least two different domains"),
-            ({"domains": {"web": [0], "code": [0]}}, "has the index 0, that is in 'web' too"),
+            ({"domains": {"web": [0], "code": [0]}}, "has the index 0, which is also in 'web'"),
             ({"domains": {"web": [0], "code": []}}, "at least one index"),
             ({**_DOMAINS, "eta": -1.0}, "eta must be at least 0"),
             ({**_DOMAINS, "every_n_steps": 0}, "every_n_steps must be at least 1"),

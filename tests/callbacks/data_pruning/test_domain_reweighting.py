@@ -110,6 +110,32 @@ def test_a_loss_of_several_terms() -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
+class Ignored(Linear):
+    """Ignores positions: samples of the first domain have one, others five."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, index = batch
+        kept = torch.arange(5) < torch.where(index < 14, 1, 5)[:, None]
+        logits = self(x)
+        loss = F.cross_entropy(logits[:, :, None].expand(-1, -1, 5), torch.where(kept, y[:, None], -100))
+        self.steps.append([batch, self.head.weight.detach().clone(), self.head.bias.detach().clone(), loss.item()])
+        return loss
+
+
+def test_a_loss_that_divides_by_positions_is_that_of_the_mixture() -> None:
+    # The batch divides by the mean number of positions in the mixture, not in the data.
+    fixed = DomainReweighting(DOMAINS, eta=0.0, initial={"a": 0.25, "b": 0.75})
+    found = train(fixed, Ignored(), epochs=1, log_every_n_steps=1)
+    for (x, y, index), matrix, bias, _, gradient in found.module.steps:
+        weights = torch.tensor([0.25 / 0.7] * 14 + [0.75 / 0.3] * 6 + [1.0] * 2)[index]
+        counts = torch.where(index < 14, 1.0, 5.0)
+        error = (x @ matrix.T + bias).softmax(1) - F.one_hot(y, CLASSES)
+        mean = (weights * counts).sum() / weights.sum()
+        expected = ((weights * counts)[:, None] * error).T @ x / (len(y) * mean)
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert float(found.trainer.callback_metrics["data/mean_weight"]) == pytest.approx(float(weights.mean()))
+
+
 # A planted domain.
 
 
@@ -233,7 +259,7 @@ def test_what_it_refuses() -> None:
         train(whole(), Manual())
     with pytest.raises(ValueError, match="one share for each of the domains a, b; got a, c"):
         train(whole(initial={"a": 0.5, "c": 0.5}))
-    with pytest.raises(ValueError, match="the index -1, below 0"):
+    with pytest.raises(ValueError, match="the index -1, which is below 0"):
         DomainReweighting({"a": [-1], "b": [1]})
 
 

@@ -20,6 +20,7 @@ from lightning_grad.callbacks import (
     RepeatedRandomSubset,
 )
 from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
+from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.functional import sampling_probabilities, sampling_weights
 from lightning_grad.functional.data_pruning import gradient_norm_sampling as rules
 from lightning_grad.testing import ResumableLoader, assert_identical, make_trainer, state_of
@@ -166,6 +167,56 @@ def test_the_gradient_is_unbiased_with_less_variance_than_uniform_draws(monkeypa
     assert found.var(0).sum() < 0.6 * uniform
     monkeypatch.setattr(rules, "sampling_weights", lambda p: torch.ones(len(p)))
     assert standard_errors(*drawn_gradients()) > 5.0, "without weights"
+
+
+class ClassWeights(Skewed):
+    """Divides by the sum of the weights of the classes in the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.steps.append([])
+        return F.cross_entropy(self.head(batch[0]), batch[1], weight=torch.tensor([1.0, 1.0, 10.0]))
+
+
+def positions(index: Tensor) -> Tensor:
+    """Return which positions a sample has: every fourth sample six, others one."""
+    return torch.arange(8) < torch.where(index % 4 == 0, 6, 1)[:, None]
+
+
+class Ignored(Skewed):
+    """Divides by the number of positions in the batch that are not ignored."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, index = batch
+        self.steps.append([])
+        targets = torch.where(positions(index), y[:, None], -100)
+        return F.cross_entropy(self.head(x)[:, :, None].expand(-1, -1, 8), targets)
+
+
+class Masked(Skewed):
+    """The same, by hand."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y, index = batch
+        self.steps.append([])
+        mask = positions(index).float()
+        losses = F.cross_entropy(self.head(x), y, reduction="none")[:, None].expand(-1, 8)
+        return (losses * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("kind", [ClassWeights, Ignored, Masked])
+def test_the_gradient_is_unbiased_if_batches_divide_by_different_numbers(
+    kind: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(callback: Any, skipped: int) -> Tensor:
+        # The mean of a ratio is the ratio of means only for large batches.
+        limits = {"epochs": 30, "batch_size": 16, "log_every_n_steps": 1000}
+        steps = train(callback, kind(), skewed_data(), **limits).module.steps
+        return torch.stack([step[-1].flatten().double() for step in steps[skipped:]])
+
+    every = gradients(pl.Callback(), 0)
+    assert standard_errors(gradients(GradientNormSampling(0.9, total_steps=12), 12), every) < 2.0
+    monkeypatch.setattr(SampleLosses, "for_other_shares", lambda self, weights: weights)
+    assert standard_errors(gradients(GradientNormSampling(0.9, total_steps=12), 12), every) > 4.0
 
 
 @pytest.mark.parametrize(
