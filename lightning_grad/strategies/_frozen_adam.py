@@ -12,7 +12,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from typing_extensions import override
 
 from lightning_grad.functional import frozen_adam_
-from lightning_grad.strategies._split_groups import Group, SplitGroups
+from lightning_grad.strategies._split_groups import Group, SplitGroups, updates_like
 
 _MOMENTUM, _VARIANCES = "exp_avg", ("exp_avg_sq", "max_exp_avg_sq")
 
@@ -105,7 +105,7 @@ def _is_decoupled(optimizer: Optimizer, group: Group) -> bool:
 
 def why_not_frozen(optimizer: Optimizer) -> str:
     """Return why the variance of an optimizer cannot be frozen, or an empty string."""
-    if not isinstance(optimizer, Adam | AdamW) or type(optimizer).step not in (Adam.step, AdamW.step):
+    if not updates_like(optimizer, Adam, AdamW):
         return f"{type(optimizer).__name__} is not torch.optim.Adam or AdamW"
     if any(group.get("differentiable") for group in optimizer.param_groups):
         return f"this {type(optimizer).__name__} has differentiable=True"

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 from typing_extensions import override
 
-from lightning_grad.strategies._split_groups import Group, SplitGroups
+from lightning_grad.strategies._split_groups import Group, SplitGroups, updates_like
 
 _BUFFER = "momentum_buffer"
 
@@ -71,7 +71,7 @@ class LocalMomentum(SplitGroups):
 
 def why_not_moved(optimizer: Optimizer) -> str:
     """Return why the momentum of an optimizer cannot move into the compressor, or an empty string."""
-    if not isinstance(optimizer, SGD) or type(optimizer).step is not SGD.step:
+    if not updates_like(optimizer, SGD):
         return f"{type(optimizer).__name__} is not torch.optim.SGD"
     dampening = max(group["dampening"] for group in optimizer.param_groups)
     return f"this SGD has dampening={dampening}, which the compressor cannot apply" if dampening else ""

@@ -70,3 +70,14 @@ class SplitGroups(ABC):
         """Restore the optimizer's own groups if they are replaced."""
         if self._own_groups is not None:
             self._optimizer.param_groups, self._own_groups = self._own_groups, None
+
+
+def updates_like(optimizer: Optimizer, *kinds: type[Optimizer]) -> bool:
+    """Return whether an optimizer is of one of these classes, or of a subclass that keeps its ``step``."""
+    step = _as_written(type(optimizer).step)
+    return any(isinstance(optimizer, kind) and step is _as_written(kind.step) for kind in kinds)
+
+
+def _as_written(step: Any) -> Any:
+    # torch wraps the step of a class at its first instance, also where a subclass inherits it.
+    return step.__wrapped__ if getattr(step, "hooked", False) else step

@@ -18,6 +18,8 @@ from torch.optim import Adam, AdamW, Optimizer
 from lightning_grad import callbacks
 from lightning_grad.functional.communication.sign_messages import sign_bytes
 from lightning_grad.strategies import OneBitAdamStrategy
+from lightning_grad.strategies._frozen_adam import why_not_frozen
+from lightning_grad.strategies._local_momentum import why_not_moved
 from lightning_grad.testing import on_ranks
 from tests.strategies.ranks import (
     BATCH,
@@ -484,6 +486,17 @@ def refusals() -> dict[str, str]:
 class _NoBatch(pl.Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         raise AssertionError("a batch was trained before the refusal")
+
+
+@pytest.mark.parametrize(("kind", "why"), [(Adam, why_not_frozen), (torch.optim.SGD, why_not_moved)])
+def test_a_subclass_that_keeps_the_step_is_no_other_optimizer(kind: type[Optimizer], why: Any) -> None:
+    """torch gives each class a step of its own at the first instance."""
+    weights = [nn.Parameter(torch.zeros(2))]
+    assert why(type("Inherits", (kind,), {})(weights, lr=0.1)) == ""
+    kind(weights, lr=0.1)
+    assert why(type("Inherits", (kind,), {})(weights, lr=0.1)) == ""
+    own = type("Own", (kind,), {"step": lambda self, closure=None: None})
+    assert "Own is not torch.optim." in why(own(weights, lr=0.1))
 
 
 @pytest.mark.parametrize("name", REFUSED)
