@@ -19,12 +19,13 @@ from lightning_grad.functional import clip_norm_
 from lightning_grad.functional.gradients.tensor_lists import shards
 from lightning_grad.testing import make_classifier, on_ranks
 from tests.contract.entries import Technique
-from tests.contract.settings import CANONICAL
+from tests.contract.settings import CANONICAL, DIFFERENT
 from tests.sharded import differences, fit_replicated, fit_sharded, on_cpus, sharded
 
 pytestmark = on_cpus
 
-FULLY_SHARDED = [technique for technique in CANONICAL if not technique.works_with.fsdp2.is_no]
+_OTHERS = [technique for technique in DIFFERENT if str(technique) == "DataPruning-dq"]  # it chooses in another way
+FULLY_SHARDED = [technique for technique in [*CANONICAL, *_OTHERS] if not technique.works_with.fsdp2.is_no]
 _ROUNDING = 1e-5
 _UNDER_DDP = {"SAM": {"sync_ascent": True}}  # ranks move along the mean gradient, as shards have no other
 
