@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 from typing_extensions import override
 
-from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._recorded_subset import RecordedSubset
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
 from lightning_grad.core.compatibility import Compatibility, manual
 from lightning_grad.core.fit import until_next_fit
 from lightning_grad.core.losses.given_functions import LOSS_FN
-from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import check_total_steps, total_steps
 from lightning_grad.core.subset import SubsetCallback
@@ -24,7 +22,7 @@ from lightning_grad.functional.shuffling import hashed_seed
 from lightning_grad.utilities.checks import check_between, check_count
 
 
-class GradientNormSampling(LossWeighting, SubsetCallback):
+class GradientNormSampling(RecordedSubset):
     r"""Draw samples with large gradients more often, with weights that keep the expected gradient unchanged.
 
     .. math::
@@ -103,12 +101,9 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
     changes_shares: ClassVar[bool] = True
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
-    # What was measured for each sample: norms, or losses if the loss is not one call. nan if never measured.
-    _values = until_next_fit[Tensor | None](lambda _: None).saved()
-    _are_losses = until_next_fit.of(bool).saved()
-    # Of the current epoch; a resumed epoch keeps its weights even if settings have changed.
-    _weights = until_next_fit[Tensor | None](lambda _: None).saved()
-    _record = until_next_fit.of(EpochRecord)
+    recorded: ClassVar[str] = "norms"
+
+    _are_losses = until_next_fit.of(bool).saved()  # whether losses are recorded, because the loss is not one call
 
     def __init__(
         self,
@@ -134,37 +129,6 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
             return "trains on all samples (smooth=0)"
         return "draws the samples of each epoch but the first by their gradient norms, with replacement"
 
-    @property
-    @override
-    def remembers_samples(self) -> bool:
-        return self.acts
-
-    @property
-    @override
-    def holds_samples(self) -> bool:
-        return super().holds_samples or self._values is not None or self._record.values is not None
-
-    @override
-    def needs_losses(self) -> bool:
-        return self.acts or self._weights is not None
-
-    @override
-    def samples_of(self, batch: Any) -> int:
-        return len(self.indices)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "epoch_values": self._record.values}
-
-    @override
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        if self.has_same_loss(state):
-            self._record.values = state["epoch_values"]
-        elif self._values is not None:
-            self._values = None
-            self.say("has no norms of the new loss yet and trains on all samples for one epoch")
-
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.acts:
@@ -184,68 +148,29 @@ class GradientNormSampling(LossWeighting, SubsetCallback):
             )
 
     @override
-    def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.acts:
-            rehearsal = Rehearsal(trainer, pl_module, self.asked, self.training_set, by_terms=True)
-            rehearsal.check_loader(in_training=self.loss_fn is None)
-            self.learn_sample_loss(rehearsal)
+    def is_known(self, values: Tensor) -> Tensor:
+        return values.isfinite()
 
     @override
-    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        self._take_values(trainer)
-        self._weights = None
-        if self._values is None or not self.acts:
-            return None
-        population = self.training_set.sampler.population
-        values = self._values[population]
+    def choose(self, trainer: pl.Trainer, values: Tensor) -> tuple[Tensor, Tensor]:
         norms = rules.loss_gradient_bounds(values) if self._are_losses else values
-        smooth = self.smooth * self._share_done(trainer)
+        smooth = self.smooth * min(1.0, max(done / end for done, end in self.ends(trainer)))
         probabilities = rules.sampling_probabilities(norms, smooth)
         generator = torch.Generator().manual_seed(hashed_seed(self.seed, f"draws of epoch {trainer.current_epoch}"))
-        drawn = population[rules.draw_samples(probabilities, len(population), generator)]
-        weights = rules.sampling_weights(probabilities)
-        self._weights = torch.ones(self.training_set.sampler.total).index_put((population,), weights)
+        drawn = rules.draw_samples(probabilities, len(values), generator)
         found = {
             "smooth": smooth,
-            "distinct_share": len({*drawn.tolist()}) / len(population),
+            "distinct_share": len({*drawn.tolist()}) / len(values),
             "variance_ratio": rules.variance_ratio(norms, probabilities),
         }
-        self.log_scalars(pl_module, found, sync_dist=True)
-        return drawn
-
-    def _share_done(self, trainer: pl.Trainer) -> float:
-        """Return the share of the run that is done when an epoch begins."""
-        # Not run_progress, which is for hooks of a batch: here its counters still belong to the last epoch.
-        ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
-        if self.total_steps is not None:
-            ends = [(self.total_steps, trainer.global_step)]
-        return min(1.0, max(done / end for end, done in ends if end not in (None, -1, 0)))
+        self.log_scalars(self._module, found, sync_dist=True)
+        return drawn, rules.sampling_weights(probabilities)
 
     @override
-    def end_epoch(self, trainer: pl.Trainer) -> None:
-        self._take_values(trainer)
-
-    def _take_values(self, trainer: pl.Trainer) -> None:
-        seen = self._record.take(trainer)
-        if seen is not None:
-            self._values = seen if self._values is None else torch.where(seen.isfinite(), seen, self._values)
-
-    @override
-    def weigh(self, losses: SampleLosses) -> Tensor | None:
-        self._put(losses)
-        if self._weights is None:
-            return None
-        device = losses.losses.device
-        self._weights = self._weights.to(device)
-        return self._weights[self.device_indices(device)]
-
-    def _put(self, losses: SampleLosses) -> None:
-        """Record the norms of a batch."""
+    def values_of(self, losses: SampleLosses) -> Tensor:
         are_losses = losses.call is None
         if are_losses != self._are_losses:  # norms and losses cannot be compared
             self._are_losses, self._values, self._record.values = are_losses, None, None
         if losses.call is not None:
-            found = rules.output_gradient_norms(losses.call)
-        else:
-            found = losses.losses if losses.terms is None else losses.terms.shares
-        self._record.put(self.indices, found.detach(), self.training_set.sampler.total)
+            return rules.output_gradient_norms(losses.call)
+        return (losses.losses if losses.terms is None else losses.terms.shares).detach()

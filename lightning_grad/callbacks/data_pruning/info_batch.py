@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_grad.callbacks.data_pruning._epoch_record import EpochRecord
-from lightning_grad.callbacks.data_pruning._weighting import LossWeighting
+from lightning_grad.callbacks.data_pruning._recorded_subset import RecordedSubset
 from lightning_grad.callbacks.data_pruning._works_with import COMPILED, no_weighting
 from lightning_grad.core.compatibility import Compatibility, manual
-from lightning_grad.core.fit import during_fit, until_next_fit
+from lightning_grad.core.fit import during_fit
 from lightning_grad.core.losses.given_functions import LOSS_FN
-from lightning_grad.core.losses.rehearsal import Rehearsal
 from lightning_grad.core.losses.sample_losses import SampleLosses
 from lightning_grad.core.progress import check_total_steps
 from lightning_grad.core.subset import SubsetCallback
@@ -26,7 +24,7 @@ from lightning_grad.utilities.checks import check_between, check_count, check_sh
 _NEXT_SEED = 1_000_003  # larger than the number of epochs of any run, so that seeds of two runs never coincide
 
 
-class InfoBatch(LossWeighting, SubsetCallback):
+class InfoBatch(RecordedSubset):
     r"""Drop a random part of the low-loss samples in each epoch, and give the rest of them more weight.
 
     .. math::
@@ -93,10 +91,6 @@ class InfoBatch(LossWeighting, SubsetCallback):
     neutral: ClassVar[Mapping[str, Any] | str] = {"prune": 0.0}
     way_out: ClassVar[str] = f"use RepeatedRandomSubset, which needs no loss, or {LOSS_FN}"
 
-    _losses = until_next_fit[Tensor | None](lambda _: None).saved()
-    # Of the current epoch; a resumed epoch keeps its weights even if settings have changed.
-    _weights = until_next_fit[Tensor | None](lambda _: None).saved()
-    _record = until_next_fit.of(EpochRecord)
     _first = during_fit[tuple[list[int], Terms] | None](lambda _: None)
 
     def __init__(
@@ -128,37 +122,6 @@ class InfoBatch(LossWeighting, SubsetCallback):
             f"{100 * self.prune_until:g} % of the run"
         )
 
-    @property
-    @override
-    def remembers_samples(self) -> bool:
-        return self.acts
-
-    @property
-    @override
-    def holds_samples(self) -> bool:
-        return super().holds_samples or self._losses is not None or self._record.values is not None
-
-    @override
-    def needs_losses(self) -> bool:
-        return self.acts or self._weights is not None
-
-    @override
-    def samples_of(self, batch: Any) -> int:
-        return len(self.indices)
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "epoch_values": self._record.values}
-
-    @override
-    def restore(self, state: Mapping[str, Any]) -> None:
-        super().restore(state)
-        if self.has_same_loss(state):
-            self._record.values = state["epoch_values"]
-        elif self._losses is not None:
-            self._losses = None
-            self.say("has no values of the new loss yet and trains on all samples for one epoch")
-
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -168,57 +131,27 @@ class InfoBatch(LossWeighting, SubsetCallback):
 
     @override
     def rehearse(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.prune:
-            return
-        rehearsal = Rehearsal(trainer, pl_module, self.asked, self.training_set, by_terms=True)
-        rehearsal.check_loader(in_training=self.loss_fn is None)
-        self.learn_sample_loss(rehearsal)
+        super().rehearse(trainer, pl_module)
         if self._first is not None:
             (indices, terms), self._first = self._first, None
             losses = SampleLosses.of_terms(terms, self._sample_loss).losses
             self._record.put(indices, losses, self.training_set.sampler.total)
 
     @override
-    def choose_samples(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Tensor | None:
-        self._take_losses(trainer)
-        self._weights = None
-        if self._losses is None or self.prune == 0.0 or self._is_over(trainer):
+    def choose(self, trainer: pl.Trainer, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        if any(done >= self.prune_until * end for done, end in self.ends(trainer)):
             return None
         sampler = self.training_set.sampler
-        population = sampler.population
-        if len(population) == 1:
+        if len(values) == 1:
             self.warn_of_too_few(1, 1)
-        losses = self._losses[population]
-        wanted = infobatch_count(losses, self.prune)
-        count = round_up_count(wanted, len(losses), sampler.batch_size, sampler.ranks, sampler.drop_last)
+        wanted = infobatch_count(values, self.prune)
+        count = round_up_count(wanted, len(values), sampler.batch_size, sampler.ranks, sampler.drop_last)
         generator = torch.Generator().manual_seed(self.seed * _NEXT_SEED + trainer.current_epoch)
-        kept, weights = infobatch_subset(losses, self.prune, generator, extra=count - wanted)
-        self._weights = torch.ones(sampler.total).index_put((population[kept],), weights)
-        return population[kept]
+        kept, weights = infobatch_subset(values, self.prune, generator, extra=count - wanted)
+        return kept, torch.ones(len(values)).index_put((kept,), weights)
 
     @override
-    def end_epoch(self, trainer: pl.Trainer) -> None:
-        self._take_losses(trainer)
-
-    def _take_losses(self, trainer: pl.Trainer) -> None:
-        seen = self._record.take(trainer)
-        if seen is not None:
-            self._losses = seen if self._losses is None else torch.where(seen.isnan(), self._losses, seen)
-
-    def _is_over(self, trainer: pl.Trainer) -> bool:
-        # Not run_progress: it assumes that all epochs have as many batches as the current one.
-        ends = [(trainer.max_epochs, trainer.current_epoch), (trainer.max_steps, trainer.global_step)]
-        if self.total_steps is not None:
-            ends = [(self.total_steps, trainer.global_step)]
-        return any(end not in (None, -1) and done >= self.prune_until * end for end, done in ends)
-
-    @override
-    def weigh(self, losses: SampleLosses) -> Tensor | None:
+    def values_of(self, losses: SampleLosses) -> Tensor:
         if losses.terms is not None and self._sample_loss is None:
             self._first = self.indices, losses.terms
-        self._record.put(self.indices, losses.losses, self.training_set.sampler.total)
-        if self._weights is None:
-            return None
-        device = losses.losses.device
-        self._weights = self._weights.to(device)
-        return self._weights[self.device_indices(device)]
+        return losses.losses

@@ -37,7 +37,7 @@ class Spy(pl.Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         callback = self.callback
-        self.losses.append(None if callback._losses is None else callback._losses.clone())
+        self.losses.append(None if callback._values is None else callback._values.clone())
         self.kept.append(None if callback.kept is None else callback.kept.tolist())
         self.weights.append(None if callback._weights is None else callback._weights.clone())
 
@@ -207,9 +207,9 @@ def test_losses_of_tokens_are_means_over_their_samples() -> None:
     found = run(callback, Tokens(), TensorDataset(x, y, torch.arange(20)), epochs=3)
     assert 5 in found.watch.epochs[1]
     assert len(found.watch.epochs[1]) < 20
-    callback._take_losses(found.trainer)
+    callback._take_values(found.trainer)
     expected = torch.stack([found.module.losses.get(index, torch.tensor(math.nan)) for index in range(20)])
-    torch.testing.assert_close(callback._losses, expected, equal_nan=True)
+    torch.testing.assert_close(callback._values, expected, equal_nan=True)
 
 
 class Write(pl.Callback):
@@ -220,7 +220,7 @@ class Write(pl.Callback):
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch:
             callback = self.callback
-            self.found.append([callback._losses.tolist(), callback.kept.tolist(), callback._weights.tolist()])
+            self.found.append([callback._values.tolist(), callback.kept.tolist(), callback._weights.tolist()])
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         watch = trainer.callbacks[0]
