@@ -54,7 +54,7 @@ TITLES = {
         *("A validation pass", "An epoch"),
     ),
     "communication": (
-        *("Bytes of a step", "A step of two ranks on one machine"),
+        *("Bytes of a step", "Planned levels", "A plan of a net of 10.2 M", "A step of two ranks on one machine"),
         *(f"A step over {megabits:g} Mbit/s" for megabits in communication.FULL.links),
     ),
     "several_machines": (*map(several_machines.title_of, several_machines.LINKS), several_machines.ACCURACY),

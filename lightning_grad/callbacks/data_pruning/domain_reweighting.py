@@ -107,7 +107,6 @@ class DomainReweighting(LossWeighting):
                 - class_path: lightning_grad.callbacks.DomainReweighting
                   init_args:
                     domains: [web, code, books]
-                    target: my_project.data.target_set
 
     References:
         Fan, Grangier and Ablin, "Dynamic Gradient Alignment for Online Data Mixing", 2024, arXiv 2410.02498. It draws
