@@ -20,6 +20,9 @@ class DrawnSamples:
         display_name: Name of the technique, for errors.
         undo: List that receives the undo steps.
         loader_key: Key or list position of the training loader, if there are several.
+
+    Raises:
+        ValueError: If the other callback chooses the samples of another loader.
     """
 
     def __init__(
@@ -28,6 +31,12 @@ class DrawnSamples:
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._chooser = next((each for each in callbacks if isinstance(each, SubsetCallback)), None)
         key = None if loader_key is None else str(loader_key)
+        other = None if self._chooser is None else self._chooser.loader_key
+        if self._chooser is not None and key is not None and other is not None and key != str(other):
+            raise ValueError(
+                f"{display_name} weights samples of the loader {loader_key!r}, but {self._chooser.display_name} chooses "
+                f"those of the loader {other!r}, and only one can be followed. Set the same loader_key for both."
+            )
         self._own = TrainingSet(trainer, display_name, undo, key) if self._chooser is None else None
 
     @property

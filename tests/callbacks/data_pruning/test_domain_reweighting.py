@@ -22,6 +22,8 @@ from lightning_grad.callbacks import (
     ZLoss,
 )
 from lightning_grad.callbacks.data_pruning._domains import find_domains
+from lightning_grad.callbacks.data_pruning._drawn_samples import DrawnSamples
+from lightning_grad.core.undo import UndoList
 from lightning_grad.functional import gradient_alignments, update_domain_weights
 from lightning_grad.testing import assert_identical, state_of
 from lightning_grad.testing.syncs import NoSync
@@ -360,3 +362,14 @@ def test_logs_table_and_figure(tmp_path: Path) -> None:
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
     assert set(rows[0]) == {"step", "weight/a", "weight/b", "alignment/a", "alignment/b"}
     assert (tmp_path / "domain_reweighting.png").stat().st_size > 1000
+
+
+def test_another_callback_must_choose_the_samples_of_the_same_loader() -> None:
+    def read(key: str) -> None:
+        callbacks = [RepeatedRandomSubset(loader_key=key)]
+        trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks)
+        DrawnSamples(trainer, "DomainReweighting", UndoList(), "a")
+
+    read("a")
+    with pytest.raises(ValueError, match="of the loader 'a', but RepeatedRandomSubset chooses those of the loader 'b'"):
+        read("b")
