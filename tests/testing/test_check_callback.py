@@ -316,7 +316,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str, list
     """Run both programs in one process, and return what each printed, the errors, and what is left of its folder."""
     folder, started = tmp_path_factory.mktemp("temporary"), tmp_path_factory.mktemp("started") / "started"
     process = _python(ALONE + INTERRUPTED, TMPDIR=str(folder), STARTED=str(started))
-    out, error = process.communicate(timeout=100)
+    try:
+        out, error = process.communicate(timeout=100)
+    finally:
+        process.kill()
     first, _, second = out.partition("then\n")
     return first, second, error, list(folder.iterdir())
 
@@ -338,6 +341,7 @@ from lightning_grad.testing import check_callback
 from tests.testing.broken import Broken, Hooked, rows_of, small
 
 started = Path(os.environ["STARTED"])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process that is started in the background ignores it
 
 class Slow(Hooked):
     ranks = 2

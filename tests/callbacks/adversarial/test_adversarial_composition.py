@@ -329,7 +329,7 @@ def test_recorded_losses_are_those_of_the_real_step(is_first: bool) -> None:
     recorded: list[Any] = []
 
     def note(trainer: Any, pl_module: Any) -> None:
-        recorded.append(info._losses.clone())
+        recorded.append(info._values.clone())
 
     info, attack, module = InfoBatch(0.5, prune_until=1.0), attacker(0.3), Still()
     callbacks = [attack, info] if is_first else [info, attack]

@@ -296,7 +296,7 @@ def test_score_files_that_change_are_read(checkpoint: Any, tmp_path: Path) -> No
 def test_infobatch_follows_from_the_next_epoch_on(checkpoint: Any) -> None:
     half = checkpoint(InfoBatch)
     kept = {share: run(InfoBatch(share), half, epochs=12, stop=3).kept for share in (0.0, 0.25, 0.5, 0.9)}
-    losses = torch.load(half, weights_only=True)["callbacks"]["InfoBatch"]["losses"]
+    losses = torch.load(half, weights_only=True)["callbacks"]["InfoBatch"]["values"]
     low = int((losses < losses.mean()).sum())
     assert kept[0.0][2] is None
     for share in (0.25, 0.5, 0.9):

@@ -173,7 +173,7 @@ def test_infobatch_by_a_function() -> None:
     )
     module = train(fixed, Fixed()).module
     expected = BY_HAND["loss"](module, *make_data().tensors[:2]).detach()
-    torch.testing.assert_close(fixed._losses.float(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fixed._values.float(), expected, rtol=1e-4, atol=1e-6)
 
 
 # outputs_fn.

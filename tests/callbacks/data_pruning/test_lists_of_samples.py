@@ -99,7 +99,7 @@ def test_the_warm_up_looks_too() -> None:
 def test_infobatch_knows_them_anyway() -> None:
     callback = InfoBatch(0.5, prune_until=1.0)
     train(callback, Boxes(), loader=loader())
-    assert callback._losses.isfinite().all()
+    assert callback._values.isfinite().all()
 
 
 # Where nothing tells.

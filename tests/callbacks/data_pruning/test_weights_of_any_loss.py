@@ -179,7 +179,7 @@ def test_infobatch_remembers_the_losses_that_samples_have_alone(name: str) -> No
     items = copy.deepcopy(module.items)
     train(callback, module, loader=loader_of(module))
     expected = torch.stack(each_alone(module.project, items)).detach()
-    torch.testing.assert_close(callback._losses.float(), expected.float(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(callback._values.float(), expected.float(), rtol=1e-3, atol=1e-5)
 
 
 class Reweighted(Double):
