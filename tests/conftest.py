@@ -69,9 +69,11 @@ def _attempt(work: Callable[..., Any], case: Sequence[Any], folder: Path) -> tup
 
 
 def pytest_make_parametrize_id(config: Any, val: Any) -> str | None:
-    """Name a case by what is in it; the address of a function would differ between workers."""
+    """Name a case by what is in it; the address of a function and random entries would differ between workers."""
     if isinstance(val, tuple):
-        return "-".join(getattr(part, "__name__", str(part)) for part in val)
+        return "-".join(
+            type(part).__name__ if hasattr(part, "shape") else getattr(part, "__name__", str(part)) for part in val
+        )
     return None
 
 
