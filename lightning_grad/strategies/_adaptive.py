@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_grad.core.fit import until_next_fit
 from lightning_grad.functional import choose_levels, feedback_errors
+from lightning_grad.functional.communication.lgreco import total_at
 from lightning_grad.strategies._buckets import Gradient
 from lightning_grad.strategies._rank_files import State
 from lightning_grad.strategies.compressed_ddp import CompressedDDPStrategy
@@ -140,11 +141,11 @@ class AdaptiveDDP(CompressedDDPStrategy):
         is_first = not self.levels
         self.levels |= {name: levels[at] for name, levels, at in zip(names, possible, chosen, strict=True)}
         seconds = time.perf_counter() - begin
-        sent, of_uniform = _total(sizes, chosen), _total(sizes, uniform)
+        sent, of_uniform = total_at(sizes, chosen), total_at(sizes, uniform)
         self._plan_figures = {"plan_bytes": sent / of_uniform, "plan_ms": 1000 * seconds}
         words = f"{len(names)} layers in {seconds:.2g} s: {sent:,.0f} bytes per step instead of {of_uniform:,.0f}"
-        if not is_first and _total(errors, uniform) > 0.0:
-            self._plan_figures["plan_error"] = _total(errors, used) / _total(errors, uniform)
+        if not is_first and total_at(errors, uniform) > 0.0:
+            self._plan_figures["plan_error"] = total_at(errors, used) / total_at(errors, uniform)
             words += (
                 f"; the plan before had {self._plan_figures['plan_error']:.3g} times the error of the uniform setting"
             )
@@ -204,7 +205,3 @@ class AdaptiveDDP(CompressedDDPStrategy):
 
 def _index(levels: Sequence[float], level: float) -> int:
     return min(range(len(levels)), key=lambda at: abs(levels[at] - level))
-
-
-def _total(values: Sequence[Sequence[float]], levels: Sequence[int]) -> float:
-    return sum(layer[level] for layer, level in zip(values, levels, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,13 +35,13 @@ class Domains:
     of_sample: Tensor
     population: Tensor
 
-    @property
+    @cached_property
     def members(self) -> list[list[int]]:
         """The samples of each domain that training can draw."""
         own = self.of_sample[self.population]
         return [self.population[own == number].tolist() for number in range(len(self.names))]
 
-    @property
+    @cached_property
     def shares(self) -> list[float]:
         """The share of each domain in the samples that belong to one."""
         counts = [len(each) for each in self.members]

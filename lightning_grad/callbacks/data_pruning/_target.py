@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -71,13 +72,13 @@ class TargetSet:
         """Return the number of target samples."""
         return len(self.population)
 
-    @property
-    def population(self) -> list[int]:
+    @cached_property
+    def population(self) -> Sequence[int]:
         """Indices of the target samples in their data set; only the subset for a ``SubsetRandomSampler``."""
         loader, dataset = self._found
         own: Any = loader.dataset if dataset is None else dataset
         sampler = getattr(loader.batch_sampler, "sampler", None) if dataset is None else None
-        return sorted(sampler.indices) if isinstance(sampler, SubsetRandomSampler) else list(range(len(own)))
+        return sorted(sampler.indices) if isinstance(sampler, SubsetRandomSampler) else range(len(own))
 
     @property
     def batch_size(self) -> int:
@@ -98,7 +99,7 @@ class TargetSet:
         if not count:
             raise ValueError(f"{self.asked.display_name} got an empty target. {_RETURN}")
         own = form_of(self._first(self.loader, None, list(range(count))))
-        found = form_of(self._first(loader, dataset, self.population[:count]))
+        found = form_of(self._first(loader, dataset, list(self.population[:count])))
         different = [place for place in {**own, **found} if own.get(place) != found.get(place)]
         if different:
             place = different[0]
@@ -125,7 +126,7 @@ class TargetSet:
         Raises:
             ValueError: If no batch has a loss.
         """
-        chosen = self.population if positions is None else [self.population[place] for place in positions]
+        chosen = list(self.population if positions is None else map(self.population.__getitem__, positions))
         size = self.batch_size
         chunks = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         rank, ranks = self.trainer.global_rank, self.trainer.world_size

@@ -123,6 +123,10 @@ class InfoBatch(RecordedSubset):
         )
 
     @override
+    def restore(self, state: Mapping[str, Any]) -> None:
+        super().restore({"values": state.get("losses"), **state})  # their name in checkpoints of version 0.2
+
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         ends = (trainer.max_epochs or -1, trainer.max_steps, self.total_steps or -1)

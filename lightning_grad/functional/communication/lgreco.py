@@ -1,4 +1,4 @@
-r"""L-GreCo: choose a compression level for each layer, so that little is sent at a given error."""
+r"""L-GreCo: choose a compression level for each layer, so little is sent at a given error."""
 
 import math
 from collections.abc import Sequence
@@ -71,7 +71,7 @@ def choose_levels(
         levels.append(int(choice[left]))
         left -= layer_units[levels[-1]]
     levels.reverse()
-    return levels if _total(sizes, levels) < _total(sizes, uniform) else list(uniform)
+    return levels if total_at(sizes, levels) < total_at(sizes, uniform) else list(uniform)
 
 
 def _units(error: float, excess: float, bins: int) -> int:
@@ -93,7 +93,8 @@ def _add_layer(best: Tensor, units: Sequence[int], sizes: Sequence[float]) -> tu
     return total, choice
 
 
-def _total(values: Sequence[Sequence[float]], levels: Sequence[int]) -> float:
+def total_at(values: Sequence[Sequence[float]], levels: Sequence[int]) -> float:
+    """Return the sum of the values of all layers, each at its level."""
     return sum(layer[level] for layer, level in zip(values, levels, strict=True))
 
 

@@ -319,6 +319,15 @@ def test_an_epoch_of_infobatch_that_has_begun_keeps_its_weights(prune: float, ch
     assert_identical(state(InfoBatch(prune)), state(InfoBatch()))
 
 
+def test_infobatch_resumes_from_a_checkpoint_of_version_0_2(checkpoint: Any, tmp_path: Path) -> None:
+    half, old = checkpoint(InfoBatch), tmp_path / "old.ckpt"
+    saved = torch.load(half, weights_only=True)
+    own = saved["callbacks"]["InfoBatch"]
+    own["losses"] = own.pop("values")
+    torch.save(saved, old)
+    assert_identical(run(InfoBatch(), old, epochs=12, stop=3).kept, run(InfoBatch(), half, epochs=12, stop=3).kept)
+
+
 def test_losses_of_another_kind_are_recorded_anew(checkpoint: Any) -> None:
     path = checkpoint(lambda: InfoBatch(loss_index=0), module=TwoLosses)
     note = run(InfoBatch(loss_index=1), path, epochs=12, module=TwoLosses(), stop=4)
