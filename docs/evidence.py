@@ -12,14 +12,14 @@ from exported import ROOT, card_of, title_of, write_table
 sys.path.insert(0, str(ROOT))
 
 from lightning_grad.cli.catalog import techniques
+from studies.cells import TITLES, count, item, name, quoted, verdicts, waiting, wrapped
 from studies.claims import CLAIMS
-from studies.evidence import NOT_RUN, preferred, rows_of, telling
-from studies.page import TITLES, Page, item, name, quoted, waiting, wrapped
+from studies.evidence import NOT_RUN, known_first, rows_about, rows_of, telling
+from studies.page import Page
 from studies.results import FOLDER, Store
-from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART, UNDECIDED
+from studies.verdict import UNDECIDED
 
 PAGE, IMAGES = "docs/evidence.md", "docs/images"
-TOLD = {HOLDS: "Holds", PART: "Holds in part", CONTRADICTED: "Contradicted", NOT_SHOWN: "Not shown"}
 NOT_YET = "Not measured yet.\n"
 RESULTS = FOLDER
 
@@ -47,9 +47,10 @@ def parts() -> dict[tuple[str, str], Callable[[], Iterator[str]]]:
 
 
 def readme_rows() -> Iterator[str]:
-    """Yield the five most telling rows."""
+    """Yield how many claims have each verdict, and the five most telling rows."""
     shown = Page(page().rows, "docs/", "docs/images/", title_of)
     rows = [(shown.technique(row), f"{row.claim.text} {quoted(row)}", row.word) for row in telling(shown.rows, 5)]
+    yield f"Of {count(shown.rows, 'claim')}, {verdicts(shown.rows) or 'none is decided yet'}.\n"
     yield (
         write_table(("Technique", "What was tested, and by how much it was better", "Verdict"), rows)
         if rows
@@ -60,7 +61,7 @@ def readme_rows() -> Iterator[str]:
 def family_rows(family: str) -> Iterator[str]:
     """Yield the verdicts about a family."""
     rows = page().by_family()[family]
-    yield from (item(f"{TOLD[row.group]}: {row.claim.text} {quoted(row)}") for row in rows if row.is_decided)
+    yield from (item(f"{TITLES[row.group]}: {row.claim.text} {quoted(row)}") for row in rows if row.is_decided)
     for group in (UNDECIDED, NOT_RUN):
         if names := [waiting(row) for row in rows if row.group == group]:
             yield item(f"{TITLES[group]}: {', '.join(names)}.")
@@ -68,13 +69,13 @@ def family_rows(family: str) -> Iterator[str]:
 
 
 def card_rows(technique: type[Any]) -> Iterator[str]:
-    """Yield the verdicts about a technique, on known data if there are any."""
-    rows = [row for row in page().rows if technique in row.techniques]
+    """Yield the verdicts about a technique, by its own comparisons, those on known data first."""
+    rows = rows_about(technique, page().rows)
     if not rows:
         yield wrapped("**Evidence.** No claim about it is on the page of [evidence](../evidence.md).")
         return
     link = f"[evidence](../evidence.md#{anchor_of(rows[0].family)})"
-    told = [f"{TOLD[row.group]}: {row.claim.text} {quoted(row)}" for row in preferred(rows)]
+    told = [f"{TITLES[row.group]}: {row.claim.text} {quoted(row)}" for row in known_first(rows)]
     if not told:
         yield wrapped(f"**Evidence.** Not decided yet: {', '.join(map(name, rows))}, on the page of {link}.")
     elif len(told) == 1:

@@ -18,6 +18,7 @@ from lightning_grad.cli.catalog import techniques
 from studies.claim import Claim, freeze
 from studies.plan import CHOICE_SEED, Plan
 from studies.repeats import standing
+from studies.report import is_edge
 from studies.results import Line, Store
 from studies.sources import digest_of
 from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART, UNDECIDED, Comparison, compare, judge
@@ -36,11 +37,13 @@ class Row:
         claim: The claim, with the data and the device of the results.
         found: All lines with its settings: of each training, the last one.
         history: All lines with its settings.
+        about: If given, only the comparisons of arms with this technique count, if there are any.
     """
 
     claim: Claim[Any]
     found: Sequence[Line]
     history: Sequence[Line] = ()
+    about: type[Any] | None = None
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -56,7 +59,13 @@ class Row:
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """The comparisons of the claim."""
-        return compare(self.claim, [line.result(self.claim) for line in self.lines])
+        found = compare(self.claim, [line.result(self.claim) for line in self.lines])
+        return [each for each in found if self.about in self.classes_of(each.arm)] or found
+
+    def classes_of(self, arm: str) -> set[type[Any]]:
+        """Return the classes of the callbacks of an arm, if the claim has a table of its arms."""
+        table: Mapping[str, Any] = getattr(self.claim, "table", {})
+        return set(table[arm].classes) if arm in table else set()
 
     @property
     def has_differences(self) -> bool:
@@ -103,9 +112,8 @@ class Row:
     def techniques(self) -> list[type[Any]]:
         """The exported techniques that the claim names, and those of its arms that their references do not share."""
         words = re.findall(r"\w+", self.claim.paper.technique) if self.claim.paper else self.claim.about
-        table: Mapping[str, Any] = getattr(self.claim, "table", {})
         pairs = self.claim.comparisons()
-        used = {arm: set(table[arm].classes) if arm in table else set() for pair in pairs for arm in pair}
+        used = {arm: self.classes_of(arm) for pair in pairs for arm in pair}
         shared = set.intersection(*used.values()) if used else set()
         own = {each for arm, _ in pairs for each in used[arm]} - shared
         known = [each for members in techniques().values() for each in members]
@@ -133,6 +141,17 @@ class Row:
         deciding = HOLDS if self.group == PART else self.group
         chosen = [each for each in self.comparisons if each.word == deciding] or self.comparisons
         return (max if self.group == NOT_SHOWN else min)(chosen, key=strength)
+
+    @property
+    def extremes(self) -> list[Comparison]:
+        """The worst and the best comparison, or the only one; a mean that does not exist is the worst."""
+        ranked = sorted(self.comparisons, key=lambda each: -math.inf if math.isnan(each.mean) else each.mean)
+        return ranked if len(ranked) < 2 else [ranked[0], ranked[-1]]
+
+    @property
+    def edges(self) -> list[str]:
+        """The arms whose best rate is at an end of the grid, so a better one may be outside."""
+        return [arm for arm, rate in (self.plan.rates if self.plan else {}).items() if is_edge(self.claim, rate)]
 
     @property
     def command(self) -> str:
@@ -177,10 +196,14 @@ def rows_of(claims: Iterable[Claim[Any]], store: Store) -> list[Row]:
     )
 
 
-def preferred(rows: Iterable[Row]) -> list[Row]:
-    """Return the decided rows on known data, or all decided rows if there are none."""
-    decided = [row for row in rows if row.is_decided]
-    return [row for row in decided if row.is_on_known_data] or decided
+def known_first(rows: Iterable[Row]) -> list[Row]:
+    """Return the decided rows, those on known data first."""
+    return sorted((row for row in rows if row.is_decided), key=lambda row: not row.is_on_known_data)
+
+
+def rows_about(technique: type[Any], rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of a technique, each judged by the comparisons of this technique alone."""
+    return [replace(row, about=technique) for row in rows if technique in row.techniques]
 
 
 def _rows(claim: Claim[Any], store: Store) -> Iterator[Row]:

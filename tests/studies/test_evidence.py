@@ -7,18 +7,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import pytest
 
-from lightning_grad.callbacks import NMSparsity, ZClip
+from lightning_grad.callbacks import SAM, NMSparsity, ZClip
 from lightning_grad.cli.catalog import techniques
 from studies import forest
 from studies.arms import PLAIN, Arm, Use
 from studies.claim import Paper
 from studies.claims import CLAIMS
-from studies.evidence import NOT_RUN, ORDER, Row, data_of, rows_of, telling
+from studies.evidence import NOT_RUN, ORDER, Row, data_of, rows_about, rows_of, telling
 from studies.page import Page, write
 from studies.plan import CHOICE_SEED
 from studies.results import FOLDER, Origin, Store, line_of
@@ -42,6 +42,12 @@ class OnData(Toy):
     @property
     def settings(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "data": self.data.name if self.data else None}
+
+
+class WithTable(OnData):
+    """A claim whose arms are of two techniques."""
+
+    table: ClassVar = {"a": PLAIN, "b": Arm(Use(ZClip)), "c": Arm(Use(NMSparsity, "1:8"))}
 
 
 def origin(claim: Any, **changes: Any) -> Origin:
@@ -107,8 +113,8 @@ def test_numbers_are_those_of_the_lines(folder: Path) -> None:
     mean, low, high = (100 * (statistics.mean(UP) + part) for part in (0, -half, half))
     assert f"`b` against `a`: **+{mean:.1f}** (+{low:.1f} to +{high:.1f}), n = 5" in text
     assert "in points of accuracy, on digits" in text
-    assert "Of 6 claims, 1 holds, 1 holds in part, 1 is contradicted and 1 is not shown." in flat(text)
-    assert "1 of 2 comparisons is contradicted; digits: \N{MINUS SIGN}11." in flat(text)
+    assert "Of 6 claims, 1 holds, 1 holds in part, 1 is contradicted, 1 is not shown." in flat(text)
+    assert "(1 of 2 comparisons is contradicted; digits, points: worst `c` against `a` \N{MINUS SIGN}11." in flat(text)
 
 
 def flat(text: str) -> str:
@@ -142,7 +148,10 @@ def test_known_data_comes_first_and_the_rest_is_named(tmp_path: Path) -> None:
         "python -m studies --only x --data FOLDER",
         "python -m studies --only x",
     ]
-    assert "**On small data that needs no download.** *contradicted*: `x`." in flat(str(page))
+    assert "**On small data that needs no download.** 1 is contradicted; see the [table](#all-claims)." in flat(
+        str(page)
+    )
+    assert "| [`ZClip`](docs/clipping/zclip.md) | 1 holds | 1 is contradicted |" in str(page)
 
 
 def test_failed_trainings_are_counted(tmp_path: Path) -> None:
@@ -239,7 +248,9 @@ def test_rates_are_those_of_the_choice_and_the_choice_is_no_seed(tmp_path: Path)
     (row,) = rows_of([claim], Store(tmp_path))
     assert {(line.rate, line.seed) for line in row.lines} == {(0.3, seed) for seed in range(5)}
     assert row.word == HOLDS
-    assert "Rates: 0.1, 0.2, 0.3. Best at an end of the grid: `a`, `b`." in flat(str(page_of(tmp_path, claim)))
+    text = str(page_of(tmp_path, claim))
+    assert "Rates: 0.1, 0.2, 0.3." in text
+    assert "on digits<br>best rate at an end of the grid: all arms |" in text
 
 
 def test_techniques_of_a_row_are_those_it_names_and_those_of_its_arms() -> None:
@@ -285,9 +296,47 @@ def test_the_quoted_comparison_supports_the_verdict_least(tmp_path: Path) -> Non
 
 
 def test_what_is_contradicted_in_a_part_is_told(folder: Path) -> None:
-    assert "(1 of 2 comparisons holds, 1 is contradicted; digits: +11." in flat(
-        str(page_of(folder, *claims().values()))
+    text = flat(str(page_of(folder, *claims().values())))
+    assert (
+        "(1 of 2 comparisons holds, 1 is contradicted; digits, points: worst `c` against `a` \N{MINUS SIGN}11." in text
     )
+    assert ", best `b` against `a` +11." in text
+
+
+def test_a_technique_is_judged_by_its_own_comparisons(tmp_path: Path) -> None:
+    claim = WithTable(name="x", arms=("a", "b", "c"))
+    fill(tmp_path, claim, {"b": UP, "c": DOWN})
+    (row,) = page_of(tmp_path, claim).rows
+    assert row.word == PART
+    assert [[own.word for own in rows_about(each, [row])] for each in (ZClip, NMSparsity)] == [[HOLDS], [CONTRADICTED]]
+    assert rows_about(SAM, [row]) == []
+    text = str(page_of(tmp_path, claim))
+    assert "| [`ZClip`](docs/clipping/zclip.md) | - | 1 holds |" in text
+    assert "| [`NMSparsity`](docs/sparsity/nm_sparsity.md) | - | 1 is contradicted |" in text
+
+
+def test_a_claim_without_a_table_is_judged_as_a_whole(folder: Path) -> None:
+    (row,) = page_of(folder, claims()["some"]).rows
+    assert [own.word for own in rows_about(ZClip, [row])] == [PART]
+
+
+def test_a_failed_training_is_the_worst(tmp_path: Path) -> None:
+    claim = OnData(name="x", arms=("a", "b", "c", "d"))
+    fill(tmp_path, claim, {"b": UP, "c": [math.nan, *UP[1:]], "d": [2 * each for each in UP]})
+    (row,) = page_of(tmp_path, claim).rows
+    assert [each.arm for each in row.extremes] == ["c", "d"]
+
+
+def test_numbers_of_few_seeds_are_not_shown(folder: Path) -> None:
+    table = str(page_of(folder, claims()["few"])).partition("## All claims")[2].partition("## The clipping")[0]
+    assert "Text of few. | - | **undecided (3 of 5 seeds)** |" in table
+
+
+def test_settings_have_units_and_leave_out_what_is_off(tmp_path: Path) -> None:
+    claim = replace(CLAIMS["sharpness-images-wrong-labels"], rates=(0.1,))
+    result = claim.result("plain", 0, 0.1, 1.0, 0.5, 1.0, 0.5, 8, 10.0)
+    Store(tmp_path).append(claim, line_of(claim, result, 30.0, origin(claim)))
+    assert "digits, test accuracy, epochs = 8, share of wrong labels = 0.2." in flat(str(page_of(tmp_path, claim)))
 
 
 def test_an_arm_may_have_a_margin_of_its_own(tmp_path: Path) -> None:
