@@ -82,7 +82,10 @@ def build_parser() -> ArgumentParser:
     add("--only", nargs="+", metavar="CLAIM", help="claims to run, also as patterns (default: all)")
     add("--seeds", help="number of seeds, or seeds such as 0,3 or 5-9 (default: as many as each claim needs)")
     add(
-        "--budget", type=float, metavar="MINUTES", help="time for all claims together (default: until all are complete)"
+        "--budget",
+        type=float,
+        metavar="MINUTES",
+        help="time for all claims together, those first that need the least (default: until all are complete)",
     )
     add("--device", default="cpu", choices=("cpu", "cuda"), help="device of the trainings (default: cpu)")
     add("--threads", type=int, default=1, help="CPU threads (default: 1; more do not speed up so small networks)")

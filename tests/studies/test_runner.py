@@ -100,33 +100,45 @@ def test_the_budget_ends_before_a_training_that_does_not_fit(tmp_path: Path) -> 
     assert now[0] == 50  # 15 seconds are left: enough for a of seed 3, which would put it ahead of b
 
 
-def test_claims_share_the_budget_by_what_they_need(
+def test_a_budget_is_for_the_claims_first_that_need_the_least(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    given = []
-    studies = [study(tmp_path, 5, name=name, budget=budget) for name, budget in (("x", 1.0), ("y", 3.0))]
+    given: list[Any] = []
+    budgets = (("long", 3.0), ("short", 1.0), ("too long", 900.0))
+    studies = [study(tmp_path, 5, name=name, budget=budget) for name, budget in budgets]
     monkeypatch.setattr("studies.runner.time.monotonic", lambda: 100.0)
     for each in studies:
         each.clock = time.monotonic
     monkeypatch.setattr("studies.runner.Study.run", lambda self, end: given.append((self.claim.name, end)))
     assert run_claims(studies, budget=8.0) == []
-    # The first one used nothing of its share. What is left at the end is for all.
-    assert given == [("x", 100 + 60 * 2), ("y", 100 + 60 * 8), ("x", 100 + 60 * 8), ("y", 100 + 60 * 8)]
+    assert given == [("short", 100 + 60 * 8), ("long", 100 + 60 * 8)]
     printed = capsys.readouterr().out
-    assert "x: 10 trainings, 1 min as declared" in printed
-    assert "together: 20 trainings, 4 min" in printed
-    assert "y: the budget ends before 10 trainings. The same command continues." in printed
+    assert "short: 10 trainings, 1 min as declared" in printed
+    assert "together: 30 trainings, 15.1 h" in printed
+    assert "long: the budget ends before 10 trainings. The same command continues." in printed
+    assert "\ntoo long:\n" not in printed, "a name stands only above what it trains"
+    given.clear()
+    run_claims(studies, budget=None)
+    assert [name for name, _ in given] == ["long", "short", "too long"], "without a budget, in the given order"
 
 
-def test_a_budget_that_is_shorter_than_every_share_still_trains(tmp_path: Path, capsys: Any) -> None:
-    """A share of 12 s is less than one training of 20 s, but all shares together are more."""
-    asked = [study(tmp_path, name=name) for name in ("x", "y", "z")]
+def test_a_short_budget_decides_a_claim_rather_than_a_part_of_each(tmp_path: Path) -> None:
+    now = [0.0]
+    asked = [study(tmp_path, 2, name=name, budget=2.0) for name in ("x", "y", "z")]
+    train = Toy.train
+
+    def slowly(claim: Toy, run: Run) -> Any:
+        now[0] += 10
+        return train(claim, run)
+
     for each in asked:
-        each.store.append(each.claim, replace(line("a", 0, seconds=20), claim=each.claim.name))
-    run_claims(asked, budget=0.6)
-    assert [len(each.plan().reported) for each in asked] == [4, 4, 4]
-    printed = capsys.readouterr().out
-    assert printed.count("\nx:\n") == 1, "its name stands only above what it trains"
+        each.store.append(each.claim, replace(line("a", 0, seconds=10), claim=each.claim.name))
+        each.clock = lambda: now[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Toy, "train", slowly)
+        patch.setattr("studies.runner.time.monotonic", lambda: now[0])
+        run_claims(asked, budget=0.75)
+    assert [each.plan().missing for each in asked] == [0, 2, 3]
 
 
 def test_a_claim_that_fails_does_not_stop_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
