@@ -273,10 +273,9 @@ class Page:
         yield "```sh\npython -m studies --only NAME --data FOLDER --report\n```\n"
         yield wrapped(
             "To measure again on your machine, give a folder of your own: `make study RESULTS=runs/mine DATA=FOLDER "
-            "BUDGET=20` trains for 20 minutes, those claims first that need the least, and writes this page from its results to "
-            "`runs/studies/evidence.md`. The "
-            "folder holds CIFAR-10 and the text; without `DATA`, the claims train on digits and on source code of Python, "
-            "which need no download."
+            "BUDGET=20` trains for 20 minutes, those claims first that need the least, and writes this page from its results "
+            "to `runs/studies/evidence.md`. The folder holds CIFAR-10 and the text; without `DATA`, the claims train on "
+            "digits and on source code of Python, which need no download."
         )
 
     def technique(self, row: Row) -> str:
