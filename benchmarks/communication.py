@@ -383,7 +383,7 @@ def _link_rows(megabits: float, rounds: int, steps: int) -> list[Row]:
             each.milliseconds,
             each.milliseconds / found[baseline_of(name)].milliseconds,
             budgets.get(name),
-            baseline="" if baseline_of(name) == DDP else baseline_of(name),
+            baseline="" if name == DDP else baseline_of(name),
             columns={"MB a step": each.megabytes},
         )
         for name, each in found.items()
