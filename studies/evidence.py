@@ -18,7 +18,6 @@ from lightning_grad.cli.catalog import techniques
 from studies.claim import Claim, freeze
 from studies.plan import CHOICE_SEED, Plan
 from studies.repeats import standing
-from studies.report import is_edge
 from studies.results import Line, Store
 from studies.sources import digest_of
 from studies.verdict import CONTRADICTED, HOLDS, NOT_SHOWN, PART, UNDECIDED, Comparison, compare, judge
@@ -150,8 +149,8 @@ class Row:
 
     @property
     def edges(self) -> list[str]:
-        """The arms whose best rate is at an end of the grid, so a better one may be outside."""
-        return [arm for arm, rate in (self.plan.rates if self.plan else {}).items() if is_edge(self.claim, rate)]
+        """The arms whose best rate is at an end of the grid."""
+        return self.plan.edges if self.plan else []
 
     @property
     def command(self) -> str:

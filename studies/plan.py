@@ -42,6 +42,12 @@ class Plan:
         scores = {arm: self.scores(arm) for arm in self.claim.arms}
         return {arm: max(grid, key=own.__getitem__) for arm, own in scores.items() if len(own) == len(set(grid))}
 
+    @property
+    def edges(self) -> list[str]:
+        """The arms whose best rate is at an end of a grid of more than two, so a better one may be outside."""
+        grid = self.claim.rates
+        return [arm for arm, rate in self.rates.items() if len(grid) > 2 and rate in (min(grid), max(grid))]
+
     def scores(self, arm: str) -> dict[float, float]:
         """Return the validation of an arm by rate, on the seed of the choice."""
         found = {rate: self.lines.get(Run(arm, CHOICE_SEED, rate)) for rate in self.claim.rates}

@@ -55,8 +55,8 @@ def print_report(plan: Plan) -> None:
             else (f"{value} ({arm})" for arm, value in margins.items())
         )
         print(f"a difference counts if it is above {', '.join(dict.fromkeys(told))}")
-    if edges := [arm for arm, rate in plan.rates.items() if is_edge(claim, rate)]:
-        print(f"best rate at the end of the grid, so a better one may be outside: {', '.join(edges)}")
+    if plan.edges:
+        print(f"best rate at the end of the grid, so a better one may be outside: {', '.join(plan.edges)}")
     print_origins(plan)
 
 
@@ -134,11 +134,6 @@ def words_of(metric: str) -> str:
         ('test accuracy', 'found wrong labels')
     """
     return {"share": "found wrong labels", "eigenvalue": "largest eigenvalue"}.get(metric, metric.replace("_", " "))
-
-
-def is_edge(claim: Claim[Any], rate: float | None) -> bool:
-    """Return True if the chosen rate is the smallest or the largest of the grid."""
-    return len(claim.rates) > 2 and rate in (min(claim.rates), max(claim.rates))
 
 
 def print_origins(plan: Plan) -> None:
